@@ -1,0 +1,9 @@
+"""Train classifiers on high-resolution medical images with a frozen vision transformer (FPT+)."""
+
+from importlib.metadata import version
+
+from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.methods import FPTPlusModule
+
+__version__ = version("fpt-lightning")
+__all__ = ["FPTPlusModule", "ImageDataModule", "PreloadedFeatureDataModule", "__version__"]

@@ -1,0 +1,225 @@
+"""The command line: LightningCLI with one more subcommand, ``preload``."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+import fpt_lightning
+from fpt_lightning.callbacks import LearnableParameters, PeakMemory, ResultsWriter
+from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.errors import CheckpointError, ConfigurationError, FPTError
+from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.store import FeatureStore
+
+_PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes")  # of the trainer that does the frozen pass
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer with the frozen pass as one more thing it does."""
+
+    def preload(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        overwrite: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Run every image through the frozen encoder into the feature store, or go on with it.
+
+        Args:
+            model: whose encoder.
+            datamodule: whose images and store.
+            overwrite: remove a store made with other settings, and start anew.
+            ckpt_path: not used; a configuration saved by fit holds it.
+            weights_only: not used; a configuration saved by fit holds it.
+        """
+        if not isinstance(datamodule, PreloadedFeatureDataModule):
+            raise ConfigurationError(
+                f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
+            )
+        if overwrite and FeatureStore.exists(datamodule.url):
+            FeatureStore.delete(datamodule.url)
+        datamodule.preload(model, self)
+
+
+class RunLogger(CSVLogger):
+    """``metrics.csv`` in the run's own folder; a resumed run goes on where its checkpoint was written.
+
+    Args:
+        save_dir: the run's folder.
+        resumed_at: the global step of the checkpoint that a run goes on from.
+    """
+
+    def __init__(self, save_dir: str, resumed_at: int | None = None) -> None:
+        super().__init__(save_dir, name="", version="")
+        self.resumed_at = resumed_at
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is None and self.resumed_at is not None:
+            path = Path(self.log_dir) / "metrics.csv"
+            rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+            kept = [{k: v for k, v in row.items() if v != ""} for row in rows if int(row["step"]) < self.resumed_at]
+            path.unlink(missing_ok=True)
+            writer: Any = super().experiment
+            writer.metrics = kept
+            return writer
+        return super().experiment
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` in the run's folder when fit starts, and never over another run's."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        path = folder / self.config_filename
+        if stage != "fit" or self.already_saved:
+            return
+        self.already_saved = True
+        if trainer.is_global_zero and trainer.ckpt_path is None:
+            if path.exists():
+                raise ConfigurationError(
+                    f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or go "
+                    f"on with that run by --ckpt_path {folder / 'last.ckpt'}."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)
+
+
+class CommandLine(LightningCLI):
+    """``fit``, ``validate``, ``test``, ``predict`` and ``preload`` from one configuration."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        self.results = ResultsWriter()
+        super().__init__(
+            ClassificationModule,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            trainer_defaults={"max_epochs": 20, "gradient_clip_val": 1.0, "default_root_dir": "runs/run"},
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            parser_kwargs={"version": fpt_lightning.__version__, "prog": "fpt-lightning"},
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "preload": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.description = "Train classifiers on high-resolution medical images with a frozen vision transformer."
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration as typed: what a checkpoint holds is compared with it, never put in its place."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        root, fit = str(config["default_root_dir"]), self.subcommand == "fit"
+        given = config["logger"]
+        loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
+        if fit and given is not False and not config["fast_dev_run"]:
+            loggers = [*loggers, RunLogger(root, self._resumed_at())]
+        callbacks = [self.results, PeakMemory()]
+        if fit:
+            callbacks += [LearnableParameters(), *([LearningRateMonitor()] if loggers else []), *_checkpoints(root)]
+        self.trainer_defaults["callbacks"] = callbacks
+        if self.subcommand == "preload":
+            loggers = []
+            self.trainer_defaults["callbacks"] = []
+            kwargs["enable_checkpointing"] = False
+        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+
+    def _resumed_at(self) -> int | None:
+        path = self._get(self.config, "ckpt_path")
+        if path is None:
+            return None
+        return int(_read_checkpoint(path)["global_step"])
+
+    def before_instantiate_classes(self) -> None:
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and not Path(path).is_file():
+            raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
+        for logger in _as_list(self._get(self.config, "trainer").logger):
+            if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
+                logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
+
+    def after_instantiate_classes(self) -> None:
+        """Let errors name this very command, and results the checkpoint they are of."""
+        given = self._get(self.config, "config") or []
+        configs = "".join(f" --config {path}" for path in given)
+        if isinstance(self.datamodule, PreloadedFeatureDataModule):
+            self.datamodule.rebuild = f"fpt-lightning preload{configs} --overwrite true"
+        path = self._get(self.config, "ckpt_path")
+        if path is not None:
+            self.results.checkpoint = Path(path).stem
+
+    def before_fit(self) -> None:
+        """Make the store that is missing, with the same devices."""
+        config = self._get(self.config_init, "trainer")
+        if isinstance(self.datamodule, PreloadedFeatureDataModule):
+            settings = {name: config[name] for name in _PRELOAD_SETTINGS}
+            strategy = config["strategy"] if isinstance(config["strategy"], str) else "auto"
+            trainer = L.Trainer(
+                **settings, strategy=strategy, logger=False, enable_checkpointing=False, enable_model_summary=False
+            )
+            self.datamodule.preload(self.model, trainer)
+
+    def after_fit(self) -> None:
+        """Test the last and the best checkpoint, and keep both results with the run."""
+        root = Path(self.trainer.default_root_dir)
+        if self.trainer.fast_dev_run or not (root / "best.ckpt").is_file():
+            return
+        self.results.folder = root
+        for name in ("last", "best"):
+            self.results.checkpoint = name
+            self.trainer.test(self.model, self.datamodule, ckpt_path=str(root / f"{name}.ckpt"), weights_only=True)
+
+
+def _checkpoints(root: str) -> list[ModelCheckpoint]:
+    """``best.ckpt`` (weights only) by validation AUC and ``last.ckpt`` (all that resuming needs) after each epoch."""
+    best = ModelCheckpoint(
+        root, "best", monitor="val_auc", mode="max", save_weights_only=True, enable_version_counter=False
+    )
+    last = ModelCheckpoint(root, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    return [best, last]
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return content
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script: errors made for people are one message on stderr, with exit status 2."""
+    try:
+        CommandLine(args)
+    except FPTError as error:
+        if os.environ.get("FPT_TRACEBACK"):
+            raise
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message
+            text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"fpt-lightning: {type(error).__name__}: {text}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,509 @@
+"""Data modules: where images, labels and stored features meet in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any, Literal, TypedDict
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from fpt_lightning.encoder import EncoderConfig, check_resolution
+from fpt_lightning.errors import ConfigurationError, DataError, StoreError
+from fpt_lightning.images import (
+    SideTransform,
+    channel_statistics,
+    normalise,
+    read_image,
+    stored_copy,
+    unit_pixels,
+)
+from fpt_lightning.manifest import SPLITS, Manifest, Sample, check_classes, list_images, read_manifest
+from fpt_lightning.preload import preload
+from fpt_lightning.store import FeatureSpecification, FeatureStore, check_codec
+
+
+class Batch(TypedDict, total=False):
+    """What both data modules yield; a method uses ``features`` where there are any, else ``images``.
+
+    Attributes:
+        ids: B sample ids.
+        labels: (B,), int64; -1 where unlabelled.
+        side_images: (B, 3, side, side), fp32, normalised, augmented in training.
+        features: keys and values (B, 2, L, H, T, head_dim), in the store's dtype.
+        images: (B, 3, height, width), fp32, normalised, never augmented.
+    """
+
+    ids: list[str]
+    labels: Tensor
+    side_images: Tensor
+    features: Tensor
+    images: Tensor
+
+
+class ImageDataModule(L.LightningDataModule):
+    """High-resolution images for the encoder with their low-resolution views for the side network; no store.
+
+    Args:
+        root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
+        manifest: CSV file instead of class folders; absolute or relative to ``root``. Prediction does not read it.
+        image_column: its column of image paths, relative to ``root``.
+        label_column: its column of class names.
+        split_column: its column of ``train``, ``val``, ``test``; by default ``split``, if there is one.
+        group_column: its column of groups that a split keeps whole, such as patients; by default ``group``, if any.
+        classes: class names in the order wanted, such as grades from low to high; sorted by default.
+        split_seed: seed of a random split; apart from the run's seed, so that runs share a split.
+        resolution: of the encoder's images in pixels: a side, or (height, width).
+        mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
+        std: like ``mean``.
+        image_size: side in pixels of the low-resolution copy that augmentation starts from.
+        side_resolution: side of the side network's images in pixels; the model's own by default.
+        augmentation: ``default`` (the published one), ``strong`` or ``none``.
+        batch_size: of every stage.
+        num_workers: processes that prepare batches.
+
+    Raises:
+        ConfigurationError: values that cannot work.
+        DataError: a data set that cannot be used, at ``setup``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        manifest: str | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        split_column: str | None = None,
+        group_column: str | None = None,
+        classes: list[str] | None = None,
+        split_seed: int = 0,
+        resolution: int | tuple[int, int] = 512,
+        mean: Literal["auto"] | list[float] = "auto",
+        std: Literal["auto"] | list[float] = "auto",
+        image_size: int = 256,
+        side_resolution: int | None = None,
+        augmentation: Literal["default", "strong", "none"] = "default",
+        batch_size: int = 16,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root, self.table = root, manifest
+        self.columns = {
+            "image_column": image_column,
+            "label_column": label_column,
+            "split_column": split_column,
+            "group_column": group_column,
+        }
+        self.classes, self.split_seed = classes, split_seed
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        self.mean, self.std = _given_statistics(mean, std)
+        self.image_size, self.side_resolution = image_size, side_resolution
+        self.augmentation: str = augmentation
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed: int | None = None
+        self.manifest: Manifest | None = None
+        self.unlabelled: Manifest | None = None
+        self.specification: FeatureSpecification | None = None
+
+    # What the trainer calls
+
+    def setup(self, stage: str) -> None:
+        """Read the manifest and hold it against the model.
+
+        Raises:
+            DataError: see ``read_manifest``.
+            ConfigurationError: the model and the data do not fit each other.
+        """
+        if stage == "predict":
+            self.unlabelled = list_images(self.root)
+            return
+        self.read_manifest()
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**32
+        if stage == "fit":
+            rank_zero_info(self.labelled.summary())
+        for split in SPLITS:
+            absent = [n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count]
+            if absent:
+                rank_zero_warn(f"the split {split} has no image of {', '.join(absent)}: its AUC leaves them out.")
+        self._setup_features(stage)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order, and with views, that the seed and the epoch alone decide."""
+        return self._loader("train", augmentation=self.augmentation)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Every image below ``root``, through the encoder itself: no store, no labels."""
+        assert self.unlabelled is not None
+        return self._dataloader(self._image_dataset(self.unlabelled, self.unlabelled.samples, "none"), shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed that orders and augments, so that a resumed run goes on as it would have."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seed = state_dict["seed"]
+
+    # What others ask
+
+    def read_manifest(self) -> Manifest:
+        """The labelled data set, read once.
+
+        Raises:
+            DataError: see ``fpt_lightning.manifest.read_manifest``.
+        """
+        if self.manifest is None:
+            self.manifest = read_manifest(
+                self.root, self.table, classes=self.classes, split_seed=self.split_seed, **self.columns
+            )
+        return self.manifest
+
+    @property
+    def labelled(self) -> Manifest:
+        """The manifest after ``setup``."""
+        if self.manifest is None:
+            raise DataError(f"{type(self).__name__} has not read its manifest: call setup('fit') first.")
+        return self.manifest
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the label indices."""
+        return self.labelled.classes
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        return self.labelled.class_counts("train")
+
+    def asked(self, encoder: EncoderConfig, codec: str = "fp32") -> FeatureSpecification:
+        """The specification of the features that an encoder gives for this module's images."""
+        ids = "\n".join(sample.id for sample in self.labelled.split("train"))
+        auto = f"auto over {len(self.labelled.split('train'))} images {sha256(ids.encode()).hexdigest()[:16]}"
+        return FeatureSpecification(
+            encoder=encoder.name,
+            weights=encoder.weights(),
+            layers=encoder.tapped_layers,
+            token_ratio=encoder.token_ratio,
+            criterion=encoder.criterion,
+            resolution=self.resolution,
+            mean=self.mean,
+            std=self.std,
+            statistics="given" if self.mean else auto,
+            image_size=self.image_size,
+            codec=codec,
+        )
+
+    # Inside
+
+    def _setup_features(self, stage: str) -> None:
+        self._check_model()
+        encoder = self._declared("encoder_config")
+        if encoder is None:
+            return
+        asked = self.asked(encoder)
+        if stage == "fit" and not asked.mean:
+            paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
+            mean, std = channel_statistics(paths, self.resolution, self.num_workers)
+            rank_zero_info(f"data.mean: {list(mean)}, data.std: {list(std)}")
+            asked = replace(asked, mean=mean, std=std)
+        self.specification = asked
+
+    def _check_model(self) -> None:
+        num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
+        if num_classes is not None:
+            check_classes("model.num_classes", num_classes, self.labelled)
+        if encoder is not None:
+            check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+
+    def _declared(self, name: str) -> Any:
+        """What the trainer's model declares that it needs, such as ``side_resolution``; None without one."""
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
+
+    def _side_resolution(self) -> int:
+        declared: int | None = self._declared("side_resolution")
+        if self.side_resolution is None and declared is None:
+            raise ConfigurationError("data.side_resolution is not given, and the model declares no side_resolution.")
+        if None not in (self.side_resolution, declared) and self.side_resolution != declared:
+            raise ConfigurationError(
+                f"data.side_resolution is {self.side_resolution}, but model.side_resolution is {declared}: "
+                "give the model's alone."
+            )
+        side = declared if declared is not None else self.side_resolution
+        assert side is not None
+        if side > self.image_size:
+            raise ConfigurationError(
+                f"the side network's resolution is {side}, but the low-resolution copies have {self.image_size} "
+                f"pixels a side: set data.image_size to at least {side}."
+            )
+        return side
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std: the trained model's where it has them, this module's otherwise."""
+        trained: FeatureSpecification | None = self._declared("specification")
+        for mean, std in (
+            (trained.mean, trained.std) if trained is not None else ((), ()),
+            (self.specification.mean, self.specification.std) if self.specification is not None else ((), ()),
+            (self.mean, self.std),
+        ):
+            if mean:
+                return mean, std
+        raise ConfigurationError(
+            "data.mean and data.std are 'auto', which only fit computes: give a checkpoint (ckpt_path) or the numbers."
+        )
+
+    def _image_dataset(self, manifest: Manifest, samples: Sequence[Sample], augmentation: str) -> _Samples:
+        mean, std = self._statistics()
+        views = _Views(SideTransform(self._side_resolution(), augmentation), mean, std, self.seed or 0)
+        return _ImageSamples(manifest, samples, views, self.resolution, self.image_size)
+
+    def _dataset(self, split: str, augmentation: str) -> _Samples:
+        return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
+
+    def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
+        return self._dataloader(self._dataset(split, augmentation), shuffle=split == "train")
+
+    def _dataloader(self, dataset: _Samples, shuffle: bool) -> DataLoader[Any]:
+        rank, world, epoch = 0, 1, 0
+        if self.trainer is not None:
+            rank, world, epoch = self.trainer.global_rank, self.trainer.world_size, self.trainer.current_epoch
+        sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
+        sampler.set_epoch(epoch)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_collated,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else each loader draws from, and so changes, the global RNG
+        )
+
+
+class PreloadedFeatureDataModule(ImageDataModule):
+    """Stored features of the selected tokens with augmented views of the stored low-resolution copies.
+
+    Fit, validate and test read the store alone; predict runs new images through the encoder, as ``ImageDataModule``.
+
+    Args:
+        root: see ``ImageDataModule``.
+        store: local path or fsspec URL of the feature store.
+        codec: of the stored keys and values: ``fp16`` or ``fp32``.
+        preload_batch_size: images encoded at once by ``preload``.
+        **kwargs: see ``ImageDataModule``.
+    """
+
+    rebuild = "fpt-lightning preload --config CONFIG --overwrite true"
+
+    def __init__(
+        self,
+        root: str,
+        store: str,
+        codec: Literal["fp16", "fp32"] = "fp16",
+        preload_batch_size: int = 4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root, **kwargs)
+        check_codec(codec)
+        self.url, self.codec = store, codec
+        self.preload_batch_size = preload_batch_size
+        self.store: FeatureStore | None = None
+
+    def preload(self, model: L.LightningModule | EncoderConfig, trainer: L.Trainer | None = None) -> FeatureStore:
+        """Bring the store up to date: make it where there is none, go on where an earlier preload stopped.
+
+        Args:
+            model: the model, whose ``encoder_config`` says which features, or that configuration itself.
+            trainer: whose devices encode; by default one device, chosen by Lightning.
+
+        Raises:
+            StaleStoreError: the store there was made with other settings.
+            ImageError: an image that cannot be read; what was complete before it is kept.
+        """
+        encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
+        assert isinstance(encoder, EncoderConfig)
+        check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+        return preload(
+            self.read_manifest(),
+            encoder,
+            self.asked(encoder, self.codec),
+            self.url,
+            batch_size=self.preload_batch_size,
+            num_workers=self.num_workers,
+            trainer=trainer,
+            rebuild=self.rebuild,
+        )
+
+    def _setup_features(self, stage: str) -> None:
+        self._check_model()
+        if not FeatureStore.exists(self.url):
+            raise StoreError(
+                f"there is no feature store at {self.url} (data.store): make it with `fpt-lightning preload`, or in "
+                "Python with `data.preload(model)`."
+            )
+        self.store = FeatureStore.open(self.url)
+        encoder = self._declared("encoder_config")
+        if encoder is not None:
+            self.store.require(self.asked(encoder, self.codec), self.rebuild)
+        self._check_complete(self.store)
+        self.specification = self.store.specification
+
+    def _check_complete(self, store: FeatureStore) -> None:
+        ids = [sample.id for sample in self.labelled.samples]
+        missing, changed = store.missing(ids), set(store.changed(self.labelled.root)) & set(ids)
+        if missing or changed:
+            some = ", ".join([*missing, *sorted(changed)][:3])
+            raise StoreError(
+                f"the feature store {self.url} lacks {len(missing)} of {len(ids)} samples, and {len(changed)} images "
+                f"have changed since ({some}): complete it with `fpt-lightning preload`, or `data.preload(model)`."
+            )
+        store.check_present()
+
+    def _dataset(self, split: str, augmentation: str) -> _Samples:
+        assert self.store is not None
+        spec = self.store.specification
+        views = _Views(SideTransform(self._side_resolution(), augmentation), spec.mean, spec.std, self.seed or 0)
+        return _StoredSamples(self.labelled, self.labelled.split(split), views, self.store)
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Pairs (epoch, index): with them a view depends on the seed, the epoch and the sample, on no worker.
+
+    Training ranks get equally many pairs, the first ones repeated where needed; others get each sample once.
+
+    Args:
+        count: of samples.
+        rank: of this process.
+        world_size: of all.
+        shuffle: a new order each epoch.
+        seed: of the orders.
+    """
+
+    def __init__(self, count: int, rank: int, world_size: int, shuffle: bool, seed: int) -> None:
+        self.count, self.rank, self.world_size = count, rank, world_size
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = list(range(self.count))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
+            order += order[: -self.count % self.world_size]
+        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size]])
+
+    def __len__(self) -> int:
+        total = self.count + (-self.count % self.world_size if self.shuffle else 0)
+        return len(range(self.rank, total, self.world_size))
+
+
+@dataclass(frozen=True)
+class _Views:
+    """How low-resolution copies become the side network's normalised images."""
+
+    transform: SideTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+
+    def draw(self, copies: Sequence[NDArray[np.uint8]], keys: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, 3, side, side), fp32, from B copies (size, size, 3), uint8, and their (epoch, index)."""
+        seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
+        views = np.stack([self.transform(copy, seed) for copy, seed in zip(copies, seeds, strict=True)])
+        pixels = torch.from_numpy(views).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return normalise(pixels / 255, self.mean, self.std)
+
+
+class _Samples(Dataset[Batch]):
+    """Samples by (epoch, index), fetched a batch at a time."""
+
+    def __init__(self, manifest: Manifest, samples: Sequence[Sample], views: _Views) -> None:
+        self.manifest, self.samples, self.views = manifest, samples, views
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """A batch of one."""
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        samples = [self.samples[index] for _, index in keys]
+        copies, rest = self._fetch(samples)
+        return {
+            "ids": [sample.id for sample in samples],
+            "labels": torch.tensor([sample.label for sample in samples]),
+            "side_images": self.views.draw(copies, keys),
+            **rest,
+        }
+
+    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
+        """The low-resolution copies, and what else the batch holds."""
+        raise NotImplementedError
+
+
+class _ImageSamples(_Samples):
+    def __init__(
+        self,
+        manifest: Manifest,
+        samples: Sequence[Sample],
+        views: _Views,
+        resolution: tuple[int, int],
+        image_size: int,
+    ) -> None:
+        super().__init__(manifest, samples, views)
+        self.resolution, self.image_size = resolution, image_size
+
+    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
+        images = [read_image(self.manifest.path(sample)) for sample in samples]
+        pixels = torch.stack([unit_pixels(image, self.resolution) for image in images])
+        copies = [stored_copy(image, self.image_size) for image in images]
+        return copies, {"images": normalise(pixels, self.views.mean, self.views.std)}
+
+
+class _StoredSamples(_Samples):
+    def __init__(self, manifest: Manifest, samples: Sequence[Sample], views: _Views, store: FeatureStore) -> None:
+        super().__init__(manifest, samples, views)
+        self.store = store
+
+    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
+        features, copies = zip(*(self.store.read(self.store.rows[sample.id]) for sample in samples), strict=True)
+        return copies, {"features": torch.from_numpy(np.stack(features))}
+
+
+def _collated(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)  # each worker is one thread; OpenCV would start one a core
+
+
+def _given_statistics(
+    mean: Literal["auto"] | Sequence[float], std: Literal["auto"] | Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if mean == "auto" and std == "auto":
+        return (), ()
+    values = []
+    for name, given in (("mean", mean), ("std", std)):
+        if isinstance(given, str) or len(given) not in (1, 3) or (name == "std" and min(given) <= 0):
+            raise ConfigurationError(
+                f"data.{name} is {given!r}: give one number for grey images or three for colour (std above 0), "
+                "or 'auto' for both mean and std."
+            )
+        values.append(tuple(float(v) for v in given) * (3 // len(given)))
+    return values[0], values[1]

@@ -1,0 +1,35 @@
+"""The exceptions that people see: each message names the file or argument, its value and the remedy."""
+
+from __future__ import annotations
+
+
+class FPTError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigurationError(FPTError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class DataError(FPTError):
+    """A data set, manifest or split that cannot be used as it is."""
+
+
+class ImageError(DataError):
+    """An image file that cannot be read."""
+
+
+class EncoderError(FPTError):
+    """A backbone or a weights file that cannot serve as the frozen encoder."""
+
+
+class StoreError(FPTError):
+    """A feature store that is missing, incomplete or damaged."""
+
+
+class StaleStoreError(StoreError):
+    """A feature store made with other settings than those asked for."""
+
+
+class CheckpointError(FPTError):
+    """A checkpoint that does not belong to this model, encoder or data."""

@@ -1,0 +1,187 @@
+"""Reading image files and preparing them at both resolutions; the only module that imports albumentations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from fpt_lightning.errors import ConfigurationError, ImageError
+
+Augmentation = Literal["default", "strong", "none"]
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+
+INTERPOLATION = "bicubic, antialiased"
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Read an image file as RGB, upright.
+
+    JPEG, PNG, TIFF, BMP and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
+    orientation is applied. 16-bit grey files keep their depth (the full scale is 65,535).
+
+    Returns:
+        (height, width, 3), uint8 or uint16.
+
+    Raises:
+        ImageError: the file is missing, damaged, not an image, of several pages, or of a kind without a known scale.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ImageError(f"the image {path} has {image.n_frames} pages or frames: save the one wanted alone.")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("I", "F"):
+                raise ImageError(f"the image {path} has 32-bit pixels, whose scale is unknown: save it with 8 or 16.")
+            if upright.mode.startswith("I;16"):
+                grey = np.asarray(upright).astype(np.uint16)
+                return np.repeat(grey[..., None], 3, axis=2)
+            return np.array(upright.convert("RGB"), dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise ImageError(f"the image {path} does not exist.") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
+        raise ImageError(f"the image {path} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def resize(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, int]) -> Tensor:
+    """Resize to (height, width) in pixels without keeping the aspect; bicubic with antialiasing.
+
+    Returns:
+        (3, height, width); uint8 for a uint8 image, else fp32 in the image's own scale.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(image if image.dtype == np.uint8 else image.astype(np.float32)))
+    batch = pixels.permute(2, 0, 1)[None]
+    if batch.shape[-2:] != size:
+        batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True)
+    if batch.dtype != torch.uint8:
+        batch = batch.clamp(0, np.iinfo(image.dtype).max)
+    return batch[0]
+
+
+def unit_pixels(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, int]) -> Tensor:
+    """The image resized to (height, width), as (3, height, width) fp32 in [0, 1]."""
+    return resize(image, size).float() / float(np.iinfo(image.dtype).max)
+
+
+def stored_copy(image: NDArray[np.uint8] | NDArray[np.uint16], size: int) -> NDArray[np.uint8]:
+    """The low-resolution copy that training augments: (size, size, 3), uint8."""
+    if image.dtype == np.uint8:
+        small = resize(image, (size, size))
+    else:
+        small = (unit_pixels(image, (size, size)) * 255).round().to(torch.uint8)
+    return small.permute(1, 2, 0).contiguous().numpy()
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``(pixels - mean) / std`` for each channel of (..., 3, height, width) in [0, 1]."""
+    shape = (3, 1, 1)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+
+
+class ImageFiles(Dataset[tuple[int, Tensor]]):
+    """Image files resized for the encoder: items are (index, (3, height, width) fp32 in [0, 1])."""
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, unit_pixels(read_image(self.paths[index]), self.size)
+
+
+def channel_statistics(
+    paths: Sequence[Path], size: tuple[int, int], num_workers: int = 0
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels of the images, resized to (height, width).
+
+    Returns:
+        (mean, std), rounded to 4 decimals as published ones are, for pixels in [0, 1].
+
+    Raises:
+        ConfigurationError: a channel that never varies, whose std cannot divide.
+    """
+    loader = DataLoader(ImageFiles(paths, size), batch_size=None, num_workers=num_workers)
+    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for _, pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
+        total += pixels.mean((1, 2)).double()
+        squares += pixels.square().mean((1, 2)).double()
+    mean = total / len(paths)
+    std = (squares / len(paths) - mean.square()).clamp(min=0).sqrt()
+    if std.min() < 1e-4:
+        raise ConfigurationError("the training images are all of one colour: their mean and std cannot normalise them.")
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+class SideTransform:
+    """Draw views of low-resolution copies for the side network (paper, section 4.2.1).
+
+    ``default`` is the published set: RandomResizedCrop (scale 0.8 to 1.0, ratio 0.7 to 1.3), horizontal flip, brightness
+    and contrast jitter of 0.2. ``strong`` adds vertical flip, rotation and blur. ``none`` only resizes.
+
+    Args:
+        size: side of a view in pixels.
+        augmentation: ``default``, ``strong`` or ``none``.
+
+    Raises:
+        ConfigurationError: an unknown augmentation.
+    """
+
+    def __init__(self, size: int, augmentation: str = "default") -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
+        self.size, self.augmentation = size, augmentation
+        self._compose: Callable[..., dict[str, NDArray[np.uint8]]] | None = None
+
+    def __call__(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+        """One view of an image.
+
+        Args:
+            image: (height, width, 3), uint8.
+            seed: the view drawn; the same seed draws the same view in any process.
+
+        Returns:
+            (size, size, 3), uint8.
+        """
+        if self.augmentation == "none":
+            return stored_copy(image, self.size)
+        if self._compose is None:
+            self._compose = _albumentations(self.size, self.augmentation)
+        self._compose.set_random_seed(seed)  # type: ignore[attr-defined]
+        return self._compose(image=image)["image"]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_compose": None}  # each worker process builds its own
+
+
+def _albumentations(size: int, augmentation: str) -> Callable[..., dict[str, NDArray[np.uint8]]]:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
+    import albumentations as A
+    import cv2
+
+    steps = [
+        A.RandomResizedCrop((size, size), scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=cv2.INTER_AREA),
+        A.HorizontalFlip(p=0.5),
+    ]
+    if augmentation == "strong":
+        steps += [
+            A.VerticalFlip(p=0.5),
+            A.Rotate(limit=30, border_mode=cv2.BORDER_CONSTANT, p=0.5),
+            A.GaussianBlur(sigma_limit=(0.1, 1.5), p=0.3),
+        ]
+    steps.append(A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(1, 1), hue=(0, 0), p=1.0))
+    compose: Callable[..., dict[str, NDArray[np.uint8]]] = A.Compose(steps)
+    return compose

@@ -1,0 +1,253 @@
+"""What every method shares: loss, metrics, optimiser, schedule, and what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fpt_lightning.encoder import EncoderConfig, EncoderShape, FrozenEncoder
+from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.metrics import classification_metrics
+from fpt_lightning.store import FeatureSpecification
+
+_KEY = "fpt_lightning"  # of our part of a checkpoint
+
+
+class ClassificationModule(L.LightningModule):
+    """Base of the methods: a subclass says how a batch becomes logits, and which features it needs.
+
+    Training as published: AdamW, cosine decay to 0 over all steps, cross-entropy (paper, section 4.2.1). All arguments
+    are primitive, so that a checkpoint holds them and loads under ``weights_only``.
+
+    Args:
+        num_classes: number of classes.
+        encoder: a plain ViT of timm, by name.
+        pretrained: True for timm's published weights, False for a fixed random initialisation, or a local file.
+        learning_rate: the highest.
+        weight_decay: of AdamW, on all learnable parameters.
+        betas: of AdamW.
+        warmup_epochs: of linear increase from 0.
+        class_weights: None, ``balanced`` (inverse to the training images of a class) or one number a class.
+        label_smoothing: of the cross-entropy, in [0, 1).
+
+    Raises:
+        ConfigurationError: values that cannot work.
+        EncoderError: ``encoder`` is not a plain ViT of timm.
+    """
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "encoder", "pretrained")
+    """Arguments that a checkpoint must share with the module that loads it."""
+
+    side_resolution: int | None = None
+    encoder_config: EncoderConfig
+
+    def __init__(
+        self,
+        num_classes: int,
+        encoder: str = "vit_base_patch16_224.augreg_in21k",
+        pretrained: bool | str = True,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_epochs: int = 0,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if num_classes < 2:
+            raise ConfigurationError(f"model.num_classes is {num_classes}: give at least 2.")
+        if isinstance(class_weights, list) and len(class_weights) != num_classes:
+            raise ConfigurationError(f"model.class_weights has {len(class_weights)} numbers for {num_classes} classes.")
+        self.num_classes = num_classes
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, tuple(betas)
+        self.warmup_epochs, self.label_smoothing = warmup_epochs, label_smoothing
+        self.class_weights: str | list[float] | None = class_weights
+        self.loss_weights: Tensor | None
+        given = torch.tensor(class_weights) if isinstance(class_weights, list) else None
+        self.register_buffer("loss_weights", given, persistent=False)
+        self.val_metrics = classification_metrics(num_classes, "val_")
+        self.test_metrics = classification_metrics(num_classes, "test_")
+        self.class_names: tuple[str, ...] = ()
+        self.specification: FeatureSpecification | None = None
+        self._seed: int | None = None
+        self._frozen: dict[tuple[int, ...], FrozenEncoder] = {}  # a dict, so that it is no submodule
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        return self.encoder_config.shape
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, classes) of a ``fpt_lightning.datamodules.Batch``."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Run the frozen encoder, whose weights are loaded the first time.
+
+        It is neither a submodule nor learnable: no optimiser, checkpoint or ``train()`` ever reaches it.
+
+        Args:
+            images: (B, 3, height, width), fp32, normalised.
+
+        Returns:
+            Keys and values (B, 2, L, H, T, head_dim), fp32.
+
+        Raises:
+            CheckpointError: other weights than those this model was trained with.
+        """
+        resolution = (images.shape[-2], images.shape[-1])
+        if resolution not in self._frozen:
+            encoder = FrozenEncoder(self.encoder_config, resolution)
+            self._identify(encoder)
+            self._frozen[resolution] = encoder
+        features, _ = self._frozen[resolution].to(images.device)(images)
+        return features  # type: ignore[no-any-return]
+
+    def _identify(self, encoder: FrozenEncoder) -> None:
+        if self.specification is None:
+            return
+        if self.specification.weights_digest not in ("", encoder.digest):
+            raise CheckpointError(
+                f"this model was trained with other weights of {self.specification.encoder} than those loaded now "
+                f"({self.specification.weights}; digest {self.specification.weights_digest[:16]}, now "
+                f"{encoder.digest[:16]}): give the original weights as model.pretrained."
+            )
+        self.specification = replace(self.specification, weights_digest=encoder.digest)
+
+    # Steps
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(self(batch), batch["labels"])
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
+        """``ids`` (B), ``labels`` (B,), -1 where unknown, and ``probabilities`` (B, classes), fp32."""
+        return {"ids": batch["ids"], "labels": batch["labels"], "probabilities": self(batch).float().softmax(-1)}
+
+    def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any) -> dict[str, Any]:
+        logits, labels = self(batch).float(), batch["labels"]
+        probabilities = logits.softmax(-1)
+        metrics.update(probabilities, labels)
+        self.log(f"{stage}_loss", self.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
+        return {"ids": batch["ids"], "labels": labels, "probabilities": probabilities}
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, classes) and labels (B,), in fp32."""
+        return F.cross_entropy(logits.float(), labels, self.loss_weights, label_smoothing=self.label_smoothing)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what is learnable, and a cosine decay to 0 by step after an optional linear warm-up."""
+        learnable = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            learnable, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ConfigurationError("trainer.max_epochs is -1: the cosine schedule needs a last step; give a number.")
+        warmup = int(steps * self.warmup_epochs / (self.trainer.max_epochs or 1))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # One seed, one run: whatever was drawn before, an epoch's dropout depends on the seed and the epoch alone
+
+    def on_train_epoch_start(self) -> None:
+        entropy = [self._seed or 0, self.current_epoch, self.trainer.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    # What a checkpoint says of itself
+
+    def on_fit_start(self) -> None:
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**32
+        self._meet_data(trained=self.trainer.ckpt_path is not None)
+        if self.class_weights == "balanced":
+            self.loss_weights = self._balanced_weights().to(self.device)
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.state.fn == "fit":
+            self._meet_data(trained=True)
+
+    def on_test_start(self) -> None:
+        self._meet_data(trained=True)
+
+    def _meet_data(self, trained: bool) -> None:
+        """Take over, or hold against what this model was trained with, the data module's classes and features."""
+        data = getattr(self.trainer, "datamodule", None)
+        names: tuple[str, ...] = tuple(getattr(data, "class_names", ()))
+        specification: FeatureSpecification | None = getattr(data, "specification", None)
+        if trained and self.class_names and names and names != self.class_names:
+            raise CheckpointError(
+                f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}."
+            )
+        if trained and self.specification is not None and specification is not None:
+            differences = self.specification.differences(specification, ignore=("codec", "format"))
+            differences = [line for line in differences if not line.startswith("statistics")]
+            if differences:
+                raise CheckpointError(
+                    "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)
+                )
+        if not trained or not self.class_names:
+            self.class_names = names
+        if not trained or self.specification is None:
+            self.specification = specification
+
+    def _balanced_weights(self) -> Tensor:
+        counts: list[int] | None = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
+        if counts is None or min(counts) == 0:
+            raise ConfigurationError(
+                f"model.class_weights is 'balanced', but the training images of each class are {counts}: give a list."
+            )
+        return torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_KEY] = {
+            "method": type(self).__name__,
+            "classes": list(self.class_names),
+            "specification": None if self.specification is None else self.specification.to_dict(),
+            "seed": self._seed,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hold a checkpoint against this module.
+
+        Raises:
+            CheckpointError: it is not from this package, or from another method, encoder or architecture.
+        """
+        about = checkpoint.get(_KEY)
+        if not isinstance(about, dict):
+            raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
+        saved = {"method": about["method"], **checkpoint.get("hyper_parameters", {})}
+        own = {"method": type(self).__name__, **self.hparams}
+        differences = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
+            for name in ("method", *self.ARCHITECTURE)
+            if saved.get(name) != own.get(name)
+        ]
+        if differences:
+            raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))
+        self.class_names = tuple(about["classes"])
+        content = about["specification"]
+        self.specification = None if content is None else FeatureSpecification.from_dict(content)
+        self._seed = about["seed"]

@@ -1,0 +1,99 @@
+"""Classification metrics, from torchmetrics."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCohenKappa,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+
+class MacroAUROC(MulticlassAUROC):
+    """Macro one-vs-rest AUC over the classes that can be scored.
+
+    A class without an image, or with nothing but its images, has no AUC: it is left out of the mean (torchmetrics
+    would count it as 0). NaN if no class can be scored. Takes probabilities (B, classes) and labels (B,).
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, average="none", **kwargs)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Scalar."""
+        if not self.update_called:
+            return torch.tensor(float("nan"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
+            per_class = torch.as_tensor(super().compute())
+        target = torch.cat(list(self.target)) if isinstance(self.target, list) else self.target
+        counts = torch.bincount(target, minlength=self.num_classes)
+        return per_class[(counts > 0) & (counts < counts.sum())].mean()
+
+
+class ScoredClasses(Metric):
+    """How many classes have an AUC: those with an image, but not with all of them."""
+
+    full_state_update = False
+    higher_is_better = None
+    counts: Tensor
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count labels (B,)."""
+        self.counts += torch.bincount(target, minlength=len(self.counts))
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return ((self.counts > 0) & (self.counts < self.counts.sum())).sum().float()
+
+
+class BalancedAccuracy(MulticlassRecall):
+    """Mean recall over the classes that have an image (torchmetrics would count a wrongly predicted absent one as 0)."""
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, average="none", **kwargs)
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        present = (self.tp + self.fn) > 0
+        return torch.as_tensor(super().compute())[present].mean()
+
+
+def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """The metrics of a stage, from probabilities (B, classes) and labels (B,).
+
+    Args:
+        num_classes: number of classes.
+        prefix: of their names, such as ``val_``.
+
+    Returns:
+        ``auc`` (macro one-vs-rest), ``auc_classes`` (how many classes it is the mean of), ``accuracy``,
+        ``balanced_accuracy``, ``f1``, ``precision``, ``recall`` (macro) and ``kappa`` (quadratic weights).
+    """
+    return MetricCollection(
+        {
+            "auc": MacroAUROC(num_classes),
+            "auc_classes": ScoredClasses(num_classes),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "balanced_accuracy": BalancedAccuracy(num_classes),
+            "f1": MulticlassF1Score(num_classes, average="macro"),
+            "precision": MulticlassPrecision(num_classes, average="macro"),
+            "recall": MulticlassRecall(num_classes, average="macro"),
+            "kappa": MulticlassCohenKappa(num_classes, weights="quadratic"),
+        },
+        prefix=prefix,
+        compute_groups=False,
+    )

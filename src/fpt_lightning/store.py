@@ -1,0 +1,422 @@
+"""The feature store: keys and values of the selected tokens, in Zarr (paper, section 3.6); the only importer of zarr.
+
+Layout (Zarr v3, one sample a chunk, whole shards of samples, every chunk with a crc32c checksum):
+
+    features    (samples, 2, L, H, T, head_dim)   keys and values, in the codec's dtype
+    indices     (samples, L, H, T)                their tokens, int32, most important first
+    images      (samples, size, size, 3)          the low-resolution copies, uint8
+    file_sizes  (samples,)                        bytes of each image file, int64
+    done        (samples,)                        1 once all of the above is written, uint8
+
+The group's attributes hold the specification, its fingerprint and the sample ids in the order of the rows. A shard has
+one writer; ``done`` is written last, so whatever stops a writer leaves only complete samples and absent ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+
+from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
+from fpt_lightning.images import INTERPOLATION
+
+FORMAT = 1  # of the layout above and of what the numbers in it mean
+SHARD = 16  # samples
+CODECS = {"fp16": np.dtype("float16"), "fp32": np.dtype("float32")}  # one row a codec
+
+_ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold (Zarr v3, sharding codec)
+
+
+@dataclass(frozen=True)
+class FeatureSpecification:
+    """All that decides the numbers in a store.
+
+    Attributes:
+        encoder: timm's model name.
+        weights: what identifies them without loading them (``EncoderConfig.weights``).
+        weights_digest: SHA-256 of the loaded parameters; empty until they have been loaded.
+        layers: tapped blocks.
+        token_ratio: share of the tokens kept.
+        criterion: of their importance.
+        resolution: (height, width) of the encoder's images in pixels.
+        mean: of each channel; empty where it is still to be computed.
+        std: of each channel; empty where it is still to be computed.
+        statistics: ``given``, or which training images mean and std were computed over.
+        image_size: side of the low-resolution copies in pixels.
+        codec: a row of ``CODECS``.
+        interpolation: how images are resized.
+        format: version of the store's layout.
+    """
+
+    encoder: str
+    weights: str
+    layers: tuple[int, ...]
+    token_ratio: float
+    criterion: str
+    resolution: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    statistics: str
+    image_size: int
+    codec: str
+    weights_digest: str = ""
+    interpolation: str = INTERPOLATION
+    format: int = FORMAT
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> FeatureSpecification:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            StoreError: fields are missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(content) != names:
+            raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, asked: FeatureSpecification, ignore: Sequence[str] = ()) -> list[str]:
+        """How this specification differs from what is asked, field by field, for people.
+
+        Mean and std are compared as numbers where they were given, and by the images they were computed over where
+        they are ``auto``; the weights' digest only where both have one.
+        """
+        skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
+        if not (self.weights_digest and asked.weights_digest):
+            skip.add("weights_digest")
+        return [
+            f"{field.name}: {getattr(self, field.name)!r}, asked for {getattr(asked, field.name)!r}"
+            for field in fields(self)
+            if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
+        ]
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """The shape of one sample's features: layers L, heads H, tokens T, head_dim."""
+
+    layers: int
+    heads: int
+    tokens: int
+    head_dim: int
+
+    def bytes_per_sample(self, codec: str, image_size: int) -> int:
+        """Stored bytes of one sample, without Zarr's metadata."""
+        selected = self.layers * self.heads * self.tokens
+        return selected * (2 * self.head_dim * CODECS[codec].itemsize + 4) + image_size**2 * 3 + 8 + 1
+
+
+def check_codec(codec: str) -> None:
+    """Refuse an unknown codec.
+
+    Raises:
+        ConfigurationError: with the known ones.
+    """
+    if codec not in CODECS:
+        raise ConfigurationError(f"codec is {codec!r}: choose one of {', '.join(CODECS)}.")
+
+
+def encode(features: Tensor, codec: str, names: Sequence[str]) -> NDArray[Any]:
+    """Keys and values in a codec's dtype.
+
+    Args:
+        features: (B, 2, L, H, T, head_dim), fp32.
+        codec: a row of ``CODECS``.
+        names: of the B images, for the error.
+
+    Raises:
+        StoreError: a value that is not finite, or not within the codec's range, naming the image.
+    """
+    encoded = features.to("cpu", torch.float16 if codec == "fp16" else torch.float32)
+    finite = encoded.flatten(1).isfinite().all(1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        largest = features[row].abs().max().item()
+        raise StoreError(
+            f"the features of {names[row]} do not fit {codec} (largest magnitude {largest:g})"
+            + (": use codec fp32." if codec == "fp16" and np.isfinite(largest) else ": the encoder gives NaN or Inf.")
+        )
+    return cast(NDArray[Any], encoded.numpy())
+
+
+class FeatureStore:
+    """A Zarr group of features, at a local path or any fsspec URL.
+
+    Use ``create`` or ``open``.
+
+    Attributes:
+        url: where it is.
+        specification: what made it.
+        ids: sample ids in the order of the rows.
+    """
+
+    def __init__(self, url: str, group: zarr.Group) -> None:
+        self.url = url
+        self._group = group
+        try:
+            attributes = cast(dict[str, Any], group.attrs.asdict())
+            if attributes["specification"].get("format") != FORMAT:
+                raise StoreError(
+                    f"the feature store {url} has the format {attributes['specification'].get('format')!r}, this "
+                    f"version of fpt-lightning reads {FORMAT}: rebuild it."
+                )
+            self.specification = FeatureSpecification.from_dict(attributes["specification"])
+            self.made_with: dict[str, str] = attributes["made_with"]
+            self.ids: tuple[str, ...] = tuple(attributes["ids"])
+            self._arrays = {name: self._array(name) for name in ("features", "indices", "images", "file_sizes", "done")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
+        if attributes.get("fingerprint") != self.specification.fingerprint():
+            raise StoreError(f"the specification of the feature store {url} does not match its fingerprint: rebuild it.")
+        self.rows = {id: row for row, id in enumerate(self.ids)}
+        self.done = np.asarray(self._arrays["done"][: len(self.ids)]).astype(bool)
+
+    @classmethod
+    def create(
+        cls, url: str, specification: FeatureSpecification, shape: FeatureShape, made_with: dict[str, str]
+    ) -> FeatureStore:
+        """Make an empty store.
+
+        Args:
+            url: where; nothing may be there.
+            specification: complete (mean, std and weights digest known).
+            shape: of one sample.
+            made_with: versions and device, for the record.
+
+        Raises:
+            StoreError: something is there already.
+        """
+        try:
+            group = zarr.open_group(url, mode="w-")
+        except FileExistsError as error:
+            raise StoreError(f"there is something at {url} already, which is not a complete feature store.") from error
+        sample = (2, shape.layers, shape.heads, shape.tokens, shape.head_dim)
+        side = specification.image_size
+        _create_array(group, "features", sample, CODECS[specification.codec])
+        _create_array(group, "indices", (shape.layers, shape.heads, shape.tokens), np.dtype("int32"))
+        _create_array(group, "images", (side, side, 3), np.dtype("uint8"))
+        for name, dtype in (("file_sizes", "int64"), ("done", "uint8")):
+            group.create_array(name, shape=(0,), chunks=(SHARD,), dtype=dtype, compressors=None, fill_value=0)
+        group.attrs.put(
+            {
+                "specification": specification.to_dict(),
+                "fingerprint": specification.fingerprint(),
+                "made_with": made_with,
+                "ids": [],
+            }
+        )
+        return cls(url, group)
+
+    @classmethod
+    def open(cls, url: str, writable: bool = False) -> FeatureStore:
+        """Open an existing store.
+
+        Raises:
+            StoreError: there is none, or it is of another format or damaged.
+        """
+        try:
+            group = zarr.open_group(url, mode="r+" if writable else "r")
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
+            raise StoreError(f"there is no feature store at {url}.") from error
+        except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
+            raise StoreError(f"the feature store {url} cannot be opened: {type(error).__name__}: {error}.") from error
+        return cls(url, group)
+
+    @staticmethod
+    def exists(url: str) -> bool:
+        """Whether a Zarr group is there, complete or not."""
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return bool(filesystem.exists(f"{path}/zarr.json"))
+
+    @staticmethod
+    def delete(url: str) -> None:
+        """Remove a local store.
+
+        Raises:
+            StoreError: it is remote, or is not a feature store.
+        """
+        FeatureStore.open(url)
+        if "://" in url:
+            raise StoreError(f"the feature store {url} is remote: delete it with your storage's own tool.")
+        shutil.rmtree(Path(url))
+
+    @property
+    def shape(self) -> FeatureShape:
+        _, _, layers, heads, tokens, head_dim = self._arrays["features"].shape
+        return FeatureShape(layers, heads, tokens, head_dim)
+
+    def require(self, asked: FeatureSpecification, rebuild: str, ignore: Sequence[str] = ()) -> None:
+        """Hold the store against what is asked.
+
+        Raises:
+            StaleStoreError: each differing field, and the command that rebuilds.
+        """
+        differences = self.specification.differences(asked, ignore)
+        if differences:
+            remedy = ""
+            if any(line.startswith("statistics") for line in differences):
+                given = f"data.mean {list(self.specification.mean)} and data.std {list(self.specification.std)}"
+                remedy = f"\nTo keep its normalisation although the training images changed, give {given}."
+            raise StaleStoreError(
+                f"the feature store {self.url} was made with other settings:\n  "
+                + "\n  ".join(differences)
+                + f"\nRebuild it with\n  {rebuild}\nor name another data.store.{remedy}"
+            )
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of the samples that are not complete in the store."""
+        return [id for id in ids if id not in self.rows or not self.done[self.rows[id]]]
+
+    def extend(self, ids: Sequence[str]) -> FeatureStore:
+        """The store with rows for new samples at its end; known ones keep theirs. One process does this."""
+        new = [id for id in ids if id not in self.rows]
+        total = len(self.ids) + len(new)
+        for array in self._arrays.values():
+            array.resize((total, *array.shape[1:]))
+        self._group.attrs.update({"ids": [*self.ids, *new]})
+        return FeatureStore.open(self.url, writable=True)
+
+    def write(
+        self,
+        rows: Sequence[int],
+        features: NDArray[Any],
+        indices: NDArray[Any],
+        images: NDArray[np.uint8],
+        file_sizes: Sequence[int],
+    ) -> None:
+        """Write complete samples of one shard; other samples of the shard are left as they are.
+
+        Args:
+            rows: ascending, all within one shard, which no other process writes.
+            features: (rows, 2, L, H, T, head_dim).
+            indices: (rows, L, H, T).
+            images: (rows, size, size, 3).
+            file_sizes: bytes.
+        """
+        content = {"features": features, "indices": indices, "images": images, "file_sizes": np.asarray(file_sizes)}
+        with zarr.config.set({"array.write_empty_chunks": True}):  # an absent chunk must mean an absent sample
+            for name, block in content.items():
+                for start, stop in _runs(rows):
+                    self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
+            for start, stop in _runs(rows):
+                self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
+        self.done[list(rows)] = True
+
+    def read(self, row: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """One sample's features (2, L, H, T, head_dim) and low-resolution copy (size, size, 3).
+
+        Raises:
+            StoreError: its bytes are damaged or gone, naming the sample.
+        """
+        try:
+            return np.asarray(self._arrays["features"][row]), np.asarray(self._arrays["images"][row])
+        except Exception as error:  # zarr raises differently for each kind of damage
+            raise self._damaged(row, error) from error
+
+    def read_indices(self, row: int) -> NDArray[np.int32]:
+        """The selected tokens of one sample, (L, H, T).
+
+        Raises:
+            StoreError: the bytes are damaged or gone, naming the sample.
+        """
+        try:
+            return np.asarray(self._arrays["indices"][row])
+        except Exception as error:
+            raise self._damaged(row, error) from error
+
+    def changed(self, root: Path) -> list[str]:
+        """Complete samples whose image file below ``root`` has another size now than when it was encoded."""
+        sizes = np.asarray(self._arrays["file_sizes"][: len(self.ids)])
+        found = []
+        for id, size, done in zip(self.ids, sizes.tolist(), self.done, strict=True):
+            path = root / id
+            if done and path.is_file() and path.stat().st_size != size:
+                found.append(id)
+        return found
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Count samples as absent, so that the next preload computes them again."""
+        for id in ids:
+            self._arrays["done"][self.rows[id]] = 0
+            self.done[self.rows[id]] = False
+
+    def check_present(self) -> None:
+        """Make sure that every complete sample has its chunks, as Zarr reads an absent chunk as zeros.
+
+        Raises:
+            StoreError: naming the first sample whose data are gone.
+        """
+        filesystem, path = fsspec.core.url_to_fs(self.url)
+        for name in ("features", "indices", "images"):
+            suffix = "/".join(["0"] * (self._arrays[name].ndim - 1))
+            for shard in range(-(-len(self.ids) // SHARD)):
+                rows = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.ids)))
+                rows = rows[self.done[rows]]
+                if len(rows):
+                    present = _shard_entries(filesystem, f"{path}/{name}/c/{shard}/{suffix}")
+                    if present is None or not present[rows % SHARD].all():
+                        raise StoreError(
+                            f"the feature store {self.url} has lost the {name} of {self.ids[rows[0]]} (shard {shard}): "
+                            "rebuild it."
+                        )
+
+    def _array(self, name: str) -> Any:
+        return self._group[name]
+
+    def _damaged(self, row: int, error: Exception) -> StoreError:
+        return StoreError(
+            f"the feature store {self.url} cannot give the sample {self.ids[row]}: {type(error).__name__}: {error}."
+        )
+
+
+def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    group.create_array(
+        name,
+        shape=(0, *sample),
+        chunks=(1, *sample),
+        shards=(SHARD, *sample),
+        dtype=dtype,
+        compressors=[Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+    )
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Positions [start, stop) of the runs of consecutive rows."""
+    breaks = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
+    return list(zip(breaks[:-1], breaks[1:], strict=True))
+
+
+def _shard_entries(filesystem: fsspec.AbstractFileSystem, path: str) -> NDArray[np.bool_] | None:
+    """Which of a shard's chunks it holds, from the index at its end; None where the file or its index is gone."""
+    index_bytes = 16 * SHARD + 4
+    try:
+        tail = filesystem.cat_file(path, start=-index_bytes)
+    except FileNotFoundError:
+        return None
+    if len(tail) != index_bytes:
+        return None
+    entries = np.frombuffer(tail[:-4], np.dtype("<u8")).reshape(SHARD, 2)
+    return np.asarray(entries[:, 0] != _ABSENT)
