@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import resource
@@ -39,7 +40,7 @@ class LearnableParameters(L.Callback):
             )
 
 
-class LiveTensorBytes(TorchDispatchMode):
+class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live tensors while it is active: every storage once, until it is freed. Exact, any device.
 
     Attributes:
@@ -48,7 +49,7 @@ class LiveTensorBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -135,11 +136,11 @@ class PeakMemory(L.Callback):
         self._live.count([list(pl_module.parameters()), list(pl_module.buffers()), batch])
         self._live.count([p.grad for p in pl_module.parameters()])
         self._live.count([list(o.state.values()) for o in trainer.optimizers])
-        self._live.__enter__()
+        self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def _end_batch(self, stage: str) -> None:
         if self._live is not None:
-            self._live.__exit__(None, None, None)
+            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._peaks[stage], self._live = self._live.peak, None
 
     def _log(self, stage: str, pl_module: L.LightningModule) -> None:
@@ -191,15 +192,15 @@ class ResultsWriter(L.Callback):
             found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
             self.metrics[self.checkpoint] = {k: v if v == v else None for k, v in found.items()}  # NaN is no JSON
             _write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
-            write_predictions(folder / "predictions.csv", rows, pl_module.class_names)
-            write_confusion(folder, rows, pl_module.class_names)
+            write_predictions(folder / "predictions.csv", rows, _class_names(pl_module))
+            write_confusion(folder, rows, _class_names(pl_module))
             rank_zero_info(f"metrics, predictions and confusion matrix are in {folder}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rows = self._gather()
         if rows and trainer.is_global_zero and isinstance(pl_module, ClassificationModule):
             folder = self._folder(trainer, "predict")
-            write_predictions(folder / "predictions.csv", rows, pl_module.class_names)
+            write_predictions(folder / "predictions.csv", rows, _class_names(pl_module))
             rank_zero_info(f"{len(rows)} predictions are in {folder / 'predictions.csv'}")
 
     def _collect(self, outputs: Any) -> None:
@@ -226,15 +227,17 @@ class ResultsWriter(L.Callback):
         return folder
 
 
+def _class_names(module: ClassificationModule) -> tuple[str, ...]:
+    """A model that never met a data module of this package has numbers for names."""
+    return module.class_names or tuple(f"class_{label}" for label in range(module.num_classes))
+
+
 def write_predictions(path: Path, rows: Sequence[tuple[str, int, list[float]]], classes: Sequence[str]) -> None:
     """Write (id, label index or -1, probabilities) as CSV."""
     lines = [["path", "label", *(f"prob_{name}" for name in classes)]]
     for id, label, probabilities in rows:
         lines.append([id, "" if label == UNLABELLED else classes[label], *(f"{p:.6f}" for p in probabilities)])
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
-    os.replace(partial, path)
+    _write_csv(path, lines)
 
 
 def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], classes: Sequence[str]) -> None:
@@ -242,8 +245,9 @@ def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], 
     counts = [[0] * len(classes) for _ in classes]
     for _, label, probabilities in rows:
         counts[label][probabilities.index(max(probabilities))] += 1
-    table = [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
-    _write_text(folder / "confusion_matrix.csv", "".join(",".join(map(_quoted, line)) + "\n" for line in table))
+    table: list[list[Any]] = [["true \\ predicted", *classes]]
+    table += [[name, *row] for name, row in zip(classes, counts, strict=True)]
+    _write_csv(folder / "confusion_matrix.csv", table)
     figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
     axes = figure.subplots()
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
@@ -257,9 +261,10 @@ def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], 
     figure.savefig(folder / "confusion_matrix.png", dpi=150)
 
 
-def _quoted(cell: object) -> str:
-    text = str(cell)
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    _write_text(path, text.getvalue())
 
 
 def _write_text(path: Path, text: str) -> None:

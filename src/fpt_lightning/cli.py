@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,13 @@ class CommandLine(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=Trainer,
-            trainer_defaults={"max_epochs": 20, "gradient_clip_val": 1.0, "default_root_dir": "runs/run"},
+            trainer_defaults={
+                "max_epochs": 20,
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "default_root_dir": "runs/run",
+                "enable_model_summary": False,
+            },
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
@@ -152,6 +160,10 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
+        if path is None and self.subcommand in ("validate", "test", "predict"):
+            raise CheckpointError(
+                f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
+            )
         if path is not None and not Path(path).is_file():
             raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
         for logger in _as_list(self._get(self.config, "trainer").logger):
@@ -182,7 +194,7 @@ class CommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Test the last and the best checkpoint, and keep both results with the run."""
         root = Path(self.trainer.default_root_dir)
-        if self.trainer.fast_dev_run or not (root / "best.ckpt").is_file():
+        if self._get(self.config, "trainer").fast_dev_run or not (root / "best.ckpt").is_file():
             return
         self.results.folder = root
         for name in ("last", "best"):
@@ -211,8 +223,24 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _quieten() -> None:
+    """Leave out what Lightning says at every start and nobody can act on."""
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*does not have many workers.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    noise = ("💡 Tip", "TPU available")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(noise)
+    )
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The console script: errors made for people are one message on stderr, with exit status 2."""
+    _quieten()
     try:
         CommandLine(args)
     except FPTError as error:

@@ -95,14 +95,14 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.root, self.table = root, manifest
-        self.columns = {
+        self.columns: dict[str, Any] = {
             "image_column": image_column,
             "label_column": label_column,
             "split_column": split_column,
             "group_column": group_column,
         }
         self.classes, self.split_seed = classes, split_seed
-        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
@@ -123,6 +123,8 @@ class ImageDataModule(L.LightningDataModule):
         """
         if stage == "predict":
             self.unlabelled = list_images(self.root)
+            encoder = self._declared("encoder_config")
+            self.specification = None if encoder is None else self.asked(encoder)
             return
         self.read_manifest()
         if self.seed is None:
@@ -130,7 +132,9 @@ class ImageDataModule(L.LightningDataModule):
         if stage == "fit":
             rank_zero_info(self.labelled.summary())
         for split in SPLITS:
-            absent = [n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count]
+            absent = [
+                n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count
+            ]
             if absent:
                 rank_zero_warn(f"the split {split} has no image of {', '.join(absent)}: its AUC leaves them out.")
         self._setup_features(stage)
@@ -190,8 +194,10 @@ class ImageDataModule(L.LightningDataModule):
 
     def asked(self, encoder: EncoderConfig, codec: str = "fp32") -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
-        ids = "\n".join(sample.id for sample in self.labelled.split("train"))
-        auto = f"auto over {len(self.labelled.split('train'))} images {sha256(ids.encode()).hexdigest()[:16]}"
+        auto = "auto"
+        if self.manifest is not None:
+            ids = [sample.id for sample in self.manifest.split("train")]
+            auto += f" over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
         return FeatureSpecification(
             encoder=encoder.name,
             weights=encoder.weights(),
@@ -483,8 +489,8 @@ class _StoredSamples(_Samples):
         return copies, {"features": torch.from_numpy(np.stack(features))}
 
 
-def _collated(batch: Batch) -> Batch:
-    return batch
+def _collated(batch: Any) -> Any:
+    return batch  # ``__getitems__`` gave it whole
 
 
 def _start_worker(worker: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import sys
@@ -29,7 +30,17 @@ from fpt_lightning.selection import (
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.", "teacher.", "student.", "vit.", "visual.trunk.")
+_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "backbone.",
+    "encoder.",
+    "model.",
+    "teacher.",
+    "student.",
+    "vit.",
+    "visual.trunk.",
+)
 _POSITIONS = ("pos_embed", "relative_position", "rel_pos", "rope")
 _HEADS = ("head.", "head_dist.", "fc_norm.", "norm.", "attn_pool.", "classifier.", "fc.")
 
@@ -272,15 +283,12 @@ class FrozenEncoder(nn.Module):
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, but the encoder was built for the "
                 f"resolution {self.resolution[0]} x {self.resolution[1]}."
             )
-        with torch.autocast(images.device.type, enabled=False), self._tap:
-            try:
-                cast(Any, self.model).forward_features(images.float())
-            except _LastTap:
-                pass
+        with torch.autocast(images.device.type, enabled=False), self._tap, contextlib.suppress(_LastTap):
+            cast(Any, self.model).forward_features(images.float())
         return self._tap.collect()
 
 
-class _LastTap(Exception):
+class _LastTap(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside the last tapped attention: nothing after it is needed."""
 
 
@@ -358,7 +366,7 @@ class _AttentionTap(TorchFunctionMode):
 
 
 def _build(config: EncoderConfig, resolution: tuple[int, int]) -> nn.Module:
-    """timm's model at a resolution; its random initialisation is the same every time and leaves the global RNG alone."""
+    """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = timm.create_model(config.name, pretrained=config.pretrained is True, img_size=resolution)
@@ -366,7 +374,7 @@ def _build(config: EncoderConfig, resolution: tuple[int, int]) -> nn.Module:
         load_weights(model, _existing_weights(config.pretrained))
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs
+            cast(Any, module).fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs
     return model
 
 

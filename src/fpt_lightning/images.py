@@ -38,8 +38,9 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise ImageError(f"the image {path} has {image.n_frames} pages or frames: save the one wanted alone.")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise ImageError(f"the image {path} has {frames} pages or frames: save the one wanted alone.")
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
                 raise ImageError(f"the image {path} has 32-bit pixels, whose scale is unknown: save it with 8 or 16.")
@@ -129,8 +130,8 @@ def channel_statistics(
 class SideTransform:
     """Draw views of low-resolution copies for the side network (paper, section 4.2.1).
 
-    ``default`` is the published set: RandomResizedCrop (scale 0.8 to 1.0, ratio 0.7 to 1.3), horizontal flip, brightness
-    and contrast jitter of 0.2. ``strong`` adds vertical flip, rotation and blur. ``none`` only resizes.
+    ``default`` is the published set: RandomResizedCrop (scale 0.8 to 1.0, ratio 0.7 to 1.3), horizontal flip,
+    brightness and contrast jitter of 0.2. ``strong`` adds vertical flip, rotation and blur. ``none`` only resizes.
 
     Args:
         size: side of a view in pixels.

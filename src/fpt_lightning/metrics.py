@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 
 class MacroAUROC(MulticlassAUROC):
@@ -35,7 +36,7 @@ class MacroAUROC(MulticlassAUROC):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
             per_class = torch.as_tensor(super().compute())
-        target = torch.cat(list(self.target)) if isinstance(self.target, list) else self.target
+        target = dim_zero_cat(self.target)
         counts = torch.bincount(target, minlength=self.num_classes)
         return per_class[(counts > 0) & (counts < counts.sum())].mean()
 
@@ -45,7 +46,6 @@ class ScoredClasses(Metric):
 
     full_state_update = False
     higher_is_better = None
-    counts: Tensor
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -53,15 +53,16 @@ class ScoredClasses(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count labels (B,)."""
-        self.counts += torch.bincount(target, minlength=len(self.counts))
+        self.counts: Tensor = cast(Tensor, self.counts) + torch.bincount(target, minlength=len(self.counts))
 
     def compute(self) -> Tensor:
         """Scalar."""
-        return ((self.counts > 0) & (self.counts < self.counts.sum())).sum().float()
+        counts = cast(Tensor, self.counts)
+        return ((counts > 0) & (counts < counts.sum())).sum().float()
 
 
 class BalancedAccuracy(MulticlassRecall):
-    """Mean recall over the classes that have an image (torchmetrics would count a wrongly predicted absent one as 0)."""
+    """Mean recall over the classes that have an image (torchmetrics counts a wrongly predicted absent one as 0)."""
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(num_classes, average="none", **kwargs)

@@ -218,7 +218,8 @@ class _StoreWriter(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        assert isinstance(pl_module, FrozenPass) and pl_module.store is not None
+        assert isinstance(pl_module, FrozenPass)
+        assert pl_module.store is not None
         rows, _images, copies, sizes = batch
         if self.pending and self.pending[0][0] // SHARD != rows[0] // SHARD:
             self._flush(pl_module.store)
@@ -228,7 +229,8 @@ class _StoreWriter(L.Callback):
         self.pending += zip(rows, features, indices, copies.cpu().numpy(), sizes, strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, FrozenPass) and pl_module.store is not None
+        assert isinstance(pl_module, FrozenPass)
+        assert pl_module.store is not None
         self._flush(pl_module.store)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

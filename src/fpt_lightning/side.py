@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -35,7 +36,7 @@ class SideViT(nn.Module):
         num_classes: int,
     ) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(img_size=resolution, patch_size=patch_size, embed_dim=width)
+        self.patch_embed = PatchEmbed(img_size=resolution, patch_size=cast(Any, patch_size), embed_dim=width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(depth))

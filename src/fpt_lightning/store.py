@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from fpt_lightning.images import INTERPOLATION
 
 FORMAT = 1  # of the layout above and of what the numbers in it mean
 SHARD = 16  # samples
-CODECS = {"fp16": np.dtype("float16"), "fp32": np.dtype("float32")}  # one row a codec
+CODECS: dict[str, np.dtype[Any]] = {"fp16": np.dtype("float16"), "fp32": np.dtype("float32")}  # one row a codec
 
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold (Zarr v3, sharding codec)
 
@@ -86,7 +87,8 @@ class FeatureSpecification:
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
@@ -157,7 +159,7 @@ def encode(features: Tensor, codec: str, names: Sequence[str]) -> NDArray[Any]:
             f"the features of {names[row]} do not fit {codec} (largest magnitude {largest:g})"
             + (": use codec fp32." if codec == "fp16" and np.isfinite(largest) else ": the encoder gives NaN or Inf.")
         )
-    return cast(NDArray[Any], encoded.numpy())
+    return encoded.numpy()
 
 
 class FeatureStore:
@@ -188,7 +190,9 @@ class FeatureStore:
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
         if attributes.get("fingerprint") != self.specification.fingerprint():
-            raise StoreError(f"the specification of the feature store {url} does not match its fingerprint: rebuild it.")
+            raise StoreError(
+                f"the specification of the feature store {url} does not match its fingerprint: rebuild it."
+            )
         self.rows = {id: row for row, id in enumerate(self.ids)}
         self.done = np.asarray(self._arrays["done"][: len(self.ids)]).astype(bool)
 
@@ -406,7 +410,7 @@ def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     """Positions [start, stop) of the runs of consecutive rows."""
     breaks = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
-    return list(zip(breaks[:-1], breaks[1:], strict=True))
+    return list(pairwise(breaks))
 
 
 def _shard_entries(filesystem: fsspec.AbstractFileSystem, path: str) -> NDArray[np.bool_] | None:

@@ -68,7 +68,7 @@ class ClassificationModule(L.LightningModule):
         if isinstance(class_weights, list) and len(class_weights) != num_classes:
             raise ConfigurationError(f"model.class_weights has {len(class_weights)} numbers for {num_classes} classes.")
         self.num_classes = num_classes
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, tuple(betas)
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, (betas[0], betas[1])
         self.warmup_epochs, self.label_smoothing = warmup_epochs, label_smoothing
         self.class_weights: str | list[float] | None = class_weights
         self.loss_weights: Tensor | None
@@ -186,16 +186,20 @@ class ClassificationModule(L.LightningModule):
             self.loss_weights = self._balanced_weights().to(self.device)
 
     def on_validation_start(self) -> None:
-        if not self.trainer.state.fn == "fit":
+        if self.trainer.state.fn != "fit":
             self._meet_data(trained=True)
 
     def on_test_start(self) -> None:
         self._meet_data(trained=True)
 
+    def on_predict_start(self) -> None:
+        self._meet_data(trained=True)
+
     def _meet_data(self, trained: bool) -> None:
         """Take over, or hold against what this model was trained with, the data module's classes and features."""
         data = getattr(self.trainer, "datamodule", None)
-        names: tuple[str, ...] = tuple(getattr(data, "class_names", ()))
+        labelled = getattr(data, "manifest", None) is not None and self.trainer.state.fn != "predict"
+        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if labelled else ()
         specification: FeatureSpecification | None = getattr(data, "specification", None)
         if trained and self.class_names and names and names != self.class_names:
             raise CheckpointError(

@@ -1,0 +1,69 @@
+"""Sessions: tests (default), slow, lint, types, quickstart, benchmarks, build."""
+
+import shutil
+
+import nox
+
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+
+ENV = {
+    "PYTHONDONTWRITEBYTECODE": "",  # compiled modules start in a third of the time
+    "OMP_NUM_THREADS": "2",
+    "WANDB_MODE": "offline",
+}
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    session.install(f".[{','.join(extras)}]" if extras else ".")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The default suite; arguments go to pytest."""
+    install(session, "dev")
+    session.run("pytest", *session.posargs, env=ENV)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """What the default suite leaves out: real-size encoders, and real images from the folder FPT_CHEST_XRAY."""
+    install(session, "dev")
+    session.run("pytest", "-m", "slow", "--timeout", "3600", *session.posargs, env=ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff>=0.9")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    install(session, "dev")
+    session.run("mypy", env=ENV)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """The README's main command, in a folder of its own."""
+    install(session)
+    shutil.rmtree("runs/quickstart", ignore_errors=True)
+    session.run("fpt-lightning", "fit", "--config", "examples/quickstart.yaml", env=ENV)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Every script in benchmarks/, which write their results beside themselves."""
+    install(session, "dev")
+    session.run("python", "benchmarks/quickstart.py", *session.posargs, env=ENV)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    session.install("build", "twine")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", "dist/*")
