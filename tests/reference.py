@@ -24,11 +24,13 @@ from torch import Tensor, nn
 SMALL = {"embed_dim": 64, "depth": 5, "num_heads": 4}
 
 
-def small(of: str, suffix: str = "", **options: Any) -> str:
+def small(of: str, suffix: str = "", **options: Any) -> str | None:
     """Register timm's model ``of`` at width 64, 5 blocks and 4 heads, its other options untouched; return its name."""
     name = f"fpt_{of}{suffix}"
     if timm.is_model(name):
         return name
+    if not timm.is_model(of):
+        return None  # an older timm
     entrypoint = timm.model_entrypoint(of)
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -40,14 +42,14 @@ def small(of: str, suffix: str = "", **options: Any) -> str:
     return name
 
 
-FAMILIES = {
+_FAMILIES = {
     "vit": small("vit_base_patch16_224"),
     "vit-dynamic-size": "test_vit",
     "vit-qk-norm": small("vit_base_patch16_224", "_qk_norm", qk_norm=True),
     "vit-inner-norm": small("beit3_base_patch16_224"),
     "vit-register-no-class": "test_vit2",
     "vit-register-map-pool": "test_vit3",
-    "vit-rms-norm": "test_vit4",
+    "vit-rms-norm": "test_vit4" if timm.is_model("test_vit4") else None,
     "deit": small("deit_tiny_patch16_224"),
     "deit-distilled": small("deit_tiny_distilled_patch16_224"),
     "deit3": small("deit3_small_patch16_224"),
@@ -66,6 +68,7 @@ FAMILIES = {
     "beit": small("beit_base_patch16_224"),
     "beitv2": small("beitv2_base_patch16_224"),
 }
+FAMILIES: dict[str, str] = {family: name for family, name in _FAMILIES.items() if name is not None}
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -89,7 +92,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
 
 
-# ---------------------------------------------------------------------------------------------- attention of timm
+# ---------------------------------------------------------------------------------------------------- attention of timm
 
 
 @dataclass
@@ -205,7 +208,7 @@ def _projected(module: Any, x: Tensor, which: str, head: int) -> Tensor:
     return out if bias is None else out + bias[own].double()
 
 
-# ------------------------------------------------------------------------------------------------- frozen encoder
+# ------------------------------------------------------------------------------------------------------- frozen encoder
 
 
 @dataclass
@@ -229,9 +232,7 @@ class NaiveFeatures:
 
 
 @torch.no_grad()
-def naive_encode(
-    model: nn.Module, images: Tensor, layers: Sequence[int], patch_size: tuple[int, int]
-) -> NaiveFeatures:
+def naive_encode(model: nn.Module, images: Tensor, layers: Sequence[int], patch_size: tuple[int, int]) -> NaiveFeatures:
     """Run an untouched timm model and recompute the attention of ``layers`` from its inputs."""
     blocks: Any = model.blocks
     inputs: dict[int, Tensor] = {}
@@ -289,7 +290,7 @@ def column_mean(attention_map: Tensor) -> Tensor:
     return total / len(attention_map)
 
 
-# ---------------------------------------------------------------------------------------- fusion and side network
+# ---------------------------------------------------------------------------------------------- fusion and side network
 
 
 def naive_fusion(fusion: Any, features: Tensor) -> list[Tensor]:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from reference import FAMILIES, NaiveFeatures, naive_encode, randomise
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +32,7 @@ from fpt_lightning.selection import (
     number_of_tokens,
     select_tokens,
 )
+from reference import FAMILIES, NaiveFeatures, naive_encode, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,9 +121,7 @@ def assert_same_selection(indices: Tensor, naive: NaiveFeatures, criterion: str 
     expected = naive.selected(criterion, indices.shape[-1])
     importance = naive.importance[criterion]
     assert (indices.sort(-1).values.diff(dim=-1) > 0).all(), "a token was selected twice"
-    torch.testing.assert_close(
-        importance.gather(-1, indices), importance.gather(-1, expected), rtol=1e-5, atol=1e-9
-    )
+    torch.testing.assert_close(importance.gather(-1, indices), importance.gather(-1, expected), rtol=1e-5, atol=1e-9)
     assert (indices == expected).float().mean() > 0.99
 
 
@@ -140,7 +138,7 @@ def assert_same_block_outputs(run: Run) -> None:
         assert_close(actual, expected)
 
 
-# --------------------------------------------------------------------------------- every family against the reference
+# ----------------------------------------------------------------------------------- every family against the reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_size = pytest.mark.parametrize("kind", ["native", "non-square"])
@@ -224,7 +222,7 @@ def test_the_upper_half_is_tapped_by_default() -> None:
     assert EncoderConfig(FAMILIES["vit"], False).tapped_layers == (2, 3, 4)
 
 
-# ------------------------------------------------------------------------------------------------ what is not computed
+# ------------------------------------------------------------------------------------------------- what is not computed
 
 
 @pytest.mark.parametrize("criterion", ["global", "class_token"])
@@ -317,7 +315,8 @@ def test_autocast_does_not_touch_the_frozen_pass() -> None:
     features, indices = encoder(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast_features, cast_indices = encoder(images)
-    assert torch.equal(features, cast_features) and torch.equal(indices, cast_indices)
+    assert torch.equal(features, cast_features)
+    assert torch.equal(indices, cast_indices)
 
 
 def test_the_tap_works_where_fused_attention_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +355,7 @@ def test_published_parameter_count_of_vit_base() -> None:
     assert number_of_tokens(1025, 0.2) == 205
 
 
-# ------------------------------------------------------------------------------------------------------ the selection
+# -------------------------------------------------------------------------------------------------------- the selection
 
 
 def full_map(query: Tensor, key: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
@@ -394,13 +393,15 @@ def test_attention_in_pieces(kind: str, scale: float | None) -> None:
     bias = BIASES[kind]()
     attention_map = full_map(query, key, bias, scale)
     output, importance = attention_with_importance(query, key, value, bias=bias, scale=scale)
-    assert output is not None and importance.dtype == torch.float32
+    assert output is not None
+    assert importance.dtype == torch.float32
     assert_close(importance, attention_map.mean(-2))
     assert_close(output, attention_map @ value.double())
     assert_close(output, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
     assert_close(class_token_importance(query, key, bias=bias, scale=scale), attention_map[:, :, 0])
     no_output, same = attention_with_importance(query, key, None, bias=bias, scale=scale)
-    assert no_output is None and torch.equal(same, importance)
+    assert no_output is None
+    assert torch.equal(same, importance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -408,7 +409,8 @@ def test_importance_is_summed_in_single_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 300, 16).to(dtype) for _ in range(3))
     output, importance = attention_with_importance(query, key, value)
-    assert output is not None and output.dtype == dtype
+    assert output is not None
+    assert output.dtype == dtype
     torch.testing.assert_close(importance.sum(-1), torch.ones(1, 2), rtol=0, atol=1e-5)
 
 
@@ -425,7 +427,7 @@ def test_select_tokens_keeps_each_heads_own() -> None:
             assert torch.equal(selected[b, 1, h], value[b, h, order])
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
@@ -472,7 +474,7 @@ def test_class_token_criterion_without_a_class_token() -> None:
 @pytest.mark.parametrize(
     ("resolution", "message"),
     [
-        ((224, 230), r"resolution 224 x 230 .*patch size 16 x 16 of test_vit.*\[224, 240\] \(height\) and \[224, 240\]"),
+        ((224, 230), r"resolution 224 x 230 .*patch size 16 x 16 of test_vit.*\[224, 240\] \(height\) and \[224, "),
         ((100, 64), r"resolution 100 x 64 .*\[96, 112\] \(height\) and \[64, 80\] \(width\)"),
         ((8, 64), r"resolution 8 x 64 .*\[16\] \(height\)"),
     ],
@@ -484,7 +486,7 @@ def test_resolution_that_patches_do_not_fill(resolution: tuple[int, int], messag
 
 def test_images_of_another_size() -> None:
     encoder = FrozenEncoder(EncoderConfig("test_vit", False), (64, 96))
-    with pytest.raises(ConfigurationError, match="the images are 96 x 64 pixels, .* resolution 64 x 96"):
+    with pytest.raises(ConfigurationError, match=r"the images are 96 x 64 pixels, .* resolution 64 x 96"):
         encoder(torch.zeros(1, 3, 96, 64))
 
 
@@ -495,7 +497,7 @@ def test_a_block_without_the_attention_call() -> None:
         encoder(torch.zeros(1, 3, 64, 64))
 
 
-# ---------------------------------------------------------------------------------------------------------- weights files
+# -------------------------------------------------------------------------------------------------------- weights files
 
 Tensors = dict[str, Tensor]
 
@@ -657,7 +659,7 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
     ),
     "another width": (
         lambda own: dict(timm.create_model("deit_tiny_patch16_224", img_size=64).state_dict()),
-        ["not in the model: blocks.6.norm1.weight", "... and "],
+        ["not in the model: blocks.10.attn.proj.bias", "... and 136 more"],
     ),
 }
 
@@ -696,14 +698,14 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path: Path, where: st
 
 
 @pytest.fixture
-def truncated(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+def truncated(tmp_path: Path) -> Callable[[str], str]:
     def cut(suffix: str) -> str:
         path = tmp_path / f"weights{suffix}"
         save(source_model().state_dict(), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         return str(path)
 
-    yield cut
+    return cut
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -730,7 +732,7 @@ def test_missing_weights_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.npz", "weights", "yes"])
 def test_weights_file_of_another_kind(name: str) -> None:
-    with pytest.raises(EncoderError, match=f"pretrained is '{name}': give true, false or a file ending in .safetensors"):
+    with pytest.raises(EncoderError, match=f"pretrained is '{name}': give true, false or a file ending in"):
         EncoderConfig("test_vit", pretrained=name)
 
 
@@ -741,8 +743,10 @@ def test_weights_are_named_without_loading_them(tmp_path: Path) -> None:
     names = []
     for seed in (0, 0, 1):
         randomise(model, seed)
-        names.append(EncoderConfig("test_vit", save(model.state_dict(), tmp_path / f"{len(names)}.pt")).weights())
-    assert names[0] != names[2] and all(re.fullmatch("sha256:[0-9a-f]{64}", name) for name in names)
+        path = save(model.state_dict(), tmp_path / f"{len(names)}.safetensors")
+        names.append(EncoderConfig("test_vit", path).weights())
+    assert len(set(names)) == 2
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", name) for name in names)
 
 
 def test_digest_follows_every_weight_that_features_depend_on() -> None:

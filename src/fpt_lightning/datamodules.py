@@ -284,7 +284,8 @@ class ImageDataModule(L.LightningDataModule):
     def _dataloader(self, dataset: _Samples, shuffle: bool) -> DataLoader[Any]:
         rank, world, epoch = 0, 1, 0
         if self.trainer is not None:
-            rank, world, epoch = self.trainer.global_rank, self.trainer.world_size, self.trainer.current_epoch
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # of a run that goes on, before it does
         sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
         sampler.set_epoch(epoch)
         return DataLoader(

@@ -53,12 +53,11 @@ class ScoredClasses(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count labels (B,)."""
-        self.counts: Tensor = cast(Tensor, self.counts) + torch.bincount(target, minlength=len(self.counts))
+        self.counts: Tensor = self.counts + torch.bincount(target, minlength=len(self.counts))
 
     def compute(self) -> Tensor:
         """Scalar."""
-        counts = cast(Tensor, self.counts)
-        return ((counts > 0) & (counts < counts.sum())).sum().float()
+        return ((self.counts > 0) & (self.counts < self.counts.sum())).sum().float()
 
 
 class BalancedAccuracy(MulticlassRecall):
@@ -69,7 +68,7 @@ class BalancedAccuracy(MulticlassRecall):
 
     def compute(self) -> Tensor:
         """Scalar."""
-        present = (self.tp + self.fn) > 0
+        present = (cast(Tensor, self.tp) + cast(Tensor, self.fn)) > 0
         return torch.as_tensor(super().compute())[present].mean()
 
 

@@ -157,14 +157,16 @@ class ClassificationModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             learnable, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        if self.trainer.max_epochs in (-1, None) and self.trainer.max_steps == -1:
             raise ConfigurationError("trainer.max_epochs is -1: the cosine schedule needs a last step; give a number.")
-        warmup = int(steps * self.warmup_epochs / (self.trainer.max_epochs or 1))
 
         def factor(step: int) -> float:
+            if step == 0:  # asked for before a resumed run knows its epoch, when loading the data would be too early
+                return 0.0 if self.warmup_epochs else 1.0
+            steps = int(self.trainer.estimated_stepping_batches)
+            warmup = int(steps * self.warmup_epochs / (self.trainer.max_epochs or 1))
             if step < warmup:
-                return (step + 1) / warmup
+                return step / warmup
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

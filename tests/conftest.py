@@ -1,0 +1,75 @@
+"""Small generated data sets and the settings of a tiny real ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+from PIL import Image
+
+from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
+
+TINY = {"encoder": "test_vit", "pretrained": False, "side_resolution": 32, "prompts": 4}
+"""timm's ``test_vit``: width 64, 6 blocks, 2 heads, patch 16."""
+
+
+def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (80, 96), seed: int = 0) -> Path:
+    """``root/{class}/{number}.png``; the classes differ in colour, so that they can be learned in a few steps."""
+    rng = np.random.default_rng(seed)
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = rng.integers(0, 120, (*size, 3))
+            pixels[..., label % 3] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture()
+def image_root(tmp_path: Path) -> Path:
+    """30 images of 3 classes in class folders."""
+    return write_images(tmp_path / "images", {"a": 10, "b": 10, "c": 10})
+
+
+@pytest.fixture()
+def tiny_data(image_root: Path, tmp_path: Path) -> Callable[..., PreloadedFeatureDataModule]:
+    """A maker of preloaded data modules over ``image_root``, at 64 x 64, whose store is ``tmp_path / store.zarr``."""
+
+    def make(**changes: Any) -> PreloadedFeatureDataModule:
+        settings: dict[str, Any] = {
+            "root": str(image_root),
+            "store": str(tmp_path / "store.zarr"),
+            "resolution": 64,
+            "mean": [0.4],
+            "std": [0.2],
+            "image_size": 48,
+            "batch_size": 8,
+        }
+        return PreloadedFeatureDataModule(**{**settings, **changes})
+
+    return make
+
+
+def tiny_model(**changes: Any) -> FPTPlusModule:
+    """FPT+ on the tiny ViT, for 3 classes."""
+    return FPTPlusModule(**{"num_classes": 3, **TINY, **changes})
+
+
+def quiet_trainer(folder: Path, **changes: Any) -> L.Trainer:
+    """A trainer on the CPU that writes below ``folder`` only, without bars and loggers."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "max_epochs": 1,
+        "gradient_clip_val": 1.0,
+    }
+    return L.Trainer(**{**settings, **changes})
