@@ -29,13 +29,13 @@ def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (80
     return root
 
 
-@pytest.fixture()
+@pytest.fixture
 def image_root(tmp_path: Path) -> Path:
     """30 images of 3 classes in class folders."""
     return write_images(tmp_path / "images", {"a": 10, "b": 10, "c": 10})
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_data(image_root: Path, tmp_path: Path) -> Callable[..., PreloadedFeatureDataModule]:
     """A maker of preloaded data modules over ``image_root``, at 64 x 64, whose store is ``tmp_path / store.zarr``."""
 

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -332,8 +333,10 @@ def test_the_tap_works_where_fused_attention_is_switched_off(monkeypatch: pytest
 def test_a_failed_pass_leaves_nothing_behind() -> None:
     encoder = FrozenEncoder(EncoderConfig("test_vit", False), (64, 64))
     expected = encoder(images_for((64, 64)))
-    with pytest.raises(RuntimeError):
-        encoder(torch.zeros(1, 5, 64, 64))  # five channels
+    out_of_memory = encoder.model.blocks[4].norm1.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder(images_for((64, 64)))
+    out_of_memory.remove()
     assert all(torch.equal(a, b) for a, b in zip(encoder(images_for((64, 64))), expected, strict=True))
 
 
@@ -402,6 +405,14 @@ def test_attention_in_pieces(kind: str, scale: float | None) -> None:
     no_output, same = attention_with_importance(query, key, None, bias=bias, scale=scale)
     assert no_output is None
     assert torch.equal(same, importance)
+
+
+def test_a_piece_of_the_map_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_MAP_BYTES", 2**18)
+    query, key, value = (torch.randn(2, 2, 500, 8) for _ in range(3))  # one image's map takes 2 MB
+    with LargestStorage() as largest:
+        attention_with_importance(query, key, value)
+    assert 2**17 < largest.bytes <= 2**18
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -584,7 +595,7 @@ def test_every_family_reads_back_its_own_weights(tmp_path: Path, family: str) ->
     config = EncoderConfig(name, pretrained=save(model.state_dict(), tmp_path / "weights.safetensors"))
     native = FrozenEncoder(config, (6 * patch, 6 * patch))
     assert all(torch.equal(v, native.model.state_dict()[k]) for k, v in model.state_dict().items())
-    other = FrozenEncoder(config, (9 * patch, 4 * patch))
+    other = FrozenEncoder(config, (9 * patch, 5 * patch))
     assert other(images_for(other.resolution))[1].max() < other.tokens
     assert native.digest == other.digest
 
@@ -610,6 +621,14 @@ def test_relative_positions_are_interpolated(tmp_path: Path) -> None:
     assert torch.equal(own[-3:], table[-3:])  # those of the class token
     assert torch.allclose(own[11 * 19 // 2], table[11 * 11 // 2], atol=1e-2)  # distance zero
     assert own[:-3].std() > 0.3
+
+
+def test_published_layout_of_deit3(tmp_path: Path) -> None:
+    name = FAMILIES["deit3"]
+    model = source_model(name)
+    published = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): v for key, v in model.state_dict().items()}
+    assert "blocks.0.gamma_2" in published
+    assert_encodes_like(save({"model": published}, tmp_path / "deit3.pth"), model, name)
 
 
 def test_published_layout_of_dinov2(tmp_path: Path) -> None:
@@ -659,9 +678,18 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
     ),
     "another width": (
         lambda own: dict(timm.create_model("deit_tiny_patch16_224", img_size=64).state_dict()),
-        ["not in the model: blocks.10.attn.proj.bias", "... and 136 more"],
+        ["shape: cls_token is (1, 1, 192), the model has (1, 1, 64)", "... and 136 more"],
     ),
 }
+
+
+def test_positions_of_a_square_grid_are_interpolated_to_another_grid_of_as_many(tmp_path: Path) -> None:
+    source = timm.create_model("test_vit", pretrained=False, img_size=96)  # 6 x 6 patches
+    path = save(dict(source.state_dict()), tmp_path / "weights.safetensors")
+    encoder = FrozenEncoder(EncoderConfig("test_vit", pretrained=path), (144, 64))  # 9 x 4 patches
+    expected = resample_abs_pos_embed(source.pos_embed, [9, 4], [6, 6], num_prefix_tokens=1)
+    torch.testing.assert_close(encoder.model.pos_embed, expected)
+    assert not torch.equal(encoder.model.pos_embed, source.pos_embed)
 
 
 @pytest.mark.parametrize("kind", MISFITS)

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import TINY, quiet_trainer, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from conftest import TINY, quiet_trainer, tiny_model
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder import FrozenEncoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
@@ -28,7 +28,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tiny_data: DataMaker) -> PreloadedFeatureDataModule:
     """A preloaded data module whose store is complete, in fp32."""
     made = tiny_data(codec="fp32")
@@ -321,9 +321,7 @@ def test_class_weights(data: PreloadedFeatureDataModule, tmp_path: Path) -> None
     quiet_trainer(tmp_path).fit(module, data)
     assert module.loss_weights is not None
     counts = data.class_counts
-    torch.testing.assert_close(
-        module.loss_weights, torch.tensor([sum(counts) / (3 * count) for count in counts])
-    )
+    torch.testing.assert_close(module.loss_weights, torch.tensor([sum(counts) / (3 * count) for count in counts]))
     assert "loss_weights" not in module.state_dict()
 
 

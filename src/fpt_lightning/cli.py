@@ -90,14 +90,14 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
-        if trainer.is_global_zero and trainer.ckpt_path is None:
+        if trainer.is_global_zero and self.config.get("ckpt_path") is None:
             if path.exists():
                 raise ConfigurationError(
                     f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or go "
                     f"on with that run by --ckpt_path {folder / 'last.ckpt'}."
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)
+            self.parser.save(self.config, path, overwrite=False, multifile=False)
 
 
 class CommandLine(LightningCLI):
@@ -141,10 +141,10 @@ class CommandLine(LightningCLI):
         given = config["logger"]
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
         if fit and given is not False and not config["fast_dev_run"]:
-            loggers = [*loggers, RunLogger(root, self._resumed_at())]
+            loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["global_step"])]
         callbacks = [self.results, PeakMemory()]
         if fit:
-            callbacks += [LearnableParameters(), *([LearningRateMonitor()] if loggers else []), *_checkpoints(root)]
+            callbacks += [LearnableParameters(), *([LearningRateMonitor("epoch")] if loggers else []), *_checkpoints(root)]
         self.trainer_defaults["callbacks"] = callbacks
         if self.subcommand == "preload":
             loggers = []
@@ -152,20 +152,13 @@ class CommandLine(LightningCLI):
             kwargs["enable_checkpointing"] = False
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
-    def _resumed_at(self) -> int | None:
-        path = self._get(self.config, "ckpt_path")
-        if path is None:
-            return None
-        return int(_read_checkpoint(path)["global_step"])
-
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
         if path is None and self.subcommand in ("validate", "test", "predict"):
             raise CheckpointError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )
-        if path is not None and not Path(path).is_file():
-            raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
+        self.checkpoint = None if path is None else _read_checkpoint(path)
         for logger in _as_list(self._get(self.config, "trainer").logger):
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
                 logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
@@ -212,6 +205,8 @@ def _checkpoints(root: str) -> list[ModelCheckpoint]:
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
@@ -230,12 +225,21 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*does not have many workers.*",
         ".*Experiment logs directory .* exists and is not empty.*",
+        ".*LightningCLI's args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
     noise = ("💡 Tip", "TPU available")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith(noise)
     )
+
+
+def _made_for_people(error: BaseException | None) -> FPTError | None:
+    """The error of ours that a library passed on as one of its own, if there is one."""
+    while error is not None and not isinstance(error, FPTError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -243,8 +247,9 @@ def main(args: Sequence[str] | None = None) -> None:
     _quieten()
     try:
         CommandLine(args)
-    except FPTError as error:
-        if os.environ.get("FPT_TRACEBACK"):
+    except Exception as raised:
+        error = _made_for_people(raised)
+        if error is None or os.environ.get("FPT_TRACEBACK"):
             raise
         text = str(error)
         if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message

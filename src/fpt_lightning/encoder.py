@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -123,6 +125,7 @@ def _shape_of(name: str, model: nn.Module) -> EncoderShape:
     plain = (
         attention is not None
         and isinstance(patch_size, tuple)
+        and not hasattr(model.patch_embed, "backbone")  # a hybrid's patches are of its convolutions' maps
         and hasattr(attention, "fused_attn")
         and hasattr(attention, "num_heads")
         and isinstance(getattr(model, "num_prefix_tokens", None), int)
@@ -159,7 +162,7 @@ class EncoderConfig:
 
     Raises:
         ConfigurationError: a layer, ratio or criterion that does not exist.
-        EncoderError: not a plain ViT of timm, or a weights file that is not there.
+        EncoderError: not a plain ViT of timm, or a weights file of an unknown kind.
     """
 
     name: str
@@ -401,12 +404,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(_HEADS)}
     given = {k: v for k, v in converted.items() if not k.startswith(_HEADS)}
     problems = [f"missing: {k}" for k in wanted if k not in given]
-    problems += [f"not in the model: {k}" for k in given if k not in wanted and "mask_token" not in k]
     problems += [
         f"shape: {k} is {tuple(given[k].shape)}, the model has {tuple(v.shape)}"
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
+    problems += [f"not in the model: {k}" for k in given if k not in wanted and "mask_token" not in k]
     if problems:
         listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise EncoderError(f"the weights file {path} does not fit {type(model).__name__}:\n  {listed}")
@@ -443,11 +446,25 @@ def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _on_a_square_grid(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Interpolate positions that timm would take as they are, as there happen to be as many on another grid."""
+    positions, grid = tensors.get("pos_embed"), tuple(cast(Any, model.patch_embed).grid_size)
+    if positions is None or getattr(model, "pos_embed", None) is None or grid[0] == grid[1]:
+        return tensors
+    prefix = positions.shape[1] - grid[0] * grid[1]
+    side = math.isqrt(grid[0] * grid[1])
+    if prefix not in (0, model.num_prefix_tokens) or side * side != grid[0] * grid[1]:
+        return tensors
+    resampled = resample_abs_pos_embed(positions, list(grid), [side, side], num_prefix_tokens=prefix)
+    return {**tensors, "pos_embed": resampled}
+
+
 def _convert(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
     """timm's conversion of published layouts (its ``checkpoint_filter_fn``), which also interpolates positions."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
+    tensors = _on_a_square_grid(tensors, model)
     extra = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(convert).parameters else {}
     try:
         return cast(dict[str, Tensor], convert(dict(tensors), model, **extra))

@@ -7,7 +7,7 @@ class FPTError(Exception):
     """Base of every error this package raises on purpose."""
 
 
-class ConfigurationError(FPTError, ValueError):
+class ConfigurationError(FPTError):
     """An argument, or a combination of arguments, that cannot work."""
 
 

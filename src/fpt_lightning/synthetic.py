@@ -1,7 +1,7 @@
 """Drawn fundus photographs whose class only the full resolution shows: data for examples and tests, offline.
 
 Every image is a retina of its own (position, colour, lighting, optic disc, macula, vessels, camera noise). The class is
-a texture of about 4 pixels over parts of the retina, without any low frequency: a copy reduced to a quarter has lost it.
+a fine texture over parts of the retina, 128 periods across the image and nothing slower: a copy of 128 pixels lost it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from fpt_lightning.errors import DataError
+from fpt_lightning.errors import ConfigurationError, DataError
 
 CLASSES: tuple[str, ...] = ("healthy", "granular", "striated")
 
 _MARKER = "synthetic.json"
 _VERSION = 1  # part of the marker: raise it whenever the pixels of an image change
-_FREQUENCY = 0.27  # of both textures, cycles a pixel; a quarter-size copy keeps what lies below 0.125
-_BANDWIDTH = 0.03  # cycles a pixel, standard deviation
-_CONTRAST = 0.10  # of both textures, standard deviation as a share of the local brightness
+_PERIODS = 128  # of both textures across the image: one a pixel of a 128-pixel copy, which averages it away
+_BANDWIDTH = 14  # periods across the image, standard deviation
+_SMALLEST = 320  # pixels: below, the texture's period of size / 128 pixels cannot be drawn
+_CONTRAST = 0.20  # of both textures, standard deviation as a share of the local brightness
 _CAMERA_NOISE = 2.5  # grey levels, standard deviation
 
 _Array = NDArray[np.float32]
@@ -67,11 +68,15 @@ def fundus_image(label: int, seed: int, size: int = 512) -> NDArray[np.uint8]:
     Args:
         label: position in ``CLASSES``: 0 no texture, 1 fine speckle, 2 fine streaks.
         seed: decides everything else, 0 or more.
-        size: side of the image in pixels; the texture's period is about 4 pixels at any size.
+        size: side of the image in pixels, 320 or more; the texture's period is size / 128 pixels.
 
     Returns:
         RGB (size, size, 3), uint8.
+
+    Raises:
+        ConfigurationError: a label, seed or size outside these ranges.
     """
+    _check(label, seed, size)
     rng = np.random.default_rng([seed, 0])
     retina = _draw_retina(rng)
     x, y = _eye_coordinates(retina, size)
@@ -89,6 +94,15 @@ def fundus_image(label: int, seed: int, size: int = 512) -> NDArray[np.uint8]:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
+def _check(label: int, seed: int, size: int) -> None:
+    if not 0 <= label < len(CLASSES):
+        raise ConfigurationError(f"label is {label}: give 0 to {len(CLASSES) - 1}, a position in {CLASSES}.")
+    if seed < 0:
+        raise ConfigurationError(f"seed is {seed}: give 0 or more.")
+    if size < _SMALLEST:
+        raise ConfigurationError(f"size is {size} pixels: the textures need at least {_SMALLEST}.")
+
+
 def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size: int = 512) -> None:
     """Write a balanced set as ``root/{class}/{number}.png``; nothing happens where exactly this set already lies.
 
@@ -99,9 +113,13 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
         size: side of the images in pixels.
 
     Raises:
+        ConfigurationError: a count below the number of classes, or a seed or size that ``fundus_image`` refuses.
         DataError: ``root`` holds anything else: other parameters, foreign files or an interrupted set.
     """
     root = Path(root)
+    if count < len(CLASSES):
+        raise ConfigurationError(f"count is {count}: give at least one image a class, {len(CLASSES)}.")
+    _check(0, seed, size)
     parameters = {"version": _VERSION, "classes": list(CLASSES), "count": count, "seed": seed, "size": size}
     labels = {f"{CLASSES[i % len(CLASSES)]}/{i // len(CLASSES):04d}.png": i for i in range(count)}
     if _already_written(root, parameters, set(labels)):
@@ -143,13 +161,13 @@ def _read_marker(path: Path) -> dict[str, Any]:
 
 def _draw_retina(rng: np.random.Generator) -> _Retina:
     return _Retina(
-        radius=rng.uniform(0.47, 0.52),
+        radius=rng.uniform(0.44, 0.48),
         centre=(rng.uniform(0.48, 0.52), rng.uniform(0.48, 0.52)),
         side=int(rng.choice([-1, 1])),
         tilt=rng.uniform(-0.3, 0.3),
         disc=(rng.uniform(0.42, 0.62), rng.uniform(-0.12, 0.08)),
         disc_radius=rng.uniform(0.12, 0.16),
-        colour=np.asarray([rng.uniform(165, 205), rng.uniform(72, 104), rng.uniform(26, 54)], np.float32),
+        colour=np.asarray([rng.uniform(145, 175), rng.uniform(66, 92), rng.uniform(28, 48)], np.float32),
     )
 
 
@@ -159,7 +177,7 @@ def _eye_coordinates(retina: _Retina, size: int) -> tuple[_Array, _Array]:
     x = (columns / size - retina.centre[0]) / retina.radius
     y = (rows / size - retina.centre[1]) / retina.radius
     cos, sin = np.float32(np.cos(retina.tilt)), np.float32(np.sin(retina.tilt))
-    return (x * cos + y * sin) * np.float32(retina.side), y * cos - x * sin
+    return np.asarray((x * cos + y * sin) * retina.side, np.float32), np.asarray(y * cos - x * sin, np.float32)
 
 
 def _background(rng: np.random.Generator, retina: _Retina, x: _Array, y: _Array) -> _Array:
@@ -172,7 +190,7 @@ def _background(rng: np.random.Generator, retina: _Retina, x: _Array, y: _Array)
     fovea = (retina.disc[0] - rng.uniform(0.62, 0.74), retina.disc[1] + rng.uniform(0.02, 0.12))
     distance = (x - fovea[0]) ** 2 + (y - fovea[1]) ** 2
     macula = rng.uniform(0.2, 0.32) * np.exp(-distance / 0.05) + rng.uniform(0.1, 0.2) * np.exp(-distance / 0.006)
-    brightness = light * (1 + mottling) * (1 - macula)
+    brightness = np.asarray(light * (1 + mottling) * (1 - macula), np.float32)
     # red saturates in the bright parts and lasts in the dark ones, green and blue fall off faster
     image = retina.colour * np.maximum(brightness, 0.05)[..., None] ** np.asarray([0.75, 1.1, 1.2], np.float32)
     return np.asarray(image, np.float32)
@@ -195,48 +213,47 @@ def _add_disc(rng: np.random.Generator, retina: _Retina, image: _Array, x: _Arra
 def _vessels(rng: np.random.Generator, retina: _Retina, size: int) -> _Array:
     """How much vessels darken every pixel, (size, size) in [0, 1]: an artery and a vein along each of four arcades."""
     canvas = Image.new("L", (2 * size, 2 * size))
-    draw = ImageDraw.Draw(canvas)
+    pen = _Pen(rng, retina, ImageDraw.Draw(canvas), 2 * size)
     for vertical in (-1, 1):
-        for towards, bend in ((-1, rng.uniform(1.0, 1.3)), (1, rng.uniform(0.3, 0.6))):
-            for darkness, width in ((165, 0.019), (230, 0.026)):
-                heading = vertical * rng.uniform(1.1, 1.5) if towards < 0 else vertical * rng.uniform(0.5, 1.1)
-                start = np.asarray(retina.disc) + rng.normal(0, 0.02, 2)
-                heading = np.pi - heading if towards < 0 else heading
-                curl = vertical * -towards * bend * rng.uniform(0.75, 1.05)
-                length = rng.uniform(1.5, 1.9) if towards < 0 else rng.uniform(0.5, 0.8)
-                _grow(rng, retina, draw, size, start, heading, -curl, width * rng.uniform(0.8, 1.15), length, darkness)
+        for darkness, width in ((150, 0.018), (215, 0.025)):
+            start = np.asarray(retina.disc) + rng.normal(0, 0.02, 2)
+            # the temporal arcade leaves steeply and bends around the macula, the nasal one runs off
+            steep, flat = rng.uniform(1.25, 1.6), rng.uniform(0.5, 1.1)
+            thick = width * rng.uniform(0.85, 1.15)
+            pen.grow(start, np.pi - vertical * steep, vertical * steep * rng.uniform(0.8, 1.1), thick, 1.8, darkness)
+            pen.grow(start, vertical * flat, -vertical * flat * rng.uniform(0, 0.8), 0.8 * thick, 0.8, darkness)
     blurred = canvas.filter(ImageFilter.GaussianBlur(size / 512)).resize((size, size), Image.Resampling.BOX)
-    return np.asarray(blurred, np.float32) / 255
+    return np.asarray(np.asarray(blurred) / 255, np.float32)
 
 
-def _grow(
-    rng: np.random.Generator,
-    retina: _Retina,
-    draw: ImageDraw.ImageDraw,
-    size: int,
-    start: NDArray[np.float64],
-    heading: float,
-    curl: float,
-    width: float,
-    length: float,
-    darkness: int,
-) -> None:
-    """Draw one vessel that tapers and wavers, and its branches; lengths in radii, angles in radians."""
-    step = 0.025
-    steps = max(3, int(length / step))
-    wander = np.cumsum(rng.normal(0, 0.06, steps)) * 0.6
-    headings = heading + curl * np.arange(steps) * step + wander - wander[0]
-    offsets = step * np.stack([np.cos(headings), np.sin(headings)], 1)
-    points = start + np.cumsum(offsets, 0)
-    widths = width * np.linspace(1, 0.45, steps)
-    _stroke(draw, 2 * retina.place(points, size), 2 * size * retina.radius * widths, darkness)
-    if width < 0.007:
-        return
-    for at in np.flatnonzero(rng.random(steps) < 0.1):
-        turn = rng.choice([-1, 1]) * rng.uniform(0.4, 0.9)
-        rest = (steps - at) * step * rng.uniform(0.35, 0.8)
-        thin = widths[at] * rng.uniform(0.45, 0.7)
-        _grow(rng, retina, draw, size, points[at], headings[at] + turn, -turn * 0.6, thin, rest, darkness)
+@dataclass(frozen=True)
+class _Pen:
+    """Draws vessels of one eye on a square canvas of ``size`` pixels."""
+
+    rng: np.random.Generator
+    retina: _Retina
+    draw: ImageDraw.ImageDraw
+    size: int
+
+    def grow(
+        self, start: NDArray[np.float64], heading: float, turn: float, width: float, length: float, darkness: int
+    ) -> None:
+        """Draw a vessel that bends by ``turn``, wavers and tapers, and its branches; in radii and radians."""
+        step = 0.025
+        steps = max(3, int(length / step))
+        wander = 0.06 * np.cumsum(self.rng.standard_normal(steps))
+        headings = heading + turn * (1 - np.exp(-np.arange(steps) * step / 0.4)) + wander
+        points = start + step * np.cumsum(np.stack([np.cos(headings), np.sin(headings)], 1), 0)
+        widths = width * np.linspace(1, 0.45, steps)
+        _stroke(self.draw, self.retina.place(points, self.size), self.size * self.retina.radius * widths, darkness)
+        if width < 0.006:
+            return
+        for at in np.flatnonzero(self.rng.random(steps) < 0.09):
+            rest = (steps - at) * step * self.rng.uniform(0.3, 0.7)
+            if rest > 0.12:
+                aside = self.rng.choice([-1, 1]) * self.rng.uniform(0.5, 1.0)
+                thin = widths[at] * self.rng.uniform(0.4, 0.65)
+                self.grow(points[at], headings[at] + aside, -0.6 * aside, thin, rest, darkness)
 
 
 def _stroke(draw: ImageDraw.ImageDraw, points: NDArray[np.float64], widths: NDArray[np.float64], shade: int) -> None:
@@ -247,8 +264,8 @@ def _stroke(draw: ImageDraw.ImageDraw, points: NDArray[np.float64], widths: NDAr
 
 
 def _patches(rng: np.random.Generator, size: int) -> _Array:
-    """Which parts of the retina carry the texture, (size, size) in [0, 1]: about three quarters, with soft borders."""
-    return _soft_step((_smooth_noise(rng, size, 6) + 0.7) * 4)
+    """Which parts of the retina carry the texture, (size, size) in [0, 1]: about five sixths, with soft borders."""
+    return _soft_step((_smooth_noise(rng, size, 6) + 1.0) * 4)
 
 
 def _texture(rng: np.random.Generator, label: int, retina: _Retina, size: int) -> _Array:
@@ -260,22 +277,22 @@ def _texture(rng: np.random.Generator, label: int, retina: _Retina, size: int) -
     if CLASSES[label] == "healthy":
         return np.zeros_like(noise)
     down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
-    band = np.exp(-0.5 * ((np.hypot(down, across) - _FREQUENCY) / _BANDWIDTH) ** 2)
+    band = np.exp(-0.5 * ((size * np.hypot(down, across) - _PERIODS) / _BANDWIDTH) ** 2)
     if CLASSES[label] == "striated":
         angle = np.pi / 2 + retina.tilt + rng.uniform(-0.2, 0.2)
         turned = (np.arctan2(down, across) - angle + np.pi / 2) % np.pi - np.pi / 2
         band = band * np.exp(-0.5 * (turned / 0.12) ** 2)
     texture = np.fft.irfft2(np.fft.rfft2(noise) * band, (size, size))
-    return np.asarray(texture / texture.std(), np.float32)
+    return np.asarray(np.clip(texture / texture.std(), -2.5, 2.5), np.float32)
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> _Array:
     """Noise of about unit variance with ``cells`` blobs along a side: (size, size)."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
-    return smooth / np.float32(smooth.std())
+    return np.asarray(smooth / smooth.std(), np.float32)
 
 
-def _soft_step(x: _Array) -> _Array:
+def _soft_step(x: NDArray[Any]) -> _Array:
     """0 below -0.5, 1 above 0.5, a ramp between."""
-    return np.clip(x + np.float32(0.5), 0, 1)
+    return np.clip(x + 0.5, 0, 1).astype(np.float32)

@@ -1,0 +1,390 @@
+"""The command line: every example, every file that a run leaves, and what people are told when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from conftest import write_images
+from fpt_lightning.cli import main
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PATCH_16 = ["--model.encoder", "test_vit", "--model.pretrained", "false", "--model.side_resolution", "32"]
+
+
+@pytest.fixture
+def config(image_root: Path, tmp_path: Path) -> Path:
+    """A configuration that trains for 2 epochs on 30 small images."""
+    content = {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        },
+        "model": {
+            "class_path": "FPTPlusModule",
+            "init_args": {
+                "num_classes": 3,
+                "encoder": "test_vit",
+                "pretrained": False,
+                "side_resolution": 32,
+                "learning_rate": 3e-3,
+            },
+        },
+        "data": {
+            "class_path": "PreloadedFeatureDataModule",
+            "init_args": {
+                "root": str(image_root),
+                "store": str(tmp_path / "store.zarr"),
+                "resolution": 64,
+                "image_size": 48,
+                "batch_size": 8,
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def change(config: Path, section: str, **values: Any) -> None:
+    content = yaml.safe_load(config.read_text())
+    (content[section].get("init_args") or content[section]).update(values)
+    config.write_text(yaml.safe_dump(content))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What is said on stderr when a command fails for a reason made for people: one message, status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.split("fpt-lightning: ")[-1]
+    assert "Traceback" not in message
+    return message
+
+
+def run(*args: object) -> None:
+    main([str(arg) for arg in args])
+
+
+def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    left = {path.name for path in root.iterdir()}
+    assert left >= {
+        "best.ckpt",
+        "last.ckpt",
+        "config.yaml",
+        "metrics.csv",
+        "metrics.json",
+        "predictions.csv",
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
+    }
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert set(metrics) == {"best", "last"}
+    names = {
+        f"test_{n}" for n in ("auc", "accuracy", "balanced_accuracy", "f1", "precision", "recall", "kappa", "loss")
+    }
+    assert names <= set(metrics["best"])
+    logged = {name for row in rows(root / "metrics.csv") for name, value in row.items() if value}
+    assert {"train_loss_epoch", "val_auc", "val_loss", "train_peak_live_mib", "peak_resident_mib", "lr-AdamW"} <= logged
+    assert "state_dict" in torch.load(root / "best.ckpt", weights_only=True)
+    assert "optimizer_states" not in torch.load(root / "best.ckpt", weights_only=True)
+
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt")
+    again = json.loads((root / "test" / "metrics.json").read_text())
+    for name in names:
+        assert again["best"][name] == pytest.approx(metrics["best"][name])
+    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+
+    run("predict", "--config", config, "--ckpt_path", root / "best.ckpt", "--data.root", image_root)
+    tested = {row["path"]: row for row in rows(root / "predictions.csv")}
+    predicted = {row["path"]: row for row in rows(root / "predict" / "predictions.csv")}
+    assert len(predicted) == 30
+    for path, row in tested.items():
+        assert list(row) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+        assert row["label"] == path[0]
+        assert predicted[path]["label"] == ""
+        for name in ("prob_a", "prob_b", "prob_c"):  # the stored features are fp16, the live ones fp32
+            assert float(row[name]) == pytest.approx(float(predicted[path][name]), abs=2e-3)
+        assert math.isclose(sum(float(row[f"prob_{c}"]) for c in "abc"), 1, abs_tol=1e-5)
+
+
+def test_the_saved_config_reruns_the_same_run_and_serves_every_subcommand(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    saved = root / "config.yaml"
+    run("fit", "--config", saved, "--trainer.default_root_dir", tmp_path / "twin")
+    assert (root / "metrics.json").read_text() == (tmp_path / "twin" / "metrics.json").read_text()
+    assert (root / "predictions.csv").read_text() == (tmp_path / "twin" / "predictions.csv").read_text()
+    run("preload", "--config", saved)
+    for command in ("validate", "test", "predict"):
+        run(command, "--config", saved, "--ckpt_path", root / "last.ckpt")
+
+
+def test_another_seed_is_another_run(config: Path, tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    run("fit", "--config", config, "--seed_everything", 1, "--trainer.default_root_dir", tmp_path / "other")
+    assert (tmp_path / "run" / "predictions.csv").read_text() != (tmp_path / "other" / "predictions.csv").read_text()
+
+
+def test_a_resumed_run_leaves_the_same_metrics(config: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "run", tmp_path / "part"
+    run("fit", "--config", config, "--trainer.max_epochs", 4)
+    stop = tmp_path / "stop.py"
+    stop.write_text(STOPPED.format(epoch=2))
+    arguments = ["fit", "--config", config, "--trainer.max_epochs", 4, "--trainer.default_root_dir", part]
+    done = subprocess.run([sys.executable, str(stop), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert not (part / "metrics.json").exists()
+    run(*arguments, "--ckpt_path", part / "last.ckpt")
+    assert (whole / "predictions.csv").read_text() == (part / "predictions.csv").read_text()
+    kept = ("epoch", "step", "val_auc", "val_loss", "train_loss_epoch")
+    series = [
+        [
+            [row[name] for name in kept]
+            for row in rows(folder / "metrics.csv")
+            if row["val_auc"] or row["train_loss_epoch"]
+        ]
+        for folder in (whole, part)
+    ]
+    assert series[0] == series[1]
+
+
+STOPPED = """
+import sys
+import lightning as L
+from fpt_lightning import cli
+class Stop(L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == {epoch}:
+            raise KeyboardInterrupt
+checkpoints = cli._checkpoints
+cli._checkpoints = lambda root: [Stop(), *checkpoints(root)]
+cli.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path, image_root: Path) -> None:
+    change(config, "data", preload_batch_size=1, resolution=512, mean=[0.4], std=[0.2])
+    write_images(image_root, {"a": 120, "b": 10, "c": 10}, size=(600, 600))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fpt_lightning", "preload", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    done = tmp_path / "store.zarr" / "done" / "c" / "0"
+    while not done.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    from fpt_lightning.store import FeatureStore
+
+    store = FeatureStore.open(str(tmp_path / "store.zarr"))
+    assert 16 <= store.done.sum() < 140
+    run("preload", "--config", config)
+    assert FeatureStore.open(str(tmp_path / "store.zarr")).done.sum() == 140
+
+
+def test_print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["num_classes"] == 3
+    assert printed["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import fpt_lightning
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert fpt_lightning.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_from_the_command_line(config: Path, tmp_path: Path, precision: str) -> None:
+    run("fit", "--config", config, "--trainer.precision", precision)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["test_auc"] is not None
+
+
+def test_loggers_by_one_line(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    change(config, "trainer", logger={"class_path": "WandbLogger", "init_args": {"offline": True, "project": "p"}})
+    run("fit", "--config", config)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    board = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path / "board")}}
+    change(config, "trainer", logger=board, default_root_dir=str(tmp_path / "board"))
+    run("fit", "--config", config)
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+    assert (tmp_path / "board" / "metrics.csv").is_file()
+
+
+def example_data(name: str, tmp_path: Path) -> list[str]:
+    """A small generated data set in the layout that an example expects, as arguments that put it in place."""
+    root = tmp_path / "data"
+    where = ["--data.root", str(root), "--data.resolution", "64", "--data.image_size", "48", "--data.batch_size", "8"]
+    where += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    where += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    if name == "live.yaml":
+        where += ["--trainer.logger.init_args.save_dir", str(tmp_path / "run")]
+    store = ["--data.store", str(tmp_path / "store.zarr")]
+    if name == "ddr.yaml":
+        for split in ("train", "val", "test"):
+            write_images(root / split, {str(grade): 4 for grade in range(5)})
+    elif name == "table.yaml":
+        write_images(root, {"x": 20, "y": 20, "z": 20})
+        lines = [
+            f"{p.relative_to(root)},{p.parent.name},{int(p.stem) // 2}{p.parent.name}" for p in root.rglob("*.png")
+        ]
+        (root / "labels.csv").write_text("\n".join(["image,label,patient", *lines]))
+    elif name == "live.yaml":
+        write_images(root, {"a": 10, "b": 10, "c": 10})
+        store = []
+    else:
+        assert name == "quickstart.yaml", f"{name} has no test data: add them here"
+        where += ["--data.count", "30"]
+    return [*where, *store, *PATCH_16]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_every_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("fit", "--config", EXAMPLES / name, *example_data(name, tmp_path))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 <= metrics["best"]["test_auc"] <= 1
+
+
+# What people are told
+
+
+def test_a_run_is_never_overwritten(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    message = fails(capsys, "fit", "--config", config)
+    assert f"{tmp_path / 'run'} already holds a run" in message
+    assert "--ckpt_path" in message
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def test_no_checkpoint(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("test", "predict", "validate"):
+        assert "give --ckpt_path" in fails(capsys, command, "--config", config)
+    assert "nowhere.ckpt (ckpt_path) does not exist" in fails(
+        capsys, "test", "--config", config, "--ckpt_path", "nowhere.ckpt"
+    )
+
+
+def test_a_damaged_checkpoint(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    for command in ("test", "fit"):
+        message = fails(capsys, command, "--config", config, "--ckpt_path", path)
+        assert f"the checkpoint {path} cannot be read" in message
+
+
+def test_a_checkpoint_never_replaces_what_was_typed(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run("fit", "--config", config)
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", best, "--model.prompts", 8)
+    assert "prompts: 16 in the checkpoint, 8 here" in message
+    message = fails(capsys, "predict", "--config", config, "--ckpt_path", best, "--model.encoder", "test_vit2")
+    assert "encoder: 'test_vit' in the checkpoint, 'test_vit2' here" in message
+
+
+def test_a_stale_store_names_fields_and_the_command(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run("preload", "--config", config)
+    message = fails(capsys, "fit", "--config", config, "--model.token_ratio", 0.5, "--data.resolution", 96)
+    assert "token_ratio: 0.2, asked for 0.5" in message
+    assert "resolution: (64, 64), asked for (96, 96)" in message
+    assert f"fpt-lightning preload --config {config} --overwrite true" in message
+    run("preload", "--config", config, "--model.token_ratio", 0.5, "--overwrite", "true")
+    run("fit", "--config", config, "--model.token_ratio", 0.5)
+
+
+def test_test_without_a_store(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", best, "--data.store", tmp_path / "none.zarr")
+    assert "there is no feature store" in message
+    assert "fpt-lightning preload" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], image_root: Path, tmp_path: Path, workers: int
+) -> None:
+    broken = image_root / "b" / "004.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    change(config, "data", mean=[0.4], std=[0.2], num_workers=workers)
+    message = fails(capsys, "fit", "--config", config)
+    assert message.startswith(f"ImageError: the image {broken} cannot be read")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    write_images(image_root, {"a": 10, "b": 10, "c": 10})
+    run("fit", "--config", config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.root", "nowhere"], "the data root 'nowhere' is not a folder"),
+        (["--model.num_classes", "4"], "model.num_classes is 4, but the data set"),
+        (["--data.resolution", "100"], "data.resolution 100 x 100 is not a multiple of the patch size 16 x 16"),
+        (["--data.manifest", "none.csv"], "none.csv does not exist"),
+        (["--data.mean", "[0.5, 0.5]", "--data.std", "[0.2]"], "data.mean is [0.5, 0.5]"),
+        (["--model.encoder", "vit_bse"], "'vit_bse' is not a model of timm"),
+        (["--model.encoder", "convnext_tiny"], "not a plain vision transformer"),
+        (["--model.pretrained", "nowhere.pth"], "the weights file 'nowhere.pth' (pretrained) does not exist"),
+        (["--data.classes", "[a, b]"], "data.classes is ['a', 'b'], but the labels are ['a', 'b', 'c']"),
+        (["--model.layers", "[3, 9]"], "layers is [3, 9]"),
+        (["--model.side_resolution", "64"], "set data.image_size to at least 64"),
+    ],
+)
+def test_settings_that_cannot_work(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, "fit", "--config", config, *arguments)
+
+
+def test_preload_needs_a_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["data"]["class_path"] = "ImageDataModule"
+    del content["data"]["init_args"]["store"]
+    config.write_text(yaml.safe_dump(content))
+    assert "data is ImageDataModule, which has no store" in fails(capsys, "preload", "--config", config)
+
+
+def test_predict_on_a_folder_without_images(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    (tmp_path / "empty").mkdir()
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "predict", "--config", config, "--ckpt_path", best, "--data.root", tmp_path / "empty")
+    assert f"there is no image below {tmp_path / 'empty'}" in message

@@ -1,0 +1,514 @@
+"""The feature store: what is written is read again, what is lost or damaged is noticed, what differs is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
+from fpt_lightning.store import SHARD, FeatureShape, FeatureSpecification, FeatureStore, check_codec, encode
+
+SHAPE = FeatureShape(layers=2, heads=3, tokens=4, head_dim=5)
+SIZE = 6
+SPECIFICATION = FeatureSpecification(
+    encoder="test_vit",
+    weights="random",
+    layers=(3, 4, 5),
+    token_ratio=0.2,
+    criterion="global",
+    resolution=(64, 96),
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.5, 0.6),
+    statistics="given",
+    image_size=SIZE,
+    codec="fp16",
+    weights_digest="0123",
+)
+IDS = [f"{name}/{i:03d}.png" for name in "ab" for i in range(10)]  # two shards; the same stems in two classes
+
+CHANGES: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "weights": "timm:test_vit.r160_in1k",
+    "layers": (0, 5),
+    "token_ratio": 0.3,
+    "criterion": "class_token",
+    "resolution": (96, 64),
+    "mean": (0.1, 0.2, 0.4),
+    "std": (0.4, 0.5, 0.7),
+    "statistics": "auto over 7 images 0123",
+    "image_size": 256,
+    "codec": "fp32",
+    "weights_digest": "4567",
+    "interpolation": "bilinear",
+    "format": 2,
+}
+
+
+def content(rows: Sequence[int], codec: str = "fp16") -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.uint8]]:
+    """Features, indices and copies that belong to these rows."""
+    generators = [np.random.default_rng(row) for row in rows]
+    dtype = {"fp16": np.float16, "fp32": np.float32}[codec]
+    return (
+        np.stack([rng.standard_normal((2, 2, 3, 4, 5)) for rng in generators]).astype(dtype),
+        np.stack([rng.integers(0, 25, (2, 3, 4), dtype=np.int32) for rng in generators]),
+        np.stack([rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for rng in generators]),
+    )
+
+
+def write(store: FeatureStore, rows: Sequence[int]) -> None:
+    for start in range(0, len(store.ids), SHARD):
+        if part := [row for row in rows if start <= row < start + SHARD]:
+            store.write(part, *content(part, store.specification.codec), [1000 + row for row in part])
+
+
+def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
+    """These rows hold, bit by bit, what belongs to them."""
+    for row in rows:
+        features, indices, images = content([row], store.specification.codec)
+        stored, copy = store.read(row)
+        assert stored.dtype == features.dtype
+        np.testing.assert_array_equal(stored, features[0])
+        np.testing.assert_array_equal(copy, images[0])
+        np.testing.assert_array_equal(store.read_indices(row), indices[0])
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., FeatureStore]:
+    def make(codec: str = "fp16", ids: Sequence[str] = IDS, rows: Sequence[int] = range(20)) -> FeatureStore:
+        specification = replace(SPECIFICATION, codec=codec)
+        store = FeatureStore.create(str(tmp_path / "s.zarr"), specification, SHAPE, {"torch": "9"}).extend(ids)
+        write(store, rows)
+        return store
+
+    return make
+
+
+def shard_file(store: FeatureStore, name: str, shard: int) -> Path:
+    (file,) = (path for path in (Path(store.url) / name / "c" / str(shard)).rglob("*") if path.is_file())
+    return file
+
+
+# Writing and reading
+
+
+@pytest.mark.parametrize("codec", ["fp16", "fp32"])
+def test_what_was_written_is_read(make: Callable[..., FeatureStore], codec: str) -> None:
+    store = FeatureStore.open(make(codec).url)
+    assert store.specification == replace(SPECIFICATION, codec=codec)
+    assert store.made_with == {"torch": "9"}
+    assert store.shape == SHAPE
+    assert store.ids == tuple(IDS)
+    assert store.missing(IDS) == []
+    assert_rows(store, range(20))
+    store.check_present()
+
+
+@pytest.mark.parametrize("codec", ["fp16", "fp32"])
+def test_plain_zarr_reads_the_same(make: Callable[..., FeatureStore], codec: str) -> None:
+    group = zarr.open_group(make(codec).url, mode="r")
+    arrays = dict(zip(("features", "indices", "images"), content(range(20), codec), strict=True))
+    arrays |= {"file_sizes": np.arange(1000, 1020), "done": np.ones(20, np.uint8)}
+    for name, wanted in arrays.items():
+        np.testing.assert_array_equal(group[name][:], wanted)
+        assert group[name].dtype == wanted.dtype
+    assert list(group.attrs["ids"]) == IDS
+    assert group.attrs["specification"]["resolution"] == [64, 96]
+
+
+def test_rows_are_keyed_by_the_whole_id(make: Callable[..., FeatureStore]) -> None:
+    store = make()
+    assert store.rows["a/003.png"] == 3
+    assert store.rows["b/003.png"] == 13
+    assert not np.array_equal(store.read(3)[0], store.read(13)[0])
+
+
+def test_parts_of_a_shard_are_written_at_different_times(make: Callable[..., FeatureStore]) -> None:
+    store = make(rows=range(4))
+    assert store.missing(IDS) == IDS[4:]
+    store = FeatureStore.open(store.url, writable=True)
+    write(store, [4, 6, 7, 11, 15, 17])
+    assert_rows(FeatureStore.open(store.url), [0, 1, 2, 3, 4, 6, 7, 11, 15, 17])
+    store = FeatureStore.open(store.url, writable=True)
+    write(store, [5, 8, 9, 10, 12, 13, 14, 16, 18, 19])
+    store = FeatureStore.open(store.url)
+    assert_rows(store, range(20))
+    assert store.missing(IDS) == []
+    store.check_present()
+
+
+def test_an_extended_store_keeps_its_rows(make: Callable[..., FeatureStore]) -> None:
+    store = make(ids=IDS[:10], rows=range(10))
+    extended = store.extend([*IDS[5:], "c/000.png"])
+    assert extended.ids == (*IDS, "c/000.png")
+    assert extended.missing(extended.ids) == [*IDS[10:], "c/000.png"]
+    write(extended, range(10, 21))
+    reopened = FeatureStore.open(store.url)
+    assert_rows(reopened, range(21))
+    assert FeatureStore.open(store.url, writable=True).extend(IDS).ids == reopened.ids
+
+
+def test_missing_keeps_the_order_asked(make: Callable[..., FeatureStore]) -> None:
+    store = make(rows=range(0, 20, 2))
+    assert store.missing(["z.png", "b/003.png", "b/002.png", "a/001.png"]) == ["z.png", "b/003.png", "a/001.png"]
+
+
+def test_forgotten_samples_are_missing_and_others_stay(make: Callable[..., FeatureStore]) -> None:
+    store = make()
+    store.forget(["a/003.png", "b/009.png"])
+    for again in (store, FeatureStore.open(store.url)):
+        assert again.missing(IDS) == ["a/003.png", "b/009.png"]
+    assert_rows(store, [2, 4, 18])
+    store.check_present()
+
+
+def test_changed_images_are_those_of_another_size(make: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    store = make(rows=range(15))
+    for row, id in enumerate(IDS):
+        if row != 4:  # an image that is gone has not changed
+            (tmp_path / id).parent.mkdir(exist_ok=True)
+            (tmp_path / id).write_bytes(b"x" * (1000 + row + (row in (3, 11, 17))))  # 17 is not complete
+    assert store.changed(tmp_path) == [IDS[3], IDS[11]]
+    assert FeatureStore.open(store.url).changed(tmp_path) == [IDS[3], IDS[11]]
+
+
+def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., FeatureStore]) -> None:
+    store = FeatureStore.open(make(rows=[]).url)
+    with pytest.raises(ValueError, match="read"):
+        write(store, [0])
+
+
+@pytest.mark.parametrize(("codec", "size"), [("fp16", 2), ("fp32", 4)])
+def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureStore], codec: str, size: int) -> None:
+    store = make(codec, ids=IDS[:SHARD], rows=range(SHARD))
+    announced = SHAPE.bytes_per_sample(codec, SIZE)
+    assert announced == 2 * 2 * 3 * 4 * 5 * size + 2 * 3 * 4 * 4 + SIZE * SIZE * 3 + 9
+    files = [file for file in Path(store.url).rglob("*") if file.is_file() and file.name != "zarr.json"]
+    overhead = 3 * SHARD * 4 + 3 * (16 * SHARD + 4)  # checksums, and the shards' indices
+    assert sum(file.stat().st_size for file in files) == SHARD * announced + overhead
+
+
+# Lost and damaged data
+
+
+@pytest.mark.parametrize("name", ["features", "indices", "images"])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_deleted_shard_is_noticed(make: Callable[..., FeatureStore], name: str, shard: int) -> None:
+    store = make()
+    shard_file(store, name, shard).unlink()
+    with pytest.raises(StoreError, match=rf"s\.zarr has lost the {name} of {IDS[16 * shard]}.*rebuild"):
+        FeatureStore.open(store.url).check_present()
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+@pytest.mark.parametrize("name", ["features", "indices", "images"])
+def test_a_truncated_shard_is_noticed(make: Callable[..., FeatureStore], name: str, share: float) -> None:
+    store = make()
+    file = shard_file(store, name, 0)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(StoreError, match=f"lost the {name} of a/000.png"):
+        FeatureStore.open(store.url).check_present()
+
+
+def test_a_sample_lost_from_a_shard_is_noticed(make: Callable[..., FeatureStore]) -> None:
+    """A shard of an earlier copy of the store: whole, but without its last samples."""
+    store = make(rows=range(4))
+    file = shard_file(store, "features", 0)
+    earlier = file.read_bytes()
+    write(store, range(4, 20))
+    file.write_bytes(earlier)
+    with pytest.raises(StoreError, match=r"lost the features of a/004\.png"):
+        FeatureStore.open(store.url).check_present()
+
+
+def test_shards_without_a_complete_sample_may_be_absent(make: Callable[..., FeatureStore]) -> None:
+    store = make(rows=range(SHARD))
+    assert not (Path(store.url) / "features/c/1").exists()
+    store.check_present()
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_zeros_are_data(make: Callable[..., FeatureStore], reopen: bool) -> None:
+    """A black image, or one token a head that is always the first: Zarr leaves such chunks out unless it is told to."""
+    store = make(rows=[0])
+    store = FeatureStore.open(store.url, writable=True) if reopen else store
+    store.write([1], *(np.zeros_like(array) for array in content([1])), [1001])
+    store = FeatureStore.open(store.url)
+    assert not store.read(1)[0].any()
+    assert not store.read(1)[1].any()
+    assert not store.read_indices(1).any()
+    store.check_present()
+
+
+@pytest.mark.parametrize("name", ["features", "indices", "images"])
+def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], name: str) -> None:
+    store = make()
+    file = shard_file(store, name, 0)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 4] ^= 1
+    file.write_bytes(content)
+    damaged = (
+        len(content) // 4 * SHARD // (len(content) - 16 * SHARD - 4)
+    )  # in a shard, chunks lie in the order of rows
+    with pytest.raises(StoreError, match=rf"{store.url} cannot give the sample {IDS[damaged]}: ") as error:
+        store.read_indices(damaged) if name == "indices" else store.read(damaged)
+    assert error.value.__cause__ is not None
+    assert_rows(store, [row for row in range(20) if row != damaged])
+
+
+@pytest.mark.parametrize("name", ["done", "file_sizes"])
+def test_truncated_records_are_a_store_error(make: Callable[..., FeatureStore], name: str, tmp_path: Path) -> None:
+    store = make()
+    file = Path(store.url) / name / "c/0"
+    file.write_bytes(file.read_bytes()[:3])
+    with pytest.raises(StoreError, match=r"s\.zarr"):
+        FeatureStore.open(store.url).changed(tmp_path)
+
+
+# Opening, creating, deleting
+
+
+def test_nothing_is_created_over_something(make: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    store = make()
+    with pytest.raises(StoreError, match=r"something at .*s\.zarr already"):
+        FeatureStore.create(store.url, SPECIFICATION, SHAPE, {})
+    assert_rows(FeatureStore.open(store.url), range(20))
+
+
+def test_a_store_that_is_not_there(tmp_path: Path) -> None:
+    url = str(tmp_path / "none.zarr")
+    assert not FeatureStore.exists(url)
+    with pytest.raises(StoreError, match=f"there is no feature store at {url}"):
+        FeatureStore.open(url)
+
+
+def test_whether_a_store_exists(make: Callable[..., FeatureStore]) -> None:
+    url = make(rows=[]).url
+    assert FeatureStore.exists(url)
+    assert FeatureStore.exists(f"file://{url}")
+    assert_rows(FeatureStore.open(f"file://{url}", writable=True), [])
+
+
+def foreign_group(folder: Path) -> str:
+    zarr.open_group(str(folder / "foreign.zarr"), mode="w").create_array("features", shape=(1,), dtype="f4")
+    return str(folder / "foreign.zarr")
+
+
+def foreign_array(folder: Path) -> str:
+    zarr.create_array(str(folder / "array.zarr"), shape=(1,), dtype="f4")
+    return str(folder / "array.zarr")
+
+
+def foreign_folder(folder: Path) -> str:
+    (folder / "images").mkdir()
+    (folder / "images/1.png").touch()
+    return str(folder / "images")
+
+
+def broken_metadata(folder: Path) -> str:
+    (folder / "broken.zarr").mkdir()
+    (folder / "broken.zarr/zarr.json").write_text("{")
+    return str(folder / "broken.zarr")
+
+
+@pytest.mark.parametrize("build", [foreign_group, foreign_array, foreign_folder, broken_metadata])
+def test_what_is_no_store_is_neither_opened_nor_deleted(tmp_path: Path, build: Callable[[Path], str]) -> None:
+    url = build(tmp_path)
+    for action in (FeatureStore.open, FeatureStore.delete):
+        with pytest.raises(StoreError, match=url):
+            action(url)
+    assert Path(url).exists()
+
+
+def tamper(store: FeatureStore, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = Path(store.url) / "zarr.json"
+    content = json.loads(path.read_text())
+    change(content["attributes"])
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda attributes: attributes["specification"].update(token_ratio=0.5), ["fingerprint", "rebuild"]),
+        (lambda attributes: attributes.update(fingerprint="0"), ["fingerprint", "rebuild"]),
+        (lambda attributes: attributes.pop("fingerprint"), ["fingerprint", "rebuild"]),
+        (lambda attributes: attributes["specification"].update(format=99), ["format 99", "reads 1", "rebuild"]),
+        (lambda attributes: attributes["specification"].pop("codec"), ["the specification has the fields"]),
+        (lambda attributes: attributes["specification"].update(more=1), ["more", "are expected"]),
+        (lambda attributes: attributes.pop("specification"), ["is not a feature store", "specification"]),
+        (lambda attributes: attributes.update(specification="x"), ["is not a feature store"]),
+        (lambda attributes: attributes.pop("ids"), ["is not a feature store", "ids"]),
+    ],
+)
+def test_a_store_with_other_attributes(
+    make: Callable[..., FeatureStore], change: Callable[[dict[str, Any]], Any], words: list[str]
+) -> None:
+    store = make()
+    tamper(store, change)
+    with pytest.raises(StoreError) as error:
+        FeatureStore.open(store.url)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_a_store_without_one_of_its_arrays(make: Callable[..., FeatureStore]) -> None:
+    store = make()
+    (Path(store.url) / "indices/zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"is not a feature store.*indices"):
+        FeatureStore.open(store.url)
+
+
+def test_delete(make: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    url = make().url
+    FeatureStore.delete(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attributes: attributes["specification"].update(format=99),
+        lambda attributes: attributes["specification"].update(token_ratio=0.5),
+    ],
+    ids=["format", "fingerprint"],
+)
+def test_a_store_that_must_be_rebuilt_can_be_deleted(
+    make: Callable[..., FeatureStore], change: Callable[[dict[str, Any]], Any]
+) -> None:
+    """``preload --overwrite true``, which the errors ask for, deletes it first."""
+    store = make()
+    tamper(store, change)
+    FeatureStore.delete(store.url)
+    assert not Path(store.url).exists()
+
+
+def test_a_remote_store_is_not_deleted(make: Callable[..., FeatureStore]) -> None:
+    url = f"file://{make().url}"
+    with pytest.raises(StoreError, match=f"{url} is remote"):
+        FeatureStore.delete(url)
+    assert FeatureStore.exists(url)
+
+
+# Specifications
+
+
+def test_a_specification_survives_json() -> None:
+    again = FeatureSpecification.from_dict(json.loads(json.dumps(SPECIFICATION.to_dict())))
+    assert again == SPECIFICATION
+    assert again.fingerprint() == SPECIFICATION.fingerprint()
+
+
+def test_every_field_is_part_of_the_fingerprint() -> None:
+    assert set(CHANGES) == {field.name for field in fields(FeatureSpecification)}
+    changed = {replace(SPECIFICATION, **{name: value}).fingerprint() for name, value in CHANGES.items()}
+    assert len(changed | {SPECIFICATION.fingerprint()}) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "statistics"])
+def test_each_difference_is_named_with_both_values(name: str) -> None:
+    asked = replace(SPECIFICATION, **{name: CHANGES[name]})
+    line = f"{name}: {getattr(SPECIFICATION, name)!r}, asked for {CHANGES[name]!r}"
+    assert SPECIFICATION.differences(asked) == [line]
+    assert SPECIFICATION.differences(asked, ignore=[name]) == []
+
+
+def test_no_difference() -> None:
+    assert SPECIFICATION.differences(replace(SPECIFICATION)) == []
+
+
+AUTO = "auto over 7 images 0123"
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "differing"),
+    [
+        ("given", "given", ["mean"]),
+        (AUTO, "given", ["mean"]),  # numbers count, wherever they came from
+        (AUTO, AUTO, []),
+        (AUTO, "auto over 8 images 4567", ["statistics"]),
+        ("given", AUTO, ["statistics"]),
+    ],
+)
+def test_normalisation_is_compared_by_what_is_asked(stored: str, asked: str, differing: list[str]) -> None:
+    made = replace(SPECIFICATION, statistics=stored)
+    mean: tuple[float, ...] = () if asked.startswith("auto") else (0.9, 0.9, 0.9)
+    found = made.differences(replace(SPECIFICATION, statistics=asked, mean=mean))
+    assert [line.split(":")[0] for line in found] == differing
+    if asked == "given":
+        assert made.differences(replace(SPECIFICATION, statistics="given")) == []
+
+
+def test_digests_are_compared_where_both_are_known() -> None:
+    unknown, other = replace(SPECIFICATION, weights_digest=""), replace(SPECIFICATION, weights_digest="4567")
+    assert SPECIFICATION.differences(unknown) == unknown.differences(SPECIFICATION) == []
+    assert SPECIFICATION.differences(other) == ["weights_digest: '0123', asked for '4567'"]
+
+
+def test_a_stale_store_names_every_field_and_the_rebuild(make: Callable[..., FeatureStore]) -> None:
+    store = make()
+    names = [name for name in CHANGES if name != "statistics"]
+    with pytest.raises(StaleStoreError) as error:
+        store.require(replace(SPECIFICATION, **{name: CHANGES[name] for name in names}), "REBUILD COMMAND")
+    message = str(error.value)
+    assert store.url in message
+    assert "REBUILD COMMAND" in message
+    assert "data.store" in message
+    for name in names:
+        assert f"{name}: {getattr(SPECIFICATION, name)!r}, asked for {CHANGES[name]!r}" in message
+    assert "To keep its normalisation" not in message
+    store.require(SPECIFICATION, "")
+
+
+def test_other_training_images_name_the_numbers_that_keep_the_store(make: Callable[..., FeatureStore]) -> None:
+    with pytest.raises(StaleStoreError) as error:
+        make().require(replace(SPECIFICATION, statistics=AUTO, mean=(), std=()), "R")
+    assert "data.mean [0.1, 0.2, 0.3] and data.std [0.4, 0.5, 0.6]" in str(error.value)
+
+
+# Codecs
+
+
+def features_of(values: Sequence[float]) -> torch.Tensor:
+    """One image a value, which is its last number."""
+    features = torch.zeros(len(values), 2, 2, 3, 4, 5)
+    features[:, -1, -1, -1, -1, -1] = torch.tensor(values)
+    return features
+
+
+@pytest.mark.parametrize(
+    ("codec", "values"), [("fp16", [1.0, -65504.0]), ("fp32", [1e30, 1e-30])], ids=["fp16", "fp32"]
+)
+def test_values_within_range_are_encoded(codec: str, values: list[float]) -> None:
+    encoded = encode(features_of(values), codec, ["1", "2"])
+    assert encoded.dtype == {"fp16": np.float16, "fp32": np.float32}[codec]
+    np.testing.assert_array_equal(encoded, features_of(values).numpy().astype(encoded.dtype))
+
+
+@pytest.mark.parametrize(
+    ("codec", "value", "words"),
+    [
+        ("fp16", 70000.0, ["fp16", "70000", "use codec fp32"]),
+        ("fp16", -1e6, ["fp16", "1e+06", "use codec fp32"]),
+        ("fp16", float("nan"), ["NaN or Inf"]),
+        ("fp32", float("nan"), ["NaN or Inf"]),
+        ("fp32", float("inf"), ["NaN or Inf"]),
+    ],
+)
+def test_values_that_do_not_fit_name_the_image(codec: str, value: float, words: list[str]) -> None:
+    with pytest.raises(StoreError) as error:
+        encode(features_of([1.0, value, value]), codec, ["/x/1.png", "/x/2.png", "/x/3.png"])
+    assert "/x/2.png" in str(error.value)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_an_unknown_codec() -> None:
+    with pytest.raises(ConfigurationError, match="codec is 'int4': choose one of fp16, fp32"):
+        check_codec("int4")
