@@ -144,7 +144,11 @@ class CommandLine(LightningCLI):
             loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["global_step"])]
         callbacks = [self.results, PeakMemory()]
         if fit:
-            callbacks += [LearnableParameters(), *([LearningRateMonitor("epoch")] if loggers else []), *_checkpoints(root)]
+            callbacks += [
+                LearnableParameters(),
+                *([LearningRateMonitor("epoch")] if loggers else []),
+                *_checkpoints(root),
+            ]
         self.trainer_defaults["callbacks"] = callbacks
         if self.subcommand == "preload":
             loggers = []

@@ -447,13 +447,18 @@ def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _on_a_square_grid(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Interpolate positions that timm would take as they are, as there happen to be as many on another grid."""
-    positions, grid = tensors.get("pos_embed"), tuple(cast(Any, model.patch_embed).grid_size)
-    if positions is None or getattr(model, "pos_embed", None) is None or grid[0] == grid[1]:
-        return tensors
-    prefix = positions.shape[1] - grid[0] * grid[1]
+    """Interpolate positions that timm would take as they are, as there happen to be as many on another grid.
+
+    timm sees that only for a model's native grid; other files are taken to be of square images, as timm takes them
+    wherever the numbers differ.
+    """
+    positions, patch_embed = tensors.get("pos_embed"), cast(Any, model).patch_embed
+    grid, native = patch_embed.grid_size, cast(Any, model).pretrained_cfg["input_size"][-1] // patch_embed.patch_size[1]
     side = math.isqrt(grid[0] * grid[1])
-    if prefix not in (0, model.num_prefix_tokens) or side * side != grid[0] * grid[1]:
+    if positions is None or getattr(model, "pos_embed", None) is None or side * side != grid[0] * grid[1]:
+        return tensors
+    prefix = positions.shape[1] - side * side
+    if prefix not in (0, cast(Any, model).num_prefix_tokens) or side in (grid[0], native):
         return tensors
     resampled = resample_abs_pos_embed(positions, list(grid), [side, side], num_prefix_tokens=prefix)
     return {**tensors, "pos_embed": resampled}
