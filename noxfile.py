@@ -10,7 +10,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 ENV = {
     "PYTHONDONTWRITEBYTECODE": "",  # compiled modules start in a third of the time
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "WANDB_MODE": "offline",
 }
 

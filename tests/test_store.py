@@ -176,8 +176,8 @@ def test_changed_images_are_those_of_another_size(make: Callable[..., FeatureSto
         if row != 4:  # an image that is gone has not changed
             (tmp_path / id).parent.mkdir(exist_ok=True)
             (tmp_path / id).write_bytes(b"x" * (1000 + row + (row in (3, 11, 17))))  # 17 is not complete
-    assert store.changed(tmp_path) == [IDS[3], IDS[11]]
-    assert FeatureStore.open(store.url).changed(tmp_path) == [IDS[3], IDS[11]]
+    assert store.changed(tmp_path, IDS) == [IDS[3], IDS[11]]
+    assert FeatureStore.open(store.url).changed(tmp_path, IDS) == [IDS[3], IDS[11]]
 
 
 def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., FeatureStore]) -> None:
@@ -270,7 +270,7 @@ def test_truncated_records_are_a_store_error(make: Callable[..., FeatureStore], 
     file = Path(store.url) / name / "c/0"
     file.write_bytes(file.read_bytes()[:3])
     with pytest.raises(StoreError, match=r"s\.zarr"):
-        FeatureStore.open(store.url).changed(tmp_path)
+        FeatureStore.open(store.url).changed(tmp_path, IDS)
 
 
 # Opening, creating, deleting

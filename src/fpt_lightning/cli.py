@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor
 
 import fpt_lightning
 from fpt_lightning.callbacks import LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.errors import CheckpointError, ConfigurationError, FPTError
 from fpt_lightning.methods import ClassificationModule
-from fpt_lightning.store import FeatureStore
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes")  # of the trainer that does the frozen pass
 
@@ -51,9 +51,7 @@ class Trainer(L.Trainer):
             raise ConfigurationError(
                 f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
             )
-        if overwrite and FeatureStore.exists(datamodule.url):
-            FeatureStore.delete(datamodule.url)
-        datamodule.preload(model, self)
+        datamodule.preload(model, self, overwrite)
 
 
 class RunLogger(CSVLogger):
@@ -199,9 +197,17 @@ class CommandLine(LightningCLI):
             self.trainer.test(self.model, self.datamodule, ckpt_path=str(root / f"{name}.ckpt"), weights_only=True)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Of equal scores the later wins: a small validation split is soon perfect, and the model goes on learning."""
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return tied or super().check_monitor_top_k(trainer, current)
+
+
 def _checkpoints(root: str) -> list[ModelCheckpoint]:
     """``best.ckpt`` (weights only) by validation AUC and ``last.ckpt`` (all that resuming needs) after each epoch."""
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         root, "best", monitor="val_auc", mode="max", save_weights_only=True, enable_version_counter=False
     )
     last = ModelCheckpoint(root, "last", save_on_train_epoch_end=True, enable_version_counter=False)

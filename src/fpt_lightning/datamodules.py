@@ -107,6 +107,7 @@ class ImageDataModule(L.LightningDataModule):
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.computed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # mean and std, where 'auto'
         self.seed: int | None = None
         self.manifest: Manifest | None = None
         self.unlabelled: Manifest | None = None
@@ -216,16 +217,14 @@ class ImageDataModule(L.LightningDataModule):
 
     def _setup_features(self, stage: str) -> None:
         self._check_model()
-        encoder = self._declared("encoder_config")
-        if encoder is None:
-            return
-        asked = self.asked(encoder)
-        if stage == "fit" and not asked.mean:
+        if stage == "fit" and not self.mean and not self.computed[0]:
             paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
-            mean, std = channel_statistics(paths, self.resolution, self.num_workers)
-            rank_zero_info(f"data.mean: {list(mean)}, data.std: {list(std)}")
-            asked = replace(asked, mean=mean, std=std)
-        self.specification = asked
+            self.computed = channel_statistics(paths, self.resolution, self.num_workers)
+            rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
+        encoder = self._declared("encoder_config")
+        if encoder is not None:
+            asked = self.asked(encoder)
+            self.specification = asked if asked.mean else replace(asked, mean=self.computed[0], std=self.computed[1])
 
     def _check_model(self) -> None:
         num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
@@ -261,8 +260,8 @@ class ImageDataModule(L.LightningDataModule):
         trained: FeatureSpecification | None = self._declared("specification")
         for mean, std in (
             (trained.mean, trained.std) if trained is not None else ((), ()),
-            (self.specification.mean, self.specification.std) if self.specification is not None else ((), ()),
             (self.mean, self.std),
+            self.computed,
         ):
             if mean:
                 return mean, std
@@ -330,12 +329,15 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self.preload_batch_size = preload_batch_size
         self.store: FeatureStore | None = None
 
-    def preload(self, model: L.LightningModule | EncoderConfig, trainer: L.Trainer | None = None) -> FeatureStore:
+    def preload(
+        self, model: L.LightningModule | EncoderConfig, trainer: L.Trainer | None = None, overwrite: bool = False
+    ) -> FeatureStore:
         """Bring the store up to date: make it where there is none, go on where an earlier preload stopped.
 
         Args:
             model: the model, whose ``encoder_config`` says which features, or that configuration itself.
             trainer: whose devices encode; by default one device, chosen by Lightning.
+            overwrite: remove the store that is there, and start anew.
 
         Raises:
             StaleStoreError: the store there was made with other settings.
@@ -352,6 +354,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             batch_size=self.preload_batch_size,
             num_workers=self.num_workers,
             trainer=trainer,
+            overwrite=overwrite,
             rebuild=self.rebuild,
         )
 
@@ -371,9 +374,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
 
     def _check_complete(self, store: FeatureStore) -> None:
         ids = [sample.id for sample in self.labelled.samples]
-        missing, changed = store.missing(ids), set(store.changed(self.labelled.root)) & set(ids)
+        missing, changed = store.missing(ids), store.changed(self.labelled.root, ids)
         if missing or changed:
-            some = ", ".join([*missing, *sorted(changed)][:3])
+            some = ", ".join([*missing, *changed][:3])
             raise StoreError(
                 f"the feature store {self.url} lacks {len(missing)} of {len(ids)} samples, and {len(changed)} images "
                 f"have changed since ({some}): complete it with `fpt-lightning preload`, or `data.preload(model)`."
@@ -408,7 +411,7 @@ class EpochSampler(DistributedSampler[Any]):
         order = list(range(self.count))
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
-            order += order[: -self.count % self.world_size]
+            order += (order * self.world_size)[: -self.count % self.world_size]
         return iter([(self.epoch, index) for index in order[self.rank :: self.world_size]])
 
     def __len__(self) -> int:

@@ -37,9 +37,9 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
         ImageError: the file is missing, damaged, not an image, of several pages, or of a kind without a known scale.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, Image.open(file) as image:  # opened by path, turned grey TIFFs are sheared
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and image.format != "MPO":  # a camera's JPEG with its preview
                 raise ImageError(f"the image {path} has {frames} pages or frames: save the one wanted alone.")
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F"):
@@ -47,6 +47,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
             if upright.mode.startswith("I;16"):
                 grey = np.asarray(upright).astype(np.uint16)
                 return np.repeat(grey[..., None], 3, axis=2)
+            if "transparency" in upright.info:
+                upright = upright.convert("RGBA")
             return np.array(upright.convert("RGB"), dtype=np.uint8)
     except FileNotFoundError as error:
         raise ImageError(f"the image {path} does not exist.") from error
@@ -118,12 +120,15 @@ def channel_statistics(
     loader = DataLoader(ImageFiles(paths, size), batch_size=None, num_workers=num_workers)
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for _, pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
-        total += pixels.mean((1, 2)).double()
-        squares += pixels.square().mean((1, 2)).double()
+        total += pixels.double().mean((1, 2))
+        squares += pixels.double().square().mean((1, 2))
     mean = total / len(paths)
     std = (squares / len(paths) - mean.square()).clamp(min=0).sqrt()
     if std.min() < 1e-4:
-        raise ConfigurationError("the training images are all of one colour: their mean and std cannot normalise them.")
+        raise ConfigurationError(
+            "data.mean and data.std are 'auto', but a channel of the training images never varies "
+            f"(std {[round(v, 6) for v in std.tolist()]}): look at the images, or give numbers."
+        )
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 

@@ -209,13 +209,13 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise DataError(f"the manifest {path} does not exist.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, restkey="", strict=True))
+            rows = list(csv.DictReader(file, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"the manifest {path} is not a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise DataError(f"the manifest {path} holds no row below its header.")
     for number, row in enumerate(rows, start=2):
-        if "" in row or None in row.values():
+        if None in row or None in row.values():  # more fields, or fewer
             raise DataError(f"{path}, line {number}: the number of fields differs from the header's.")
     return rows
 
@@ -249,7 +249,7 @@ def _check_files(root: Path, path: Path, ids: list[str]) -> None:
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:
     found = set(labels)
     if asked is not None:
-        if len(set(asked)) != len(asked) or not found <= set(asked):
+        if len(asked) < 2 or len(set(asked)) != len(asked) or not found <= set(asked):
             raise DataError(
                 f"data.classes is {list(asked)}, but the labels are {sorted(found)}: name each of them once."
             )
@@ -257,7 +257,7 @@ def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[st
     if len(found) < 2:
         raise DataError(f"the data set has one class only, {sorted(found)[0]!r}: a classifier needs at least two.")
     numeric = all(name.isdecimal() for name in found)
-    return tuple(sorted(found, key=int) if numeric else sorted(found))
+    return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
 
 
 def random_split(samples: Sequence[Sample], seed: int) -> list[Sample]:
@@ -287,7 +287,8 @@ def _check_splits(manifest: Manifest) -> None:
     empty = [split for split in SPLITS if not manifest.split(split)]
     if empty:
         raise DataError(
-            f"the data set {manifest.root} ({len(manifest.samples)} images) leaves the split {', '.join(empty)} empty."
+            f"the data set {manifest.root} ({len(manifest.samples)} images) leaves the split {', '.join(empty)} empty: "
+            "give it more images, or a CSV manifest with a split column."
         )
     splits: defaultdict[str, set[str]] = defaultdict(set)
     for sample in manifest.samples:

@@ -47,6 +47,7 @@ def preload(
     batch_size: int = 4,
     num_workers: int = 0,
     trainer: L.Trainer | None = None,
+    overwrite: bool = False,
     rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
 ) -> FeatureStore:
     """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
@@ -63,6 +64,7 @@ def preload(
         batch_size: images encoded at once.
         num_workers: processes that read images ahead.
         trainer: whose devices do it; one device, chosen by Lightning, by default.
+        overwrite: remove the store that is there, and start anew.
         rebuild: the command that a mismatch names.
 
     Returns:
@@ -74,16 +76,20 @@ def preload(
         StoreError: too little disk space, or features that do not fit the codec, naming the image.
     """
     ids = [sample.id for sample in manifest.samples]
-    if FeatureStore.exists(url):
+    if FeatureStore.exists(url) and not overwrite:
         store = FeatureStore.open(url)
         store.require(specification, rebuild)
-        if not store.missing(ids) and not store.changed(manifest.root):
+        if not store.missing(ids) and not store.changed(manifest.root, ids):
             return store
-    frozen_pass = FrozenPass(manifest, encoder, specification, url, batch_size, num_workers, rebuild)
+    frozen_pass = FrozenPass(manifest, encoder, specification, url, batch_size, num_workers, overwrite, rebuild)
     if trainer is None:
         trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
-    trainer.callbacks.append(_StoreWriter())  # type: ignore[attr-defined]
-    trainer.predict(frozen_pass, return_predictions=False)
+    writer = _StoreWriter()
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+    try:
+        trainer.predict(frozen_pass, return_predictions=False)
+    finally:
+        trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
     store = FeatureStore.open(url)
     if missing := store.missing(ids):
         raise StoreError(f"the feature store {url} still lacks {len(missing)} of {len(ids)} samples after its preload.")
@@ -103,12 +109,13 @@ class FrozenPass(L.LightningModule):
         url: str,
         batch_size: int,
         num_workers: int,
+        overwrite: bool,
         rebuild: str,
     ) -> None:
         super().__init__()
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
         self.specification = specification
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.overwrite = batch_size, num_workers, overwrite
         self.encoder: FrozenEncoder | None = None
         self.store: FeatureStore | None = None
 
@@ -122,12 +129,16 @@ class FrozenPass(L.LightningModule):
         shape = feature_shape(self.config, self.specification.resolution)
         ids = [sample.id for sample in self.manifest.samples]
         asked = replace(self.specification, weights_digest=self._build().digest)
+        size = shape.bytes_per_sample(asked.codec, asked.image_size)
+        if self.overwrite and FeatureStore.exists(self.url):
+            FeatureStore.delete(self.url)
         if FeatureStore.exists(self.url):
             store = FeatureStore.open(self.url, writable=True)
             store.require(asked, self.rebuild)
-            store.forget(store.changed(self.manifest.root))
+            store.forget(store.changed(self.manifest.root, ids))
+            _check_space(self.url, len(store.missing(ids)) * size)
         else:
-            _check_space(self.url, len(ids) * shape.bytes_per_sample(asked.codec, asked.image_size))
+            _check_space(self.url, len(ids) * size)
             if not asked.mean:
                 paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
                 mean, std = channel_statistics(paths, asked.resolution, self.num_workers)
@@ -232,6 +243,7 @@ class _StoreWriter(L.Callback):
         assert isinstance(pl_module, FrozenPass)
         assert pl_module.store is not None
         self._flush(pl_module.store)
+        trainer.strategy.barrier("preloaded")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(pl_module, FrozenPass) and pl_module.store is not None:

@@ -194,7 +194,7 @@ class FeatureStore:
                 f"the specification of the feature store {url} does not match its fingerprint: rebuild it."
             )
         self.rows = {id: row for row, id in enumerate(self.ids)}
-        self.done = np.asarray(self._arrays["done"][: len(self.ids)]).astype(bool)
+        self.done = self._record("done").astype(bool)
 
     @classmethod
     def create(
@@ -260,7 +260,12 @@ class FeatureStore:
         Raises:
             StoreError: it is remote, or is not a feature store.
         """
-        FeatureStore.open(url)
+        try:
+            ours = "specification" in zarr.open_group(url, mode="r").attrs
+        except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
+            raise StoreError(f"{url} cannot be recognised as a feature store: delete it yourself.") from error
+        if not ours:
+            raise StoreError(f"{url} is not a feature store of fpt-lightning: it is not deleted.")
         if "://" in url:
             raise StoreError(f"the feature store {url} is remote: delete it with your storage's own tool.")
         shutil.rmtree(Path(url))
@@ -319,12 +324,11 @@ class FeatureStore:
             file_sizes: bytes.
         """
         content = {"features": features, "indices": indices, "images": images, "file_sizes": np.asarray(file_sizes)}
-        with zarr.config.set({"array.write_empty_chunks": True}):  # an absent chunk must mean an absent sample
-            for name, block in content.items():
-                for start, stop in _runs(rows):
-                    self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
+        for name, block in content.items():
             for start, stop in _runs(rows):
-                self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
+                self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
+        for start, stop in _runs(rows):
+            self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
         self.done[list(rows)] = True
 
     def read(self, row: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
@@ -349,13 +353,13 @@ class FeatureStore:
         except Exception as error:
             raise self._damaged(row, error) from error
 
-    def changed(self, root: Path) -> list[str]:
-        """Complete samples whose image file below ``root`` has another size now than when it was encoded."""
-        sizes = np.asarray(self._arrays["file_sizes"][: len(self.ids)])
+    def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
+        """Those of the samples that are complete, but whose image file below ``root`` has another size by now."""
+        sizes = self._record("file_sizes").tolist()
         found = []
-        for id, size, done in zip(self.ids, sizes.tolist(), self.done, strict=True):
-            path = root / id
-            if done and path.is_file() and path.stat().st_size != size:
+        for id in ids:
+            row, path = self.rows.get(id), root / id
+            if row is not None and self.done[row] and path.is_file() and path.stat().st_size != sizes[row]:
                 found.append(id)
         return found
 
@@ -379,14 +383,25 @@ class FeatureStore:
                 rows = rows[self.done[rows]]
                 if len(rows):
                     present = _shard_entries(filesystem, f"{path}/{name}/c/{shard}/{suffix}")
-                    if present is None or not present[rows % SHARD].all():
+                    lost = rows[~present[rows % SHARD]]
+                    if len(lost):
                         raise StoreError(
-                            f"the feature store {self.url} has lost the {name} of {self.ids[rows[0]]} (shard {shard}): "
+                            f"the feature store {self.url} has lost the {name} of {self.ids[lost[0]]} (shard {shard}): "
                             "rebuild it."
                         )
 
     def _array(self, name: str) -> Any:
-        return self._group[name]
+        array: Any = self._group[name]
+        return array.with_config({"write_empty_chunks": True})  # an absent chunk must mean an absent sample
+
+    def _record(self, name: str) -> NDArray[Any]:
+        """One number a sample."""
+        try:
+            return np.asarray(self._arrays[name][: len(self.ids)])
+        except Exception as error:  # zarr raises differently for each kind of damage
+            raise StoreError(
+                f"the record {name!r} of the feature store {self.url} is damaged ({type(error).__name__}): rebuild it."
+            ) from error
 
     def _damaged(self, row: int, error: Exception) -> StoreError:
         return StoreError(
@@ -413,14 +428,16 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(breaks))
 
 
-def _shard_entries(filesystem: fsspec.AbstractFileSystem, path: str) -> NDArray[np.bool_] | None:
-    """Which of a shard's chunks it holds, from the index at its end; None where the file or its index is gone."""
+def _shard_entries(filesystem: fsspec.AbstractFileSystem, path: str) -> NDArray[np.bool_]:
+    """Which of a shard's chunks lie in its file, from the index of (offset, length) and a checksum at its end."""
     index_bytes = 16 * SHARD + 4
     try:
-        tail = filesystem.cat_file(path, start=-index_bytes)
+        size = filesystem.size(path)
+        tail = filesystem.cat_file(path, start=-index_bytes) if size >= index_bytes else b""
     except FileNotFoundError:
-        return None
+        tail = b""
     if len(tail) != index_bytes:
-        return None
-    entries = np.frombuffer(tail[:-4], np.dtype("<u8")).reshape(SHARD, 2)
-    return np.asarray(entries[:, 0] != _ABSENT)
+        return np.zeros(SHARD, bool)
+    offsets, lengths = np.frombuffer(tail[:-4], np.dtype("<u8")).reshape(SHARD, 2).T
+    room = np.uint64(size - index_bytes)
+    return np.asarray((offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room)))

@@ -1,7 +1,8 @@
 """Drawn fundus photographs whose class only the full resolution shows: data for examples and tests, offline.
 
 Every image is a retina of its own (position, colour, lighting, optic disc, macula, vessels, camera noise). The class is
-a fine texture over parts of the retina, 128 periods across the image and nothing slower: a copy of 128 pixels lost it.
+a fine texture over parts of the retina, 128 periods across the image and nothing slower: a copy
+of 128 pixels keeps a trace of it (about 0.5 grey levels rms).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from fpt_lightning.datamodules import PreloadedFeatureDataModule
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.manifest import Manifest
 
 CLASSES: tuple[str, ...] = ("healthy", "granular", "striated")
 
 _MARKER = "synthetic.json"
+_PARTIAL = ".partial"
 _VERSION = 1  # part of the marker: raise it whenever the pixels of an image change
 _PERIODS = 128  # of both textures across the image: one a pixel of a 128-pixel copy, which averages it away
 _BANDWIDTH = 14  # periods across the image, standard deviation
@@ -104,7 +108,7 @@ def _check(label: int, seed: int, size: int) -> None:
 
 
 def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size: int = 512) -> None:
-    """Write a balanced set as ``root/{class}/{number}.png``; nothing happens where exactly this set already lies.
+    """Write a balanced set as ``root/{class}/{number}.png``; images of this set that already lie there are kept.
 
     Args:
         root: folder, created where it is missing.
@@ -114,7 +118,7 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
 
     Raises:
         ConfigurationError: a count below the number of classes, or a seed or size that ``fundus_image`` refuses.
-        DataError: ``root`` holds anything else: other parameters, foreign files or an interrupted set.
+        DataError: ``root`` holds anything else: another set or foreign files.
     """
     root = Path(root)
     if count < len(CLASSES):
@@ -122,32 +126,37 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
     _check(0, seed, size)
     parameters = {"version": _VERSION, "classes": list(CLASSES), "count": count, "seed": seed, "size": size}
     labels = {f"{CLASSES[i % len(CLASSES)]}/{i // len(CLASSES):04d}.png": i for i in range(count)}
-    if _already_written(root, parameters, set(labels)):
+    missing = {name: labels[name] for name in labels if name not in _present(root, parameters, set(labels))}
+    if not missing:
         return
     for name in CLASSES:
         (root / name).mkdir(parents=True, exist_ok=True)
-    for name, index in tqdm(labels.items(), desc="drawing fundus images", unit="image"):
-        image = fundus_image(index % len(CLASSES), seed * 1_000_000 + index, size)
-        Image.fromarray(image).save(root / name, compress_level=1)
     (root / _MARKER).write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
+    for name, index in tqdm(missing.items(), desc="drawing fundus images", unit="image"):
+        image = fundus_image(index % len(CLASSES), seed * 1_000_000 + index, size)
+        partial = root / f"{name}{_PARTIAL}"
+        Image.fromarray(image).save(partial, format="png", compress_level=1)
+        partial.replace(root / name)
 
 
-def _already_written(root: Path, parameters: dict[str, Any], names: set[str]) -> bool:
+def _present(root: Path, parameters: dict[str, Any], names: set[str]) -> set[str]:
+    """Images of exactly this set that are complete."""
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file: name a folder for the synthetic images.")
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+    present = {name for name in files if not name.endswith(_PARTIAL)}
     if not present:
-        return False
+        return present
     found = _read_marker(root / _MARKER)
     differing = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in parameters.items() if found.get(k) != v]
     if not found:
-        reason = f"files, but no readable {_MARKER}: they are foreign, or an interrupted set"
+        reason = f"files, but no readable {_MARKER}"
     elif differing:
         reason = f"another synthetic set ({', '.join(differing)})"
-    elif different := sorted(present ^ (names | {_MARKER})):
-        reason = f"this set with files added or missing, such as {different[0]}"
+    elif foreign := sorted(present - names - {_MARKER}):
+        reason = f"files that are not of this set, such as {foreign[0]}"
     else:
-        return True
+        return present
     raise DataError(f"{root} already holds {reason}. Delete that folder, or name another one.")
 
 
@@ -296,3 +305,25 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> _Array:
 def _soft_step(x: NDArray[Any]) -> _Array:
     """0 below -0.5, 1 above 0.5, a ramp between."""
     return np.clip(x + 0.5, 0, 1).astype(np.float32)
+
+
+class SyntheticFundusDataModule(PreloadedFeatureDataModule):
+    """Draws the images first, then is a ``PreloadedFeatureDataModule`` over them.
+
+    Args:
+        root: folder of the images, made where it is missing.
+        store: see ``PreloadedFeatureDataModule``.
+        count: images of all classes together.
+        seed: of the images.
+        size: side of the images in pixels.
+        **kwargs: see ``PreloadedFeatureDataModule``.
+    """
+
+    def __init__(self, root: str, store: str, count: int = 300, seed: int = 0, size: int = 512, **kwargs: Any) -> None:
+        super().__init__(root, store, **kwargs)
+        self.count, self.image_seed, self.drawn_size = count, seed, size
+
+    def read_manifest(self) -> Manifest:
+        """The drawn data set."""
+        write_fundus_images(self.root, self.count, self.image_seed, self.drawn_size)
+        return super().read_manifest()
