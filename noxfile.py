@@ -10,7 +10,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 ENV = {
     "PYTHONDONTWRITEBYTECODE": "",  # compiled modules start in a third of the time
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",  # small models; two test processes share the cores
     "WANDB_MODE": "offline",
 }
 
@@ -23,7 +23,7 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite; arguments go to pytest."""
     install(session, "dev")
-    session.run("pytest", *session.posargs, env=ENV)
+    session.run("pytest", "-n", "2", *session.posargs, env=ENV)
 
 
 @nox.session

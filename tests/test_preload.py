@@ -479,7 +479,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_size: int) -> None:
     write_images(image_root, {"a": 25, "b": 25})
     data = tiny_data()
-    arguments = (data.read_manifest(), ENCODER, data.asked(ENCODER, "fp16"), data.url, 5, 0, "")
+    arguments = (data.read_manifest(), ENCODER, data.asked(ENCODER, "fp16"), data.url, 5, 0, False, "")
     FrozenPass(*arguments).prepare_data()
     shares = []
     for rank in range(world_size):
