@@ -10,9 +10,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 ENV = {
     "PYTHONDONTWRITEBYTECODE": "",  # compiled modules start in a third of the time
-    "OMP_NUM_THREADS": "1",  # small models; two test processes share the cores
     "WANDB_MODE": "offline",
 }
+TEST_ENV = {**ENV, "OMP_NUM_THREADS": "1"}  # small models; two test processes share the cores
 
 
 def install(session: nox.Session, *extras: str) -> None:
@@ -23,7 +23,7 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite; arguments go to pytest."""
     install(session, "dev")
-    session.run("pytest", "-n", "2", *session.posargs, env=ENV)
+    session.run("pytest", "-n", "2", *session.posargs, env=TEST_ENV)
 
 
 @nox.session

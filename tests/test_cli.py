@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from conftest import write_images
@@ -235,6 +236,7 @@ def test_loggers_by_one_line(config: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_SILENT", "true")
     change(config, "trainer", logger={"class_path": "WandbLogger", "init_args": {"offline": True, "project": "p"}})
     run("fit", "--config", config)
+    wandb.finish()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert (tmp_path / "run" / "metrics.csv").is_file()
     board = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path / "board")}}
@@ -275,6 +277,7 @@ def example_data(name: str, tmp_path: Path) -> list[str]:
 def test_every_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run("fit", "--config", EXAMPLES / name, *example_data(name, tmp_path))
+    wandb.finish()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 <= metrics["best"]["test_auc"] <= 1
 

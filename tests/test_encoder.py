@@ -683,6 +683,18 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
 }
 
 
+def test_published_weights_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no route to the hub")
+
+    encoder_shape("test_vit")
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(
+        EncoderError, match=r"weights of test_vit \(OSError: no route.* a local file as model.pretrained"
+    ):
+        FrozenEncoder(EncoderConfig("test_vit", pretrained=True), (64, 64))
+
+
 def test_positions_of_a_square_grid_are_interpolated_to_another_grid_of_as_many(tmp_path: Path) -> None:
     source = timm.create_model("test_vit", pretrained=False, img_size=96)  # 6 x 6 patches
     path = save(dict(source.state_dict()), tmp_path / "weights.safetensors")

@@ -372,7 +372,15 @@ def _build(config: EncoderConfig, resolution: tuple[int, int]) -> nn.Module:
     """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = timm.create_model(config.name, pretrained=config.pretrained is True, img_size=resolution)
+        try:
+            model: nn.Module = timm.create_model(config.name, pretrained=config.pretrained is True, img_size=resolution)
+        except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
+            if config.pretrained is not True:
+                raise
+            raise EncoderError(
+                f"timm cannot load the published weights of {config.name} ({type(error).__name__}: {error}). Without a "
+                "network, give a local file as model.pretrained."
+            ) from error
     if isinstance(config.pretrained, str):
         load_weights(model, _existing_weights(config.pretrained))
     for module in model.modules():

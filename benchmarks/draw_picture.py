@@ -1,0 +1,66 @@
+"""Draw the README's picture: what the encoder sees, which of its tokens are kept, and what is left at 128 pixels.
+
+Writes ``docs/quickstart.png``. Run from the repository's root: ``python benchmarks/draw_picture.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fpt_lightning import FPTPlusModule
+from fpt_lightning.encoder import FrozenEncoder
+from fpt_lightning.images import normalise, stored_copy, unit_pixels
+from fpt_lightning.synthetic import CLASSES, fundus_image
+
+ROOT = Path(__file__).parent.parent
+EYE = 7
+
+
+def kept_tokens(
+    image: NDArray[np.uint8], encoder: FrozenEncoder, mean: list[float], std: list[float]
+) -> NDArray[np.int64]:
+    """How many (layer, head) pairs keep each patch: (rows, columns)."""
+    pixels = normalise(unit_pixels(image, encoder.resolution), mean, std)
+    _, indices = encoder(pixels[None])
+    counts = torch.bincount(indices.flatten(), minlength=encoder.tokens)[encoder.shape.prefix_tokens :]
+    rows = encoder.resolution[0] // encoder.shape.patch_size[0]
+    return counts.view(rows, -1).numpy()
+
+
+def main() -> None:
+    config = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    data = config["data"]["init_args"]
+    module = FPTPlusModule(**config["model"]["init_args"])
+    size, side = data["resolution"], module.side_resolution
+    assert side is not None
+    encoder = FrozenEncoder(module.encoder_config, (size, size))
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    titles = (
+        f"{size} x {size}\nto the frozen encoder",
+        "detail",
+        "its tokens that are kept",
+        f"{side} x {side}\nto the side network",
+    )
+    for row, (name, axes) in enumerate(zip(CLASSES, figure.subplots(3, 4), strict=True)):
+        image = fundus_image(row, EYE, size)
+        counts = kept_tokens(image, encoder, data["mean"], data["std"])
+        for each, shown in zip(axes, (image, image[110:190, 120:200], image, stored_copy(image, side)), strict=True):
+            each.imshow(shown, interpolation="nearest")
+            each.set(xticks=[], yticks=[])
+        axes[2].imshow(counts, cmap="viridis", alpha=0.65, extent=(0, size, size, 0), interpolation="nearest")
+        axes[0].set_ylabel(name, fontsize=13)
+        for each, title in zip(axes, titles if row == 0 else [""] * 4, strict=True):
+            each.set_title(title, fontsize=12)
+    path = ROOT / "docs" / "quickstart.png"
+    figure.savefig(path, dpi=80)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Memory that is counted, parameters that are reported, files that are written."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import quiet_trainer, tiny_model
+from fpt_lightning import PreloadedFeatureDataModule
+from fpt_lightning.callbacks import (
+    LearnableParameters,
+    LiveTensorBytes,
+    PeakMemory,
+    ResultsWriter,
+    write_confusion,
+    write_predictions,
+)
+
+DataMaker = Callable[..., PreloadedFeatureDataModule]
+
+
+def test_live_bytes_count_every_storage_once_until_it_is_freed() -> None:
+    before = torch.ones(100)
+    with LiveTensorBytes() as live:
+        live.count([before, {"again": before.view(10, 10)}])
+        assert live.current == 400
+        a = torch.zeros(1000)
+        view = a[:10].view(2, 5)
+        assert live.current == 4400
+        b = a + 1
+        assert live.peak == live.current == 8400
+        del a, view
+        assert live.current == 4400
+        c = torch.zeros(500, dtype=torch.float16)
+        assert (live.current, live.peak) == (5400, 8400)
+        del b, c
+    assert live.current == 400
+
+
+def test_peak_memory_of_a_step_is_logged_and_the_same_each_time(tiny_data: DataMaker, tmp_path: Path) -> None:
+    peaks = []
+    for run in range(2):
+        data, module = tiny_data(), tiny_model()
+        data.preload(module, quiet_trainer(tmp_path))
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[PeakMemory()])
+        torch.manual_seed(run)
+        trainer.fit(module, data)
+        peaks.append(float(trainer.callback_metrics["train_peak_live_mib"]))
+        assert trainer.callback_metrics["peak_resident_mib"] > 100
+        trainer.test(module, data, verbose=False)
+        assert 0 < trainer.callback_metrics["test_peak_live_mib"] < peaks[-1]
+    learnable = sum(p.numel() for p in module.parameters())
+    assert peaks[0] == peaks[1]
+    assert 4 * 4 * learnable / 2**20 < peaks[0] < 20  # parameters, gradients, two moments; and the batch of 8
+
+
+def test_the_learnable_share_is_said(tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    with caplog.at_level(logging.INFO):
+        quiet_trainer(tmp_path, callbacks=[LearnableParameters()]).fit(module, data)
+    learnable = sum(p.numel() for p in module.parameters())
+    total = learnable + module.encoder_shape.parameters
+    assert f"learnable parameters: {learnable:,}; {100 * learnable / total:.2f}% of the total {total:,}" in caplog.text
+
+
+def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -> None:
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path / "run", callbacks=[ResultsWriter()])
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    assert (tmp_path / "run" / "test" / "metrics.json").is_file()
+    trainer.predict(module, data, return_predictions=False)
+    assert len((tmp_path / "run" / "predict" / "predictions.csv").read_text().splitlines()) == 31
+
+
+def test_predictions_and_confusion(tmp_path: Path) -> None:
+    rows = [("x,1.png", 0, [0.7, 0.3]), ('y"2.png', 1, [0.6, 0.4]), ("z.png", -1, [0.1, 0.9])]
+    write_predictions(tmp_path / "p.csv", rows, ("no", "yes, it is"))
+    with (tmp_path / "p.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["path", "label", "prob_no", "prob_yes, it is"],
+            ["x,1.png", "no", "0.700000", "0.300000"],
+            ['y"2.png', "yes, it is", "0.600000", "0.400000"],
+            ["z.png", "", "0.100000", "0.900000"],
+        ]
+    write_confusion(tmp_path, rows[:2], ("no", "yes"))
+    assert (tmp_path / "confusion_matrix.csv").read_text() == "true \\ predicted,no,yes\nno,1,0\nyes,1,0\n"
+    assert (tmp_path / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.csv", "confusion_matrix.png", "p.csv"]
