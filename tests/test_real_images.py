@@ -14,7 +14,7 @@ from fpt_lightning.cli import main
 ROOT = os.environ.get("FPT_CHEST_XRAY", "")
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 @pytest.mark.skipif(not ROOT, reason="FPT_CHEST_XRAY does not name the folder of the real images")
 def test_chest_xrays(tmp_path: Path) -> None:
     settings = [

@@ -144,7 +144,8 @@ class ClassificationModule(L.LightningModule):
         probabilities = logits.softmax(-1)
         metrics.update(probabilities, labels)
         self.log(f"{stage}_loss", self.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(labels))
+        for name, metric in metrics.items(keep_base=False, copy_state=False):
+            self.log(name, metric, prog_bar=name == "val_auc", on_step=False, on_epoch=True, batch_size=len(labels))
         return {"ids": batch["ids"], "labels": labels, "probabilities": probabilities}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
