@@ -284,7 +284,8 @@ class ImageDataModule(L.LightningDataModule):
         rank, world, epoch = 0, 1, 0
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # of a run that goes on, before it does
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            epoch = progress.processed  # as ``current_epoch`` lags behind in a run that goes on
         sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
         sampler.set_epoch(epoch)
         return DataLoader(
