@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -20,6 +21,7 @@ import yaml
 
 from conftest import write_images
 from fpt_lightning.cli import main
+from fpt_lightning.store import FeatureStore
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PATCH_16 = ["--model.encoder", "test_vit", "--model.pretrained", "false", "--model.side_resolution", "32"]
@@ -201,12 +203,25 @@ def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    from fpt_lightning.store import FeatureStore
-
     store = FeatureStore.open(str(tmp_path / "store.zarr"))
     assert 16 <= store.done.sum() < 140
     run("preload", "--config", config)
     assert FeatureStore.open(str(tmp_path / "store.zarr")).done.sum() == 140
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one_and_test_every_image_once(config: Path, tmp_path: Path) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("preload", "--config", config, "--data.store", tmp_path / "one.zarr")
+    command = [sys.executable, "-m", "fpt_lightning", "fit", "--config", str(config)]
+    subprocess.run([*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"], check=True, timeout=300)
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("one.zarr", "store.zarr"))
+    assert one.ids == two.ids
+    for row in range(len(one.ids)):
+        for a, b in zip((*one.read(row), one.read_indices(row)), (*two.read(row), two.read_indices(row)), strict=True):
+            assert np.array_equal(a, b)
+    tested = [row["path"] for row in rows(tmp_path / "run" / "predictions.csv")]
+    assert len(tested) == len(set(tested)) == 6
 
 
 def test_print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

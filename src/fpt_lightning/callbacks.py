@@ -155,7 +155,7 @@ class PeakMemory(L.Callback):
             values = {"peak_resident_mib": resident / _MIB}
             if stage in self._peaks:
                 values[f"{stage}_peak_live_mib"] = self._peaks[stage] / _MIB
-        pl_module.log_dict(values)
+        pl_module.log_dict(values, sync_dist=True, reduce_fx="max")
 
 
 class ResultsWriter(L.Callback):

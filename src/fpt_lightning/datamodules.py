@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -437,7 +438,7 @@ class _Views:
         return normalise(pixels / 255, self.mean, self.std)
 
 
-class _Samples(Dataset[Batch]):
+class _Samples(Dataset[Batch], ABC):
     """Samples by (epoch, index), fetched a batch at a time."""
 
     def __init__(self, manifest: Manifest, samples: Sequence[Sample], views: _Views) -> None:
@@ -460,9 +461,9 @@ class _Samples(Dataset[Batch]):
             **rest,
         }
 
+    @abstractmethod
     def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
         """The low-resolution copies, and what else the batch holds."""
-        raise NotImplementedError
 
 
 class _ImageSamples(_Samples):

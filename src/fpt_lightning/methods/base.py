@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from fpt_lightning.store import FeatureSpecification
 _KEY = "fpt_lightning"  # of our part of a checkpoint
 
 
-class ClassificationModule(L.LightningModule):
+class ClassificationModule(L.LightningModule, ABC):
     """Base of the methods: a subclass says how a batch becomes logits, and which features it needs.
 
     Training as published: AdamW, cosine decay to 0 over all steps, cross-entropy (paper, section 4.2.1). All arguments
@@ -85,9 +86,9 @@ class ClassificationModule(L.LightningModule):
     def encoder_shape(self) -> EncoderShape:
         return self.encoder_config.shape
 
+    @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of a ``fpt_lightning.datamodules.Batch``."""
-        raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
         """Run the frozen encoder, whose weights are loaded the first time.
@@ -126,7 +127,8 @@ class ClassificationModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(self(batch), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch["labels"]))
+        size = len(batch["labels"])
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
