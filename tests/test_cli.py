@@ -392,6 +392,15 @@ def test_settings_that_cannot_work(
     assert message in fails(capsys, "fit", "--config", config, *arguments)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_the_frozen_pass_is_in_fp32_whatever_trains_on_it(config: Path, tmp_path: Path, precision: str) -> None:
+    change(config, "data", mean=[0.4], std=[0.2], codec="fp32")
+    run("preload", "--config", config, "--data.store", tmp_path / "plain.zarr")
+    run("preload", "--config", config, "--trainer.precision", precision)
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("plain.zarr", "store.zarr"))
+    assert all(np.array_equal(one.read(row)[0], two.read(row)[0]) for row in range(30))
+
+
 def test_preload_needs_a_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = yaml.safe_load(config.read_text())
     content["data"]["class_path"] = "ImageDataModule"

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 import fpt_lightning
@@ -24,7 +25,7 @@ from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModul
 from fpt_lightning.errors import CheckpointError, ConfigurationError, FPTError
 from fpt_lightning.methods import ClassificationModule
 
-_PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes")  # of the trainer that does the frozen pass
+_PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
 
 
 class Trainer(L.Trainer):
@@ -80,22 +81,16 @@ class RunLogger(CSVLogger):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` in the run's folder when fit starts, and never over another run's."""
+    """Saves ``config.yaml`` in the run's folder when fit starts; a run that goes on keeps its own."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)
-        path = folder / self.config_filename
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
         if trainer.is_global_zero and self.config.get("ckpt_path") is None:
-            if path.exists():
-                raise ConfigurationError(
-                    f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or go "
-                    f"on with that run by --ckpt_path {folder / 'last.ckpt'}."
-                )
+            folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, path, overwrite=False, multifile=False)
+            self.parser.save(self.config, folder / self.config_filename, overwrite=False, multifile=False)
 
 
 class CommandLine(LightningCLI):
@@ -147,11 +142,12 @@ class CommandLine(LightningCLI):
                 *([LearningRateMonitor("epoch")] if loggers else []),
                 *_checkpoints(root),
             ]
-        self.trainer_defaults["callbacks"] = callbacks
-        if self.subcommand == "preload":
-            loggers = []
-            self.trainer_defaults["callbacks"] = []
+        else:
             kwargs["enable_checkpointing"] = False
+        if self.subcommand == "preload":
+            loggers, callbacks = [], []
+            kwargs["precision"] = None  # the frozen pass is in fp32, whatever trains on it
+        self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
     def before_instantiate_classes(self) -> None:
@@ -161,6 +157,13 @@ class CommandLine(LightningCLI):
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )
         self.checkpoint = None if path is None else _read_checkpoint(path)
+        folder = Path(self._get(self.config, "trainer").default_root_dir)
+        first = getattr(rank_zero_only, "rank", 0) in (0, None)
+        if first and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
+            raise ConfigurationError(
+                f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or go on "
+                f"with that run by --ckpt_path {folder / 'last.ckpt'}."
+            )
         for logger in _as_list(self._get(self.config, "trainer").logger):
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
                 logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
@@ -234,6 +237,7 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*does not have many workers.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*LightningCLI's args parameter is intended to run from within Python.*",
     ):
