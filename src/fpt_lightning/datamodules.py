@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from fpt_lightning.encoder import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, DataError, StoreError
 from fpt_lightning.images import (
+    Augmentation,
     SideTransform,
     channel_statistics,
     normalise,
@@ -90,7 +91,7 @@ class ImageDataModule(L.LightningDataModule):
         std: Literal["auto"] | list[float] = "auto",
         image_size: int = 256,
         side_resolution: int | None = None,
-        augmentation: Literal["default", "strong", "none"] = "default",
+        augmentation: Augmentation = "default",
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:

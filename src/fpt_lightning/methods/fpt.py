@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from fpt_lightning.encoder import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.fusion import FineGrainedFusion
 from fpt_lightning.methods.base import ClassificationModule
+from fpt_lightning.selection import Criterion
 from fpt_lightning.side import SideViT
 
 
@@ -50,7 +51,7 @@ class FPTPlusModule(ClassificationModule):
         num_classes: int,
         layers: list[int] | None = None,
         token_ratio: float = 0.2,
-        criterion: Literal["global", "class_token"] = "global",
+        criterion: Criterion = "global",
         side_resolution: int = 128,
         reduction: int = 8,
         prompts: int = 16,
