@@ -24,7 +24,7 @@ from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datamodules import EpochSampler
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import ConfigurationError, DataError, StaleStoreError, StoreError
-from fpt_lightning.images import SideTransform, channel_statistics, normalise, read_image, stored_copy, unit_pixels
+from fpt_lightning.images import ViewTransform, channel_statistics, normalise, read_image, stored_copy, unit_pixels
 from fpt_lightning.store import FeatureStore
 
 ENCODER = EncoderConfig("test_vit", pretrained=False)
@@ -128,7 +128,7 @@ def test_a_batch_of_stored_features(stored: Maker, folder: Path) -> None:
     assert (batches[0]["features"].shape, batches[0]["features"].dtype) == ((8, 2, 3, 2, 3, 32), torch.float16)
     store = FeatureStore.open(str(folder / "store.zarr"))
     for id, features in by_id(batches, "features").items():
-        np.testing.assert_array_equal(features.numpy(), store.read(store.rows[id])[0])
+        np.testing.assert_array_equal(features.numpy(), store.read(store.rows[id], "features"))
 
 
 def test_a_batch_of_images(live: Maker, folder: Path) -> None:
@@ -166,8 +166,7 @@ def test_evaluation_neither_shuffles_nor_augments(make: Maker, folder: Path, num
         assert ids(batches) == [sample.id for sample in data.labelled.split(split)]
         for id, view in by_id(batches).items():
             copy = stored_copy(read_image(folder / "images" / id), 48)
-            pixels = torch.from_numpy(SideTransform(32, "none")(copy, 0)).permute(2, 0, 1) / 255
-            torch.testing.assert_close(view, normalise(pixels, MEAN, STD))
+            torch.testing.assert_close(view, normalise(ViewTransform(32, "none")(copy, 0), MEAN, STD))
 
 
 # Order and views
@@ -529,7 +528,7 @@ def test_a_damaged_sample_is_named_when_it_is_read(folder: Path, stored: Maker, 
     shard.write_bytes(content)
     data = ready(stored(store=str(url)))
     loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader()
-    with pytest.raises(StoreError, match=rf"{url} cannot give the sample a/000\.png"):
+    with pytest.raises(StoreError, match=rf"{url} cannot give the features of a/000\.png"):
         list(chain(*loaders))
 
 

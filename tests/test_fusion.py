@@ -248,5 +248,5 @@ def test_no_dropout_inside_the_side_network() -> None:
 
 @pytest.mark.parametrize("prompts", [0, -1])
 def test_fusion_without_prompts(prompts: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"prompts is {prompts}: FPT\\+ needs at least 1"):
+    with pytest.raises(ConfigurationError, match=f"prompts is {prompts}: give at least 1"):
         FineGrainedFusion(LAYERS, HEADS, WIDTH, SIDE_WIDTH, prompts)

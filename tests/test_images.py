@@ -14,11 +14,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fpt_lightning import images
 from fpt_lightning.errors import ConfigurationError, ImageError
 from fpt_lightning.images import (
-    SideTransform,
+    ViewTransform,
     channel_statistics,
     normalise,
     read_image,
@@ -280,36 +281,51 @@ def test_images_of_one_colour_have_no_statistics(tmp_path: Path, level: int) -> 
 @pytest.mark.parametrize("augmentation", ["default", "strong", "none"])
 @pytest.mark.parametrize("size", [24, 64, 80])
 def test_a_view_has_its_size_and_is_drawn_by_its_seed(augmentation: str, size: int) -> None:
-    pixels, transform = smooth(64, 64), SideTransform(size, augmentation)
+    pixels, transform = smooth(64, 64), ViewTransform(size, augmentation)
     before = pixels.copy()
     views = [transform(pixels, seed) for seed in (1, 2, 3, 1)]
-    assert all(view.shape == (size, size, 3) and view.dtype == np.uint8 for view in views)
-    np.testing.assert_array_equal(views[0], views[3])
-    np.testing.assert_array_equal(views[0], SideTransform(size, augmentation)(pixels, 1))
+    assert all(view.shape == (3, size, size) and view.dtype == torch.float32 for view in views)
+    assert all(view.is_contiguous() and 0 <= view.min() < view.max() <= 1 for view in views)
+    assert torch.equal(views[0], views[3])
+    assert torch.equal(views[0], ViewTransform(size, augmentation)(pixels, 1))
     np.testing.assert_array_equal(pixels, before)
-    assert (len({view.tobytes() for view in views}) == 1) == (augmentation == "none")
+    assert (len({view.numpy().tobytes() for view in views}) == 1) == (augmentation == "none")
+
+
+@pytest.mark.parametrize("augmentation", ["default", "strong", "none"])
+def test_a_16_bit_view_is_the_8_bit_one_in_finer_steps(augmentation: str) -> None:
+    pixels, transform = smooth(64, 64), ViewTransform((48, 32), augmentation)
+    coarse, fine = transform(pixels, 1), transform(pixels.astype(np.uint16) * 257, 1)
+    assert fine.shape == (3, 48, 32)
+    torch.testing.assert_close(coarse, fine, rtol=0, atol=3 / 255)
+    assert len(fine.unique()) > 2 * len(coarse.unique())
 
 
 def test_views_do_not_depend_on_or_change_global_generators() -> None:
-    pixels, transform = smooth(64, 64), SideTransform(32)
+    pixels, transform = smooth(64, 64), ViewTransform(32)
     np.random.seed(0)
     torch.manual_seed(0)
     first, drawn = transform(pixels, 5), (np.random.rand(), torch.rand(1))
     np.random.seed(0)
     torch.manual_seed(0)
     assert (np.random.rand(), torch.rand(1)) == drawn
-    np.testing.assert_array_equal(transform(pixels, 5), first)
+    assert torch.equal(transform(pixels, 5), first)
 
 
 def test_no_augmentation_is_a_plain_resize() -> None:
     pixels = smooth(64, 64)
-    np.testing.assert_array_equal(SideTransform(32, "none")(pixels, 0), stored_copy(pixels, 32))
+    assert torch.equal(ViewTransform(32, "none")(pixels, 0), unit_pixels(pixels, (32, 32)))
 
 
 def ramps() -> NDArray[np.uint8]:
     """Red rises to the right and green downwards, so that a view shows where it was cut out; blue is constant."""
     rise = np.tile(np.arange(50, 178, dtype=np.uint8), (128, 1))
     return np.dstack([rise, rise.T, np.full_like(rise, 100)])
+
+
+def shown(view: Tensor) -> NDArray[np.uint8]:
+    """(height, width, 3) from (3, height, width)."""
+    return (view.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
 def spans(view: NDArray[np.uint8]) -> tuple[float, float, bool, float]:
@@ -323,8 +339,8 @@ def spans(view: NDArray[np.uint8]) -> tuple[float, float, bool, float]:
 
 
 def test_default_views_are_the_published_ones() -> None:
-    transform = SideTransform(64)
-    drawn = [spans(transform(ramps(), seed)) for seed in range(200)]
+    transform = ViewTransform(64)
+    drawn = [spans(shown(transform(ramps(), seed))) for seed in range(200)]
     ratios = np.array([width / height for width, height, _, _ in drawn])
     gains = np.array([brightness for *_, brightness in drawn])
     assert 0.75 < ratios.min() < 0.85
@@ -349,19 +365,19 @@ def test_default_crops_cover_at_least_four_fifths(monkeypatch: pytest.MonkeyPatc
 
 
 def test_strong_views_are_also_turned() -> None:
-    downs = [spans(SideTransform(64, "strong")(ramps(), seed))[1] for seed in range(40)]
+    downs = [spans(shown(ViewTransform(64, "strong")(ramps(), seed)))[1] for seed in range(40)]
     assert 0.25 < np.mean([down < 0 for down in downs]) < 0.75
 
 
 def test_an_unknown_augmentation() -> None:
     with pytest.raises(ConfigurationError, match="augmentation is 'weak': choose one of default, strong, none"):
-        SideTransform(32, "weak")
+        ViewTransform(32, "weak")
 
 
 def test_a_used_transform_pickles() -> None:
-    pixels, transform = smooth(64, 64), SideTransform(32)
+    pixels, transform = smooth(64, 64), ViewTransform(32)
     view = transform(pixels, 3)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(transform))(pixels, 3), view)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(pixels, 3), view)
 
 
 # Imports
@@ -377,7 +393,7 @@ def refuse(*args, **kwargs):
     raise SystemExit("the network was asked")
 urllib.request.urlopen = socket.create_connection = socket.socket.connect = socket.getaddrinfo = refuse
 import numpy, os
-fpt_lightning.images.SideTransform(8)(numpy.zeros((16, 16, 3), numpy.uint8), 0)
+fpt_lightning.images.ViewTransform(8)(numpy.zeros((16, 16, 3), numpy.uint8), 0)
 assert "albumentations" in sys.modules
 assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
 """

@@ -96,12 +96,12 @@ def test_features_are_those_of_the_encoder(image_root: Path, tiny_data: MakeData
     for rows in (range(0, 4), range(8, 12), range(16, 20), range(28, 30)):  # batches of the pass, for equal rounding
         images = [read_image(image_root / IDS[row]) for row in rows]
         pixels = torch.stack([unit_pixels(image, (64, 64)) for image in images])
-        features, indices = encoder(normalise(pixels, [0.4] * 3, [0.2] * 3))
+        features, indices, pooled = encoder(normalise(pixels, [0.4] * 3, [0.2] * 3))
         for position, row in enumerate(rows):
-            stored, copy = store.read(row)
-            np.testing.assert_array_equal(stored, features[position].numpy())
-            np.testing.assert_array_equal(store.read_indices(row), indices[position].numpy())
-            np.testing.assert_array_equal(copy, stored_copy(images[position], 48))
+            np.testing.assert_array_equal(store.read(row, "features"), features[position].numpy())
+            np.testing.assert_array_equal(store.read(row, "indices"), indices[position].numpy())
+            np.testing.assert_array_equal(store.read(row, "pooled"), pooled[position].numpy())
+            np.testing.assert_array_equal(store.read(row, "images"), stored_copy(images[position], 48))
     assert store.specification.weights_digest == encoder.digest
     assert store.specification.resolution == (64, 64)
     assert store.made_with.keys() >= {"torch", "timm", "fpt-lightning", "device"}
@@ -114,7 +114,7 @@ def test_the_size_of_every_image_file_is_stored(image_root: Path, reference: dic
 def test_a_black_image_is_stored(image_root: Path, tiny_data: MakeData) -> None:
     Image.fromarray(np.zeros((80, 96, 3), np.uint8)).save(image_root / IDS[20])
     store = tiny_data().preload(ENCODER)
-    assert not store.read(20)[1].any()
+    assert not store.read(20, "images").any()
     store.check_present()
 
 
@@ -123,7 +123,8 @@ def test_a_black_image_is_stored(image_root: Path, tiny_data: MakeData) -> None:
 def test_the_announced_shape_is_the_encoders(layers: tuple[int, ...] | None, resolution: tuple[int, int]) -> None:
     config = EncoderConfig("test_vit", pretrained=False, layers=layers, token_ratio=0.3)
     shape = feature_shape(config, resolution)
-    features, indices = FrozenEncoder(config, resolution)(torch.zeros(1, 3, *resolution))
+    features, indices, pooled = FrozenEncoder(config, resolution)(torch.zeros(1, 3, *resolution))
+    assert pooled.shape[1:] == (shape.width,)
     assert features.shape[1:] == (2, shape.layers, shape.heads, shape.tokens, shape.head_dim)
     assert indices.shape[1:] == (shape.layers, shape.heads, shape.tokens)
 
@@ -436,10 +437,10 @@ def test_features_out_of_range_name_the_image(
     forward = FrozenEncoder.forward
 
     def overflowing(self: FrozenEncoder, images: Tensor) -> Any:
-        features, indices = forward(self, images)
+        encoded = forward(self, images)
         if len(images) == 2:  # the last batch
-            features[1] *= 1e6
-        return features, indices
+            encoded.features[1] *= 1e6
+        return encoded
 
     monkeypatch.setattr(FrozenEncoder, "forward", overflowing)
     data = tiny_data()

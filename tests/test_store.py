@@ -15,7 +15,16 @@ import zarr
 from numpy.typing import NDArray
 
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
-from fpt_lightning.store import SHARD, FeatureShape, FeatureSpecification, FeatureStore, check_codec, encode
+from fpt_lightning.store import (
+    FORMAT,
+    SAMPLE_ARRAYS,
+    SHARD,
+    FeatureShape,
+    FeatureSpecification,
+    FeatureStore,
+    check_codec,
+    encode,
+)
 
 SHAPE = FeatureShape(layers=2, heads=3, tokens=4, head_dim=5)
 SIZE = 6
@@ -49,17 +58,18 @@ CHANGES: dict[str, Any] = {
     "codec": "fp32",
     "weights_digest": "4567",
     "interpolation": "bilinear",
-    "format": 2,
+    "format": 98,
 }
 
 
-def content(rows: Sequence[int], codec: str = "fp16") -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.uint8]]:
-    """Features, indices and copies that belong to these rows."""
+def content(rows: Sequence[int], codec: str = "fp16") -> tuple[NDArray[Any], ...]:
+    """Features, indices, pooled features and copies that belong to these rows."""
     generators = [np.random.default_rng(row) for row in rows]
     dtype = {"fp16": np.float16, "fp32": np.float32}[codec]
     return (
         np.stack([rng.standard_normal((2, 2, 3, 4, 5)) for rng in generators]).astype(dtype),
         np.stack([rng.integers(0, 25, (2, 3, 4), dtype=np.int32) for rng in generators]),
+        np.stack([rng.standard_normal(15) for rng in generators]).astype(np.float32),
         np.stack([rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for rng in generators]),
     )
 
@@ -73,12 +83,10 @@ def write(store: FeatureStore, rows: Sequence[int]) -> None:
 def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
     """These rows hold, bit by bit, what belongs to them."""
     for row in rows:
-        features, indices, images = content([row], store.specification.codec)
-        stored, copy = store.read(row)
-        assert stored.dtype == features.dtype
-        np.testing.assert_array_equal(stored, features[0])
-        np.testing.assert_array_equal(copy, images[0])
-        np.testing.assert_array_equal(store.read_indices(row), indices[0])
+        for name, array in zip(SAMPLE_ARRAYS, content([row], store.specification.codec), strict=True):
+            stored = store.read(row, name)
+            assert stored.dtype == array.dtype
+            np.testing.assert_array_equal(stored, array[0])
 
 
 @pytest.fixture
@@ -115,7 +123,7 @@ def test_what_was_written_is_read(make: Callable[..., FeatureStore], codec: str)
 @pytest.mark.parametrize("codec", ["fp16", "fp32"])
 def test_plain_zarr_reads_the_same(make: Callable[..., FeatureStore], codec: str) -> None:
     group = zarr.open_group(make(codec).url, mode="r")
-    arrays = dict(zip(("features", "indices", "images"), content(range(20), codec), strict=True))
+    arrays = dict(zip(SAMPLE_ARRAYS, content(range(20), codec), strict=True))
     arrays |= {"file_sizes": np.arange(1000, 1020), "done": np.ones(20, np.uint8)}
     for name, wanted in arrays.items():
         np.testing.assert_array_equal(group[name][:], wanted)
@@ -128,7 +136,7 @@ def test_rows_are_keyed_by_the_whole_id(make: Callable[..., FeatureStore]) -> No
     store = make()
     assert store.rows["a/003.png"] == 3
     assert store.rows["b/003.png"] == 13
-    assert not np.array_equal(store.read(3)[0], store.read(13)[0])
+    assert not np.array_equal(store.read(3, "features"), store.read(13, "features"))
 
 
 def test_parts_of_a_shard_are_written_at_different_times(make: Callable[..., FeatureStore]) -> None:
@@ -190,16 +198,16 @@ def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., F
 def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureStore], codec: str, size: int) -> None:
     store = make(codec, ids=IDS[:SHARD], rows=range(SHARD))
     announced = SHAPE.bytes_per_sample(codec, SIZE)
-    assert announced == 2 * 2 * 3 * 4 * 5 * size + 2 * 3 * 4 * 4 + SIZE * SIZE * 3 + 9
+    assert announced == 2 * 2 * 3 * 4 * 5 * size + 2 * 3 * 4 * 4 + 15 * 4 + SIZE * SIZE * 3 + 9
     files = [file for file in Path(store.url).rglob("*") if file.is_file() and file.name != "zarr.json"]
-    overhead = 3 * SHARD * 4 + 3 * (16 * SHARD + 4)  # checksums, and the shards' indices
+    overhead = 4 * SHARD * 4 + 4 * (16 * SHARD + 4)  # checksums, and the shards' indices
     assert sum(file.stat().st_size for file in files) == SHARD * announced + overhead
 
 
 # Lost and damaged data
 
 
-@pytest.mark.parametrize("name", ["features", "indices", "images"])
+@pytest.mark.parametrize("name", SAMPLE_ARRAYS)
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_deleted_shard_is_noticed(make: Callable[..., FeatureStore], name: str, shard: int) -> None:
     store = make()
@@ -209,7 +217,7 @@ def test_a_deleted_shard_is_noticed(make: Callable[..., FeatureStore], name: str
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9])
-@pytest.mark.parametrize("name", ["features", "indices", "images"])
+@pytest.mark.parametrize("name", SAMPLE_ARRAYS)
 def test_a_truncated_shard_is_noticed(make: Callable[..., FeatureStore], name: str, share: float) -> None:
     store = make()
     file = shard_file(store, name, 0)
@@ -242,13 +250,11 @@ def test_zeros_are_data(make: Callable[..., FeatureStore], reopen: bool) -> None
     store = FeatureStore.open(store.url, writable=True) if reopen else store
     store.write([1], *(np.zeros_like(array) for array in content([1])), [1001])
     store = FeatureStore.open(store.url)
-    assert not store.read(1)[0].any()
-    assert not store.read(1)[1].any()
-    assert not store.read_indices(1).any()
+    assert not any(store.read(1, name).any() for name in SAMPLE_ARRAYS)
     store.check_present()
 
 
-@pytest.mark.parametrize("name", ["features", "indices", "images"])
+@pytest.mark.parametrize("name", SAMPLE_ARRAYS)
 def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], name: str) -> None:
     store = make()
     file = shard_file(store, name, 0)
@@ -258,8 +264,8 @@ def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], 
     damaged = (
         len(content) // 4 * SHARD // (len(content) - 16 * SHARD - 4)
     )  # in a shard, chunks lie in the order of rows
-    with pytest.raises(StoreError, match=rf"{store.url} cannot give the sample {IDS[damaged]}: ") as error:
-        store.read_indices(damaged) if name == "indices" else store.read(damaged)
+    with pytest.raises(StoreError, match=rf"{store.url} cannot give the {name} of {IDS[damaged]}: ") as error:
+        store.read(damaged, name)
     assert error.value.__cause__ is not None
     assert_rows(store, [row for row in range(20) if row != damaged])
 
@@ -341,7 +347,7 @@ def tamper(store: FeatureStore, change: Callable[[dict[str, Any]], Any]) -> None
         (lambda attributes: attributes["specification"].update(token_ratio=0.5), ["fingerprint", "rebuild"]),
         (lambda attributes: attributes.update(fingerprint="0"), ["fingerprint", "rebuild"]),
         (lambda attributes: attributes.pop("fingerprint"), ["fingerprint", "rebuild"]),
-        (lambda attributes: attributes["specification"].update(format=99), ["format 99", "reads 1", "rebuild"]),
+        (lambda attributes: attributes["specification"].update(format=99), ["format 99", f"reads {FORMAT}", "rebuild"]),
         (lambda attributes: attributes["specification"].pop("codec"), ["the specification has the fields"]),
         (lambda attributes: attributes["specification"].update(more=1), ["more", "are expected"]),
         (lambda attributes: attributes.pop("specification"), ["is not a feature store", "specification"]),

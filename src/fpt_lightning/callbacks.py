@@ -31,12 +31,11 @@ class LearnableParameters(L.Callback):
     """Says at the start of fit how many parameters learn, and their share of all, the frozen encoder's included."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        learnable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         if isinstance(pl_module, ClassificationModule):
-            frozen = pl_module.encoder_shape.parameters
+            learnable, frozen = pl_module.learnable_parameters, pl_module.frozen_parameters
             rank_zero_info(
-                f"learnable parameters: {learnable:,}; {100 * learnable / (learnable + frozen):.2f}% of the total "
-                f"{learnable + frozen:,} with the frozen {pl_module.encoder_shape.name}"
+                f"learnable parameters: {learnable:,}; {100 * pl_module.learnable_ratio:.2f}% of the total "
+                f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}"
             )
 
 

@@ -181,7 +181,7 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """Make the store that is missing, with the same devices."""
         config = self._get(self.config_init, "trainer")
-        if isinstance(self.datamodule, PreloadedFeatureDataModule):
+        if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
             settings = {name: config[name] for name in _PRELOAD_SETTINGS}
             strategy = config["strategy"] if isinstance(config["strategy"], str) else "auto"
             trainer = L.Trainer(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import lightning as L
 import numpy as np
@@ -20,12 +20,11 @@ from fpt_lightning.encoder import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, DataError, StoreError
 from fpt_lightning.images import (
     Augmentation,
-    SideTransform,
+    ViewTransform,
     channel_statistics,
     normalise,
     read_image,
     stored_copy,
-    unit_pixels,
 )
 from fpt_lightning.manifest import SPLITS, Manifest, Sample, check_classes, list_images, read_manifest
 from fpt_lightning.preload import preload
@@ -33,25 +32,34 @@ from fpt_lightning.store import FeatureSpecification, FeatureStore, check_codec
 
 
 class Batch(TypedDict, total=False):
-    """What both data modules yield; a method uses ``features`` where there are any, else ``images``.
+    """What both data modules yield: ids, labels and those of the rest that the method names in its ``INPUTS``.
 
     Attributes:
         ids: B sample ids.
         labels: (B,), int64; -1 where unlabelled.
         side_images: (B, 3, side, side), fp32, normalised, augmented in training.
         features: keys and values (B, 2, L, H, T, head_dim), in the store's dtype.
-        images: (B, 3, height, width), fp32, normalised, never augmented.
+        pooled: pooled features (B, D), fp32.
+        images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
+            where they stand in for stored features that have yet to be computed.
     """
 
     ids: list[str]
     labels: Tensor
     side_images: Tensor
     features: Tensor
+    pooled: Tensor
     images: Tensor
 
 
+STORED = frozenset({"features", "pooled"})
+"""Inputs that a feature store holds."""
+
+
 class ImageDataModule(L.LightningDataModule):
-    """High-resolution images for the encoder with their low-resolution views for the side network; no store.
+    """High-resolution images for the encoder, low-resolution views for a side network; no store.
+
+    The model's ``INPUTS`` say what a batch holds: a method that trains on ``images`` gets augmented ones.
 
     Args:
         root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
@@ -271,10 +279,21 @@ class ImageDataModule(L.LightningDataModule):
             "data.mean and data.std are 'auto', which only fit computes: give a checkpoint (ckpt_path) or the numbers."
         )
 
+    def _inputs(self) -> frozenset[str]:
+        """What the model's forward takes; what FPT+ takes, for a model that does not say."""
+        declared: frozenset[str] | None = self._declared("INPUTS")
+        return frozenset({"side_images", "features"}) if declared is None else declared
+
+    def _side_views(self, augmentation: str, mean: tuple[float, ...], std: tuple[float, ...]) -> _Views | None:
+        if "side_images" not in self._inputs():
+            return None
+        return _Views(ViewTransform(self._side_resolution(), augmentation), mean, std, self.seed or 0)
+
     def _image_dataset(self, manifest: Manifest, samples: Sequence[Sample], augmentation: str) -> _Samples:
         mean, std = self._statistics()
-        views = _Views(SideTransform(self._side_resolution(), augmentation), mean, std, self.seed or 0)
-        return _ImageSamples(manifest, samples, views, self.resolution, self.image_size)
+        transform = ViewTransform(self.resolution, augmentation if "images" in self._inputs() else "none")
+        views = _Views(transform, mean, std, self.seed or 0)
+        return _ImageSamples(manifest, samples, self._side_views(augmentation, mean, std), views, self.image_size)
 
     def _dataset(self, split: str, augmentation: str) -> _Samples:
         return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
@@ -307,6 +326,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
     """Stored features of the selected tokens with augmented views of the stored low-resolution copies.
 
     Fit, validate and test read the store alone; predict runs new images through the encoder, as ``ImageDataModule``.
+    For a method that takes no stored features, this is ``ImageDataModule``: one configuration serves every method.
 
     Args:
         root: see ``ImageDataModule``.
@@ -345,7 +365,12 @@ class PreloadedFeatureDataModule(ImageDataModule):
         Raises:
             StaleStoreError: the store there was made with other settings.
             ImageError: an image that cannot be read; what was complete before it is kept.
+            ConfigurationError: a model that takes no stored features.
         """
+        if not self.uses_store(model):
+            raise ConfigurationError(
+                f"{type(model).__name__} trains on images, not on stored features: there is nothing to preload."
+            )
         encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
         assert isinstance(encoder, EncoderConfig)
         check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
@@ -361,7 +386,15 @@ class PreloadedFeatureDataModule(ImageDataModule):
             rebuild=self.rebuild,
         )
 
+    @staticmethod
+    def uses_store(model: Any) -> bool:
+        """Whether a model takes what a store holds; one that does not declare its ``INPUTS`` does."""
+        return bool(STORED & getattr(model, "INPUTS", STORED))
+
     def _setup_features(self, stage: str) -> None:
+        if not STORED & self._inputs():
+            super()._setup_features(stage)
+            return
         self._check_model()
         if not FeatureStore.exists(self.url):
             raise StoreError(
@@ -387,10 +420,12 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store.check_present()
 
     def _dataset(self, split: str, augmentation: str) -> _Samples:
+        stored = STORED & self._inputs()
+        if not stored:
+            return super()._dataset(split, augmentation)
         assert self.store is not None
-        spec = self.store.specification
-        views = _Views(SideTransform(self._side_resolution(), augmentation), spec.mean, spec.std, self.seed or 0)
-        return _StoredSamples(self.labelled, self.labelled.split(split), views, self.store)
+        side_views = self._side_views(augmentation, self.store.specification.mean, self.store.specification.std)
+        return _StoredSamples(self.labelled, self.labelled.split(split), side_views, self.store, sorted(stored))
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -424,26 +459,25 @@ class EpochSampler(DistributedSampler[Any]):
 
 @dataclass(frozen=True)
 class _Views:
-    """How low-resolution copies become the side network's normalised images."""
+    """How images become normalised, augmented ones."""
 
-    transform: SideTransform
+    transform: ViewTransform
     mean: tuple[float, ...]
     std: tuple[float, ...]
     seed: int
 
-    def draw(self, copies: Sequence[NDArray[np.uint8]], keys: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, 3, side, side), fp32, from B copies (size, size, 3), uint8, and their (epoch, index)."""
+    def draw(self, images: Sequence[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, 3, height, width), fp32, from B images (height, width, 3) and their (epoch, index)."""
         seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
-        views = np.stack([self.transform(copy, seed) for copy, seed in zip(copies, seeds, strict=True)])
-        pixels = torch.from_numpy(views).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return normalise(pixels / 255, self.mean, self.std)
+        views = [self.transform(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return normalise(torch.stack(views), self.mean, self.std)
 
 
 class _Samples(Dataset[Batch], ABC):
     """Samples by (epoch, index), fetched a batch at a time."""
 
-    def __init__(self, manifest: Manifest, samples: Sequence[Sample], views: _Views) -> None:
-        self.manifest, self.samples, self.views = manifest, samples, views
+    def __init__(self, manifest: Manifest, samples: Sequence[Sample], side_views: _Views | None) -> None:
+        self.manifest, self.samples, self.side_views = manifest, samples, side_views
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -454,17 +488,15 @@ class _Samples(Dataset[Batch], ABC):
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         samples = [self.samples[index] for _, index in keys]
-        copies, rest = self._fetch(samples)
         return {
             "ids": [sample.id for sample in samples],
             "labels": torch.tensor([sample.label for sample in samples]),
-            "side_images": self.views.draw(copies, keys),
-            **rest,
+            **self._fetch(samples, keys),
         }
 
     @abstractmethod
-    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
-        """The low-resolution copies, and what else the batch holds."""
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
+        """The inputs of the samples, drawn for their (epoch, index)."""
 
 
 class _ImageSamples(_Samples):
@@ -472,28 +504,41 @@ class _ImageSamples(_Samples):
         self,
         manifest: Manifest,
         samples: Sequence[Sample],
+        side_views: _Views | None,
         views: _Views,
-        resolution: tuple[int, int],
         image_size: int,
     ) -> None:
-        super().__init__(manifest, samples, views)
-        self.resolution, self.image_size = resolution, image_size
+        super().__init__(manifest, samples, side_views)
+        self.views, self.image_size = views, image_size
 
-    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
         images = [read_image(self.manifest.path(sample)) for sample in samples]
-        pixels = torch.stack([unit_pixels(image, self.resolution) for image in images])
-        copies = [stored_copy(image, self.image_size) for image in images]
-        return copies, {"images": normalise(pixels, self.views.mean, self.views.std)}
+        batch: Batch = {"images": self.views.draw(images, keys)}
+        if self.side_views is not None:
+            batch["side_images"] = self.side_views.draw([stored_copy(i, self.image_size) for i in images], keys)
+        return batch
 
 
 class _StoredSamples(_Samples):
-    def __init__(self, manifest: Manifest, samples: Sequence[Sample], views: _Views, store: FeatureStore) -> None:
-        super().__init__(manifest, samples, views)
-        self.store = store
+    def __init__(
+        self,
+        manifest: Manifest,
+        samples: Sequence[Sample],
+        side_views: _Views | None,
+        store: FeatureStore,
+        inputs: Sequence[str],
+    ) -> None:
+        super().__init__(manifest, samples, side_views)
+        self.store, self.inputs = store, inputs
 
-    def _fetch(self, samples: Sequence[Sample]) -> tuple[Sequence[NDArray[np.uint8]], Batch]:
-        features, copies = zip(*(self.store.read(self.store.rows[sample.id]) for sample in samples), strict=True)
-        return copies, {"features": torch.from_numpy(np.stack(features))}
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
+        batch: dict[str, Tensor] = {name: torch.from_numpy(self._read(name, samples)) for name in self.inputs}
+        if self.side_views is not None:
+            batch["side_images"] = self.side_views.draw(list(self._read("images", samples)), keys)
+        return cast(Batch, batch)
+
+    def _read(self, name: str, samples: Sequence[Sample]) -> NDArray[Any]:
+        return np.stack([self.store.read(self.store.rows[sample.id], name) for sample in samples])
 
 
 def _collated(batch: Any) -> Any:

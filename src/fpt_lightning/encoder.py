@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -44,7 +44,8 @@ _PREFIXES = (
     "visual.trunk.",
 )
 _POSITIONS = ("pos_embed", "relative_position", "rel_pos", "rope")
-_HEADS = ("head.", "head_dist.", "fc_norm.", "norm.", "attn_pool.", "classifier.", "fc.")
+_HEADS = ("head.", "head_dist.", "classifier.", "fc.")
+_POOLING = ("fc_norm.", "norm.", "attn_pool.")  # what follows the blocks; the frozen pass does not use it
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,27 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Encoded(NamedTuple):
+    """What the frozen encoder gives for B images.
+
+    Attributes:
+        features: keys and values of the selected tokens, (B, 2, L, H, T, head_dim), fp32.
+        indices: their tokens, most important first, (B, L, H, T), int64.
+        pooled: the class token after the last tapped block, or the mean of the patches where there is none, (B, D),
+            fp32, not normalised.
+    """
+
+    features: Tensor
+    indices: Tensor
+    pooled: Tensor
+
+
 class FrozenEncoder(nn.Module):
     """A timm ViT that gives the keys and values of its most attended tokens; it never trains.
 
     The keys and values are taken where the attention itself uses them: the call of
     ``scaled_dot_product_attention`` inside every tapped block is intercepted, after biases, query/key norms and rotary
-    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one, and in that one
-    everything after its keys and values, are not computed.
+    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one are not computed.
 
     Args:
         config: the encoder and what to select.
@@ -254,7 +269,7 @@ class FrozenEncoder(nn.Module):
         self.shape = config.shape
         self.tokens = self.shape.tokens(resolution)
         self.selected = number_of_tokens(self.tokens, config.token_ratio)
-        self.model = _build(config, resolution)
+        self.model = build_encoder(config, resolution)
         self.digest = weights_digest(self.model)
         self.requires_grad_(False)
         self.eval()
@@ -268,14 +283,11 @@ class FrozenEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Encoded:
         """The frozen pass, in fp32 whatever autocast says.
 
         Args:
             images: (B, 3, height, width), normalised, at this encoder's resolution.
-
-        Returns:
-            Keys and values (B, 2, L, H, T, head_dim) and the indices of their tokens (B, L, H, T), int64.
 
         Raises:
             ConfigurationError: images of another size than the resolution.
@@ -292,7 +304,7 @@ class FrozenEncoder(nn.Module):
 
 
 class _LastTap(Exception):  # noqa: N818 - a signal, not an error
-    """Raised inside the last tapped attention: nothing after it is needed."""
+    """Raised after the last tapped block: nothing after it is needed."""
 
 
 class _AttentionTap(TorchFunctionMode):
@@ -305,6 +317,7 @@ class _AttentionTap(TorchFunctionMode):
         self.block: int | None = None
         self.keys_values: list[Tensor] = []
         self.indices: list[Tensor] = []
+        self.pooled: Tensor | None = None
 
     def enter(self, index: int) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, inputs: Any) -> None:
@@ -314,18 +327,23 @@ class _AttentionTap(TorchFunctionMode):
 
         return hook
 
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if self.block is not None and len(self.keys_values) <= self.layers.index(self.block):
             raise EncoderError(
                 f"block {self.block} of {self.config.name} did not call scaled_dot_product_attention, so its keys and "
                 "values cannot be taken; unset TIMM_FUSED_ATTN if it is 0."
             )
+        if self.block == self.layers[-1]:
+            prefix = self.config.shape.prefix_tokens
+            self.pooled = output[:, 0] if self.config.shape.class_token else output[:, prefix:].mean(1)
+            raise _LastTap
         self.block = None
 
-    def collect(self) -> tuple[Tensor, Tensor]:
-        features, indices = torch.stack(self.keys_values, 2), torch.stack(self.indices, 1)
-        self.block, self.keys_values, self.indices = None, [], []
-        return features, indices
+    def collect(self) -> Encoded:
+        assert self.pooled is not None
+        encoded = Encoded(torch.stack(self.keys_values, 2), torch.stack(self.indices, 1), self.pooled)
+        self.block, self.keys_values, self.indices, self.pooled = None, [], [], None
+        return encoded
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -350,26 +368,28 @@ class _AttentionTap(TorchFunctionMode):
         position = self.layers.index(cast(int, self.block))
         if len(self.keys_values) > position or is_causal or enable_gqa or query.shape != key.shape:
             raise EncoderError(f"block {self.block} of {self.config.name} has no plain self-attention to tap.")
-        last = position == len(self.layers) - 1
-        output: Tensor | None = None
         if self.config.criterion == "global":
-            output, importance = attention_with_importance(
-                query, key, None if last else value, bias=attn_mask, scale=scale
-            )
+            output, importance = attention_with_importance(query, key, value, bias=attn_mask, scale=scale)
         else:
+            output = func(query, key, value, attn_mask=attn_mask, scale=scale)
             importance = class_token_importance(query, key, bias=attn_mask, scale=scale)
-            if not last:
-                output = func(query, key, value, attn_mask=attn_mask, scale=scale)
         keys_values, indices = select_tokens(key, value, importance, self.selected)
         self.keys_values.append(keys_values)
         self.indices.append(indices)
-        if output is None:
-            raise _LastTap
         return output
 
 
-def _build(config: EncoderConfig, resolution: tuple[int, int]) -> nn.Module:
-    """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone."""
+def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: bool = False) -> nn.Module:
+    """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone.
+
+    Args:
+        config: its name and weights.
+        resolution: (height, width) of the images in pixels; position embeddings are interpolated by timm.
+        pooling: whether a weights file must hold what follows the blocks: the final norm and pooling.
+
+    Raises:
+        EncoderError: weights that are out of reach or do not fit.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -382,7 +402,7 @@ def _build(config: EncoderConfig, resolution: tuple[int, int]) -> nn.Module:
                 "network, give a local file as model.pretrained."
             ) from error
     if isinstance(config.pretrained, str):
-        load_weights(model, _existing_weights(config.pretrained))
+        load_weights(model, _existing_weights(config.pretrained), pooling)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             cast(Any, module).fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs
@@ -393,24 +413,26 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters, except those that interpolation to a resolution changes and its head."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(_HEADS) and not any(part in name for part in _POSITIONS):
+        if not name.startswith((*_HEADS, *_POOLING)) and not any(part in name for part in _POSITIONS):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
     """Load a local weights file into a timm model; only tensors are read, no code is run.
 
     Wrappers (``model``, ``state_dict``, ``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) are taken off,
-    timm's own converters then rename foreign layouts and interpolate position embeddings. Heads are left aside.
+    timm's own converters then rename foreign layouts and interpolate position embeddings. Heads are left aside, and
+    unless ``pooling``, the final norm and pooling too.
 
     Raises:
         EncoderError: the file cannot be read, or names or shapes do not fit; each is listed.
     """
     converted = _convert(_plain_state_dict(_read_tensors(path), path), model, path)
-    wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(_HEADS)}
-    given = {k: v for k, v in converted.items() if not k.startswith(_HEADS)}
+    aside = _HEADS if pooling else (*_HEADS, *_POOLING)
+    wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(aside)}
+    given = {k: v for k, v in converted.items() if not k.startswith(aside)}
     problems = [f"missing: {k}" for k in wanted if k not in given]
     problems += [
         f"shape: {k} is {tuple(given[k].shape)}, the model has {tuple(v.shape)}"

@@ -28,10 +28,8 @@ class FineGrainedFusion(nn.Module):
         self, layers: int, heads: int, width: int, side_width: int, prompts: int = 16, dropout: float = 0.5
     ) -> None:
         super().__init__()
-        if prompts < 1:
-            raise ConfigurationError(f"prompts is {prompts}: FPT+ needs at least 1.")
         self.heads = heads
-        self.prompts = nn.Parameter(torch.randn(layers, prompts, width) * 1e-6)
+        self.prompts = initial_prompts(layers, prompts, width)
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.out = nn.Linear(width, side_width)
         self.dropout = nn.Dropout(dropout)
@@ -46,13 +44,73 @@ class FineGrainedFusion(nn.Module):
         Returns:
             L tensors (B, M, d), one for each block of the side network.
         """
-        return [self._fuse(layer, features[:, 0, layer], features[:, 1, layer]) for layer in range(len(self.prompts))]
+        return [self._fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
 
-    def _fuse(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        prompts = self.prompts[layer]
-        query = self.norm(prompts).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, M, head_dim)
-        query = query.expand(keys.shape[0], -1, -1, -1)
-        attended = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype))
-        summary = attended.transpose(1, 2).flatten(-2) + prompts
-        fused: Tensor = self.dropout(self.out(summary))
+    def _fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        summary = cross_attention(self.norm(prompts), keys, values, self.heads)
+        fused: Tensor = self.dropout(self.out(summary + prompts))
         return fused
+
+
+class ProjectedFusion(nn.Module):
+    """FPT, before FPT+: prompts at the side network's width, whose queries are projected to the encoder's.
+
+    ``fused_l = Dropout(out(attention(query(P_l), K_l, V_l)) + P_l)`` with one query projection and one out-projector
+    shared by all layers, and no LayerNorm.
+
+    Args:
+        layers: L.
+        heads: H, the frozen encoder's.
+        width: D.
+        side_width: d.
+        prompts: M.
+        dropout: probability after the sum.
+    """
+
+    def __init__(
+        self, layers: int, heads: int, width: int, side_width: int, prompts: int = 16, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.prompts = initial_prompts(layers, prompts, side_width)
+        self.query = nn.Linear(side_width, width)
+        self.out = nn.Linear(width, side_width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """See ``FineGrainedFusion.forward``."""
+        return [self._fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
+
+    def _fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        summary = cross_attention(self.query(prompts), keys, values, self.heads)
+        fused: Tensor = self.dropout(self.out(summary) + prompts)
+        return fused
+
+
+def initial_prompts(layers: int, prompts: int, width: int) -> nn.Parameter:
+    """Prompts (L, M, width), N(0, 1e-6 std).
+
+    Raises:
+        ConfigurationError: fewer than one prompt.
+    """
+    if prompts < 1:
+        raise ConfigurationError(f"prompts is {prompts}: give at least 1.")
+    return nn.Parameter(torch.randn(layers, prompts, width) * 1e-6)
+
+
+def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Ask every image's tokens the same queries, head by head; keys and values are not projected.
+
+    Args:
+        queries: (M, D).
+        keys: (B, H, T, head_dim), any floating dtype.
+        values: (B, H, T, head_dim), any floating dtype.
+        heads: H.
+
+    Returns:
+        (B, M, D), in the queries' dtype.
+    """
+    query = queries.view(len(queries), heads, -1).transpose(0, 1)  # (H, M, head_dim)
+    query = query.expand(keys.shape[0], -1, -1, -1)
+    attended = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype))
+    return attended.transpose(1, 2).flatten(-2)

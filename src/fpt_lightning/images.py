@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -132,54 +132,59 @@ def channel_statistics(
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
-class SideTransform:
-    """Draw views of low-resolution copies for the side network (paper, section 4.2.1).
+class ViewTransform:
+    """Draw augmented views of images: of low-resolution copies for the side network, or of high-resolution images.
 
-    ``default`` is the published set: RandomResizedCrop (scale 0.8 to 1.0, ratio 0.7 to 1.3), horizontal flip,
-    brightness and contrast jitter of 0.2. ``strong`` adds vertical flip, rotation and blur. ``none`` only resizes.
+    ``default`` is the published set (paper, section 4.2.1): RandomResizedCrop (scale 0.8 to 1.0, ratio 0.7 to 1.3),
+    horizontal flip, brightness and contrast jitter of 0.2. ``strong`` adds vertical flip, rotation and blur. ``none``
+    only resizes.
 
     Args:
-        size: side of a view in pixels.
+        size: (height, width) of a view in pixels, or its side.
         augmentation: ``default``, ``strong`` or ``none``.
 
     Raises:
         ConfigurationError: an unknown augmentation.
     """
 
-    def __init__(self, size: int, augmentation: str = "default") -> None:
+    def __init__(self, size: int | tuple[int, int], augmentation: str = "default") -> None:
         if augmentation not in AUGMENTATIONS:
             raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
-        self.size, self.augmentation = size, augmentation
-        self._compose: Callable[..., dict[str, NDArray[np.uint8]]] | None = None
+        self.size = (size, size) if isinstance(size, int) else size
+        self.augmentation = augmentation
+        self._compose: Callable[..., dict[str, NDArray[Any]]] | None = None
 
-    def __call__(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    def __call__(self, image: NDArray[np.uint8] | NDArray[np.uint16], seed: int) -> Tensor:
         """One view of an image.
 
         Args:
-            image: (height, width, 3), uint8.
+            image: (height, width, 3).
             seed: the view drawn; the same seed draws the same view in any process.
 
         Returns:
-            (size, size, 3), uint8.
+            (3, height, width), fp32 in [0, 1].
         """
         if self.augmentation == "none":
-            return stored_copy(image, self.size)
+            return unit_pixels(image, self.size)
         if self._compose is None:
             self._compose = _albumentations(self.size, self.augmentation)
         self._compose.set_random_seed(seed)  # type: ignore[attr-defined]
-        return self._compose(image=image)["image"]
+        deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
+        view = self._compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
+        pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels if deep else pixels / 255
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_compose": None}  # each worker process builds its own
 
 
-def _albumentations(size: int, augmentation: str) -> Callable[..., dict[str, NDArray[np.uint8]]]:
+def _albumentations(size: tuple[int, int], augmentation: str) -> Callable[..., dict[str, NDArray[Any]]]:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
     import albumentations as A
     import cv2
 
     steps = [
-        A.RandomResizedCrop((size, size), scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=cv2.INTER_AREA),
+        A.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=cv2.INTER_AREA),
         A.HorizontalFlip(p=0.5),
     ]
     if augmentation == "strong":
@@ -189,5 +194,5 @@ def _albumentations(size: int, augmentation: str) -> Callable[..., dict[str, NDA
             A.GaussianBlur(sigma_limit=(0.1, 1.5), p=0.3),
         ]
     steps.append(A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(1, 1), hue=(0, 0), p=1.0))
-    compose: Callable[..., dict[str, NDArray[np.uint8]]] = A.Compose(steps)
+    compose: Callable[..., dict[str, NDArray[Any]]] = A.Compose(steps)
     return compose

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
+from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import StoreError
 from fpt_lightning.images import channel_statistics, normalise, read_image, stored_copy, unit_pixels
 from fpt_lightning.manifest import Manifest
@@ -182,14 +182,13 @@ class FrozenPass(L.LightningModule):
         for _ in range(2):  # the first run warms up
             start = time.perf_counter()
             pixels = unit_pixels(read_image(self.manifest.root / id), spec.resolution)
-            features, _ = self._build()(normalise(pixels, spec.mean, spec.std)[None].to(self.device))
-            features.cpu()
+            self._build()(normalise(pixels, spec.mean, spec.std)[None].to(self.device)).features.cpu()
         return time.perf_counter() - start
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """(B, 2, L, H, T, head_dim) keys and values, and the indices (B, L, H, T)."""
-        features, indices = self._build()(batch[1])
-        return features, indices
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Encoded:
+        """What the encoder gives for the batch's images."""
+        encoded: Encoded = self._build()(batch[1])
+        return encoded
 
 
 class _ShardBatches(DistributedSampler[list[int]]):
@@ -224,7 +223,7 @@ class _StoreWriter(L.Callback):
     """Collects a shard's samples and writes them together; what was computed is written whatever stops the pass."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[int, NDArray[Any], NDArray[np.int32], NDArray[np.uint8], int]] = []
+        self.pending: list[tuple[Any, ...]] = []  # row, features, indices, pooled, low-resolution copy, file size
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -235,9 +234,9 @@ class _StoreWriter(L.Callback):
         if self.pending and self.pending[0][0] // SHARD != rows[0] // SHARD:
             self._flush(pl_module.store)
         names = [str(pl_module.manifest.root / pl_module.store.ids[row]) for row in rows]
-        features = encode(outputs[0], pl_module.specification.codec, names)
-        indices = outputs[1].to("cpu", torch.int32).numpy()
-        self.pending += zip(rows, features, indices, copies.cpu().numpy(), sizes, strict=True)
+        features = encode(outputs.features, pl_module.specification.codec, names)
+        indices, pooled = outputs.indices.to("cpu", torch.int32).numpy(), outputs.pooled.cpu().numpy()
+        self.pending += zip(rows, features, indices, pooled, copies.cpu().numpy(), sizes, strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FrozenPass)
@@ -251,8 +250,8 @@ class _StoreWriter(L.Callback):
 
     def _flush(self, store: FeatureStore) -> None:
         if self.pending:
-            rows, features, indices, images, sizes = zip(*self.pending, strict=True)
-            store.write(rows, np.stack(features), np.stack(indices), np.stack(images), sizes)
+            rows, features, indices, pooled, images, sizes = zip(*self.pending, strict=True)
+            store.write(rows, np.stack(features), np.stack(indices), np.stack(pooled), np.stack(images), sizes)
             self.pending = []
 
 

@@ -36,8 +36,8 @@ def number_of_tokens(tokens: int, token_ratio: float) -> int:
 
 
 def attention_with_importance(
-    query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None = None, scale: float | None = None
-) -> tuple[Tensor | None, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention together with the ``global`` importance of its tokens, without ever holding a whole N x N map.
 
     The importance of token j in head h is the mean over all queries i of ``softmax(q_i . k_j * scale + bias)``: the
@@ -46,12 +46,12 @@ def attention_with_importance(
     Args:
         query: (B, H, N, head_dim).
         key: (B, H, N, head_dim).
-        value: (B, H, N, head_dim), or None where only the importance is wanted.
+        value: (B, H, N, head_dim).
         bias: added to the scores, broadcastable to (B, H, N, N); a boolean one keeps where True.
         scale: factor on the scores; ``1 / sqrt(head_dim)`` by default.
 
     Returns:
-        The attention's output (B, H, N, head_dim), None without values; the importance (B, H, N), fp32.
+        The attention's output (B, H, N, head_dim) and the importance (B, H, N), fp32.
     """
     batch, heads, tokens, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -60,7 +60,7 @@ def attention_with_importance(
             bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
         bias = bias.expand(batch, heads, tokens, tokens)
     rows = max(1, _MAP_BYTES // (4 * heads * tokens))
-    output = None if value is None else torch.empty_like(value)
+    output = torch.empty_like(value)
     importance = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=query.device)
     for image in range(batch):
         transposed = key[image].transpose(-1, -2)
@@ -71,8 +71,7 @@ def attention_with_importance(
                 scores = scores + bias[image, :, start:stop]
             attention = scores.softmax(-1, dtype=torch.float32)
             importance[image] += attention.sum(-2)
-            if value is not None and output is not None:
-                output[image, :, start:stop] = attention.to(value.dtype) @ value[image]
+            output[image, :, start:stop] = attention.to(value.dtype) @ value[image]
     return output, importance / tokens
 
 

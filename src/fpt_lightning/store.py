@@ -4,6 +4,7 @@ Layout (Zarr v3, one sample a chunk, whole shards of samples, every chunk with a
 
     features    (samples, 2, L, H, T, head_dim)   keys and values, in the codec's dtype
     indices     (samples, L, H, T)                their tokens, int32, most important first
+    pooled      (samples, D)                      the pooled feature after the last tapped block, fp32
     images      (samples, size, size, 3)          the low-resolution copies, uint8
     file_sizes  (samples,)                        bytes of each image file, int64
     done        (samples,)                        1 once all of the above is written, uint8
@@ -34,9 +35,11 @@ from zarr.codecs import Crc32cCodec
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
 from fpt_lightning.images import INTERPOLATION
 
-FORMAT = 1  # of the layout above and of what the numbers in it mean
+FORMAT = 2  # of the layout above and of what the numbers in it mean
 SHARD = 16  # samples
 CODECS: dict[str, np.dtype[Any]] = {"fp16": np.dtype("float16"), "fp32": np.dtype("float32")}  # one row a codec
+
+SAMPLE_ARRAYS = ("features", "indices", "pooled", "images")
 
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold (Zarr v3, sharding codec)
 
@@ -123,10 +126,16 @@ class FeatureShape:
     tokens: int
     head_dim: int
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_dim
+
     def bytes_per_sample(self, codec: str, image_size: int) -> int:
         """Stored bytes of one sample, without Zarr's metadata."""
         selected = self.layers * self.heads * self.tokens
-        return selected * (2 * self.head_dim * CODECS[codec].itemsize + 4) + image_size**2 * 3 + 8 + 1
+        features = selected * (2 * self.head_dim * CODECS[codec].itemsize + 4)
+        return features + self.width * 4 + image_size**2 * 3 + 8 + 1
 
 
 def check_codec(codec: str) -> None:
@@ -186,7 +195,7 @@ class FeatureStore:
             self.specification = FeatureSpecification.from_dict(attributes["specification"])
             self.made_with: dict[str, str] = attributes["made_with"]
             self.ids: tuple[str, ...] = tuple(attributes["ids"])
-            self._arrays = {name: self._array(name) for name in ("features", "indices", "images", "file_sizes", "done")}
+            self._arrays = {name: self._array(name) for name in (*SAMPLE_ARRAYS, "file_sizes", "done")}
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
         if attributes.get("fingerprint") != self.specification.fingerprint():
@@ -219,6 +228,7 @@ class FeatureStore:
         side = specification.image_size
         _create_array(group, "features", sample, CODECS[specification.codec])
         _create_array(group, "indices", (shape.layers, shape.heads, shape.tokens), np.dtype("int32"))
+        _create_array(group, "pooled", (shape.width,), np.dtype("float32"))
         _create_array(group, "images", (side, side, 3), np.dtype("uint8"))
         for name, dtype in (("file_sizes", "int64"), ("done", "uint8")):
             group.create_array(name, shape=(0,), chunks=(SHARD,), dtype=dtype, compressors=None, fill_value=0)
@@ -311,6 +321,7 @@ class FeatureStore:
         rows: Sequence[int],
         features: NDArray[Any],
         indices: NDArray[Any],
+        pooled: NDArray[np.float32],
         images: NDArray[np.uint8],
         file_sizes: Sequence[int],
     ) -> None:
@@ -320,10 +331,12 @@ class FeatureStore:
             rows: ascending, all within one shard, which no other process writes.
             features: (rows, 2, L, H, T, head_dim).
             indices: (rows, L, H, T).
+            pooled: (rows, D).
             images: (rows, size, size, 3).
             file_sizes: bytes.
         """
-        content = {"features": features, "indices": indices, "images": images, "file_sizes": np.asarray(file_sizes)}
+        blocks = zip(SAMPLE_ARRAYS, (features, indices, pooled, images), strict=True)
+        content = {**dict(blocks), "file_sizes": np.asarray(file_sizes)}
         for name, block in content.items():
             for start, stop in _runs(rows):
                 self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
@@ -331,27 +344,19 @@ class FeatureStore:
             self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
         self.done[list(rows)] = True
 
-    def read(self, row: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        """One sample's features (2, L, H, T, head_dim) and low-resolution copy (size, size, 3).
+    def read(self, row: int, name: str) -> NDArray[Any]:
+        """One sample's row of one of ``SAMPLE_ARRAYS``.
 
         Raises:
             StoreError: its bytes are damaged or gone, naming the sample.
         """
         try:
-            return np.asarray(self._arrays["features"][row]), np.asarray(self._arrays["images"][row])
+            return np.asarray(self._arrays[name][row])
         except Exception as error:  # zarr raises differently for each kind of damage
-            raise self._damaged(row, error) from error
-
-    def read_indices(self, row: int) -> NDArray[np.int32]:
-        """The selected tokens of one sample, (L, H, T).
-
-        Raises:
-            StoreError: the bytes are damaged or gone, naming the sample.
-        """
-        try:
-            return np.asarray(self._arrays["indices"][row])
-        except Exception as error:
-            raise self._damaged(row, error) from error
+            raise StoreError(
+                f"the feature store {self.url} cannot give the {name} of {self.ids[row]}: "
+                f"{type(error).__name__}: {error}."
+            ) from error
 
     def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
         """Those of the samples that are complete, but whose image file below ``root`` has another size by now."""
@@ -376,7 +381,7 @@ class FeatureStore:
             StoreError: naming the first sample whose data are gone.
         """
         filesystem, path = fsspec.core.url_to_fs(self.url)
-        for name in ("features", "indices", "images"):
+        for name in SAMPLE_ARRAYS:
             suffix = "/".join(["0"] * (self._arrays[name].ndim - 1))
             for shard in range(-(-len(self.ids) // SHARD)):
                 rows = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.ids)))
@@ -402,11 +407,6 @@ class FeatureStore:
             raise StoreError(
                 f"the record {name!r} of the feature store {self.url} is damaged ({type(error).__name__}): rebuild it."
             ) from error
-
-    def _damaged(self, row: int, error: Exception) -> StoreError:
-        return StoreError(
-            f"the feature store {self.url} cannot give the sample {self.ids[row]}: {type(error).__name__}: {error}."
-        )
 
 
 def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: np.dtype[Any]) -> None:

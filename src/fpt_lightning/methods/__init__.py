@@ -1,6 +1,31 @@
 """The methods: one LightningModule each, over one base."""
 
+from fpt_lightning.methods.adapter import AdapterModule
 from fpt_lightning.methods.base import ClassificationModule
-from fpt_lightning.methods.fpt import FPTPlusModule
+from fpt_lightning.methods.fpt import FPTModule, FPTPlusModule
+from fpt_lightning.methods.lora import AdaLoRAModule, LoRAModule
+from fpt_lightning.methods.probes import AttentiveProbingModule, QueryTokensModule, StoredLinearProbingModule
+from fpt_lightning.methods.prompt_tuning import PromptTuningModule
+from fpt_lightning.methods.tuning import (
+    AttentionTuningModule,
+    BitFitModule,
+    FineTuningModule,
+    LinearProbingModule,
+)
 
-__all__ = ["ClassificationModule", "FPTPlusModule"]
+__all__ = [
+    "AdaLoRAModule",
+    "AdapterModule",
+    "AttentionTuningModule",
+    "AttentiveProbingModule",
+    "BitFitModule",
+    "ClassificationModule",
+    "FPTModule",
+    "FPTPlusModule",
+    "FineTuningModule",
+    "LinearProbingModule",
+    "LoRAModule",
+    "PromptTuningModule",
+    "QueryTokensModule",
+    "StoredLinearProbingModule",
+]

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpt_lightning.encoder import EncoderConfig, EncoderShape, FrozenEncoder
+from fpt_lightning.encoder import EncoderConfig, EncoderShape
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.metrics import classification_metrics
 from fpt_lightning.store import FeatureSpecification
@@ -22,8 +22,15 @@ from fpt_lightning.store import FeatureSpecification
 _KEY = "fpt_lightning"  # of our part of a checkpoint
 
 
+def initialise_head(head: nn.Linear) -> nn.Linear:
+    """Truncated normal weights of std 0.02 and no bias, as in the side network."""
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class ClassificationModule(L.LightningModule, ABC):
-    """Base of the methods: a subclass says how a batch becomes logits, and which features it needs.
+    """Base of the methods: a subclass says what it takes of a batch, and how that becomes logits.
 
     Training as published: AdamW, cosine decay to 0 over all steps, cross-entropy (paper, section 4.2.1). All arguments
     are primitive, so that a checkpoint holds them and loads under ``weights_only``.
@@ -43,6 +50,9 @@ class ClassificationModule(L.LightningModule, ABC):
         ConfigurationError: values that cannot work.
         EncoderError: ``encoder`` is not a plain ViT of timm.
     """
+
+    INPUTS: ClassVar[frozenset[str]]
+    """What ``forward`` takes of a ``Batch``: of ``side_images``, ``features``, ``pooled`` and ``images``."""
 
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "encoder", "pretrained")
     """Arguments that a checkpoint must share with the module that loads it."""
@@ -79,49 +89,51 @@ class ClassificationModule(L.LightningModule, ABC):
         self.test_metrics = classification_metrics(num_classes, "test_")
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
+        self._digest = ""  # of the encoder's weights, once they are loaded
         self._seed: int | None = None
-        self._frozen: dict[tuple[int, ...], FrozenEncoder] = {}  # a dict, so that it is no submodule
 
     @property
     def encoder_shape(self) -> EncoderShape:
         return self.encoder_config.shape
 
+    @property
+    def learnable_parameters(self) -> int:
+        """Number of parameters that learn."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Number of parameters that the method uses and does not train."""
+        return sum(p.numel() for p in self.parameters() if not p.requires_grad)
+
+    @property
+    def learnable_ratio(self) -> float:
+        """Learnable parameters / all (paper, section 4.2.2)."""
+        return self.learnable_parameters / (self.learnable_parameters + self.frozen_parameters)
+
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of a ``fpt_lightning.datamodules.Batch``."""
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Run the frozen encoder, whose weights are loaded the first time.
-
-        It is neither a submodule nor learnable: no optimiser, checkpoint or ``train()`` ever reaches it.
+    def check_weights(self, digest: str) -> None:
+        """Hold the weights of the encoder that was loaded against those that this model was trained with.
 
         Args:
-            images: (B, 3, height, width), fp32, normalised.
-
-        Returns:
-            Keys and values (B, 2, L, H, T, head_dim), fp32.
+            digest: ``weights_digest`` of the encoder.
 
         Raises:
-            CheckpointError: other weights than those this model was trained with.
+            CheckpointError: they differ.
         """
-        resolution = (images.shape[-2], images.shape[-1])
-        if resolution not in self._frozen:
-            encoder = FrozenEncoder(self.encoder_config, resolution)
-            self._identify(encoder)
-            self._frozen[resolution] = encoder
-        features, _ = self._frozen[resolution].to(images.device)(images)
-        return features  # type: ignore[no-any-return]
-
-    def _identify(self, encoder: FrozenEncoder) -> None:
+        self._digest = digest
         if self.specification is None:
             return
-        if self.specification.weights_digest not in ("", encoder.digest):
+        if self.specification.weights_digest not in ("", digest):
             raise CheckpointError(
                 f"this model was trained with other weights of {self.specification.encoder} than those loaded now "
                 f"({self.specification.weights}; digest {self.specification.weights_digest[:16]}, now "
-                f"{encoder.digest[:16]}): give the original weights as model.pretrained."
+                f"{digest[:16]}): give the original weights as model.pretrained."
             )
-        self.specification = replace(self.specification, weights_digest=encoder.digest)
+        self.specification = replace(self.specification, weights_digest=digest)
 
     # Steps
 
@@ -221,6 +233,8 @@ class ClassificationModule(L.LightningModule, ABC):
             self.class_names = names
         if not trained or self.specification is None:
             self.specification = specification
+        if self._digest:
+            self.check_weights(self._digest)
 
     def _balanced_weights(self) -> Tensor:
         counts: list[int] | None = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)

@@ -1,0 +1,113 @@
+"""What the methods on a frozen encoder's features share: which features, stored or computed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder, encoder_shape
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.methods.base import ClassificationModule
+from fpt_lightning.selection import Criterion
+
+
+class FeatureModule(ClassificationModule):
+    """Base of the methods that learn from a frozen encoder's features and never back-propagate through it.
+
+    A batch with stored ``features`` or ``pooled`` never touches the encoder; one with ``images`` runs it, without
+    gradient.
+
+    Args:
+        num_classes: number of classes.
+        layers: tapped blocks of the encoder, counted from 0; the upper half by default (paper, section 4.5).
+        token_ratio: share of the tokens kept in every head (paper, section 3.5).
+        criterion: of a token's importance: ``global`` (the paper's) or ``class_token``.
+        **kwargs: see ``ClassificationModule``.
+
+    Raises:
+        ConfigurationError: values that cannot work together.
+        EncoderError: ``encoder`` is not a plain ViT of timm.
+    """
+
+    INPUTS: ClassVar[frozenset[str]] = frozenset({"features"})
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = (*ClassificationModule.ARCHITECTURE, "layers", "token_ratio", "criterion")
+    ALL_LAYERS: ClassVar[bool] = False
+    """Whether all blocks are tapped where ``layers`` is not given."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        layers: list[int] | None = None,
+        token_ratio: float = 0.2,
+        criterion: Criterion = "global",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        name = self.hparams["encoder"]
+        if layers is None and self.ALL_LAYERS:
+            layers = list(range(encoder_shape(name).depth))
+        self.encoder_config = EncoderConfig(
+            name=name,
+            pretrained=self.hparams["pretrained"],
+            layers=None if layers is None else tuple(layers),
+            token_ratio=token_ratio,
+            criterion=criterion,
+        )
+        self._frozen: dict[tuple[int, ...], FrozenEncoder] = {}  # a dict, so that it is no submodule
+
+    @property
+    def frozen_parameters(self) -> int:
+        """The frozen encoder's, with the 1000-class head that published ratios count."""
+        return self.encoder_shape.parameters
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Run the frozen encoder, whose weights are loaded the first time.
+
+        It is neither a submodule nor learnable: no optimiser, checkpoint or ``train()`` ever reaches it.
+
+        Args:
+            images: (B, 3, height, width), fp32, normalised.
+
+        Raises:
+            CheckpointError: other weights than those this model was trained with.
+        """
+        resolution = (images.shape[-2], images.shape[-1])
+        if resolution not in self._frozen:
+            encoder = FrozenEncoder(self.encoder_config, resolution)
+            self.check_weights(encoder.digest)
+            self._frozen[resolution] = encoder
+        encoded: Encoded = self._frozen[resolution].to(images.device)(images)
+        return encoded
+
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
+        """Keys and values (B, 2, L, H, T, head_dim): the stored ones, or those of the images, encoded now.
+
+        Raises:
+            ConfigurationError: features of another encoder or of other layers.
+        """
+        features: Tensor = batch["features"] if "features" in batch else self.encode(batch["images"]).features
+        layers, shape = len(self.encoder_config.tapped_layers), self.encoder_shape
+        if (features.shape[1:4], features.shape[-1]) != ((2, layers, shape.heads), shape.head_dim):
+            raise ConfigurationError(
+                f"the features have the shape {tuple(features.shape)}, but {shape.name} with {layers} tapped layers "
+                f"gives (B, 2, {layers}, {shape.heads}, T, {shape.head_dim})."
+            )
+        return features
+
+    def pooled(self, batch: Mapping[str, Any]) -> Tensor:
+        """Pooled features (B, D): the stored ones, or those of the images, encoded now.
+
+        Raises:
+            ConfigurationError: features of another encoder.
+        """
+        pooled: Tensor = batch["pooled"] if "pooled" in batch else self.encode(batch["images"]).pooled
+        if pooled.shape[1:] != torch.Size([self.encoder_shape.width]):
+            raise ConfigurationError(
+                f"the pooled features have the shape {tuple(pooled.shape)}, but {self.encoder_shape.name} gives "
+                f"(B, {self.encoder_shape.width})."
+            )
+        return pooled

@@ -1,0 +1,115 @@
+"""What else learns from the stored features alone, without a side network: peers of FPT+ that are smaller still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.fusion import FineGrainedFusion
+from fpt_lightning.methods.base import initialise_head
+from fpt_lightning.methods.features import FeatureModule
+
+
+class StoredLinearProbingModule(FeatureModule):
+    """A linear head on the stored pooled feature, normalised: the class token, or the mean of the patches.
+
+    Args:
+        num_classes: number of classes.
+        **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
+    """
+
+    INPUTS: ClassVar[frozenset[str]] = frozenset({"pooled"})
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        width = self.encoder_shape.width
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)  # the head's weights would repeat an affine one
+        self.head = initialise_head(nn.Linear(width, num_classes))
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, classes) of ``pooled`` (stored) or ``images`` (encoded now)."""
+        logits: Tensor = self.head(self.norm(self.pooled(batch)))
+        return logits
+
+
+class AttentiveProbingModule(FeatureModule):
+    """Efficient probing (Psomas et al., 2026, arXiv:2506.10178) of the last tapped layer's stored tokens.
+
+    Learnable queries attend to the tokens; each gathers its own channels of the values, so that together they give one
+    feature of width D. Neither keys nor values are projected: they are the encoder's own, head by head.
+
+    Args:
+        num_classes: number of classes.
+        queries: of each head, each for ``head_dim / queries`` channels.
+        **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
+
+    Raises:
+        ConfigurationError: ``queries`` does not divide the width of a head.
+    """
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "queries")
+
+    def __init__(self, num_classes: int, queries: int = 4, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        shape = self.encoder_shape
+        if queries < 1 or shape.head_dim % queries:
+            raise ConfigurationError(
+                f"queries is {queries}: give a divisor of the {shape.head_dim} channels of a head."
+            )
+        self.queries = nn.Parameter(torch.empty(shape.heads, queries, shape.head_dim))
+        nn.init.trunc_normal_(self.queries, std=0.02)
+        self.norm = nn.LayerNorm(shape.width, elementwise_affine=False)
+        self.head = initialise_head(nn.Linear(shape.width, num_classes))
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
+        keys, values = self.features(batch)[:, :, -1].to(self.queries.dtype).unbind(1)  # (B, H, T, head_dim)
+        scores = self.queries @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5  # (B, H, queries, T)
+        parts = values.reshape(*values.shape[:-1], self.queries.shape[1], -1)  # (B, H, T, queries, channels)
+        gathered = torch.einsum("bhqt,bhtqc->bhqc", scores.softmax(-1), parts)
+        logits: Tensor = self.head(self.norm(gathered.flatten(1)))
+        return logits
+
+
+class QueryTokensModule(FeatureModule):
+    """Query tokens on every tapped layer (VQT; Tu et al., 2023, arXiv:2212.03220): FPT+ minus its side ViT.
+
+    The fused prompts of all layers, side by side, go straight into a linear head.
+
+    Args:
+        num_classes: number of classes.
+        reduction: the fused prompts' width is the encoder's divided by this.
+        prompts: query tokens of a layer.
+        dropout: after the shared out-projector.
+        **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
+
+    Raises:
+        ConfigurationError: ``reduction`` does not divide the encoder's width.
+    """
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "reduction", "prompts")
+
+    def __init__(
+        self, num_classes: int, reduction: int = 8, prompts: int = 16, dropout: float = 0.5, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        shape, depth = self.encoder_shape, len(self.encoder_config.tapped_layers)
+        if reduction < 1 or shape.width % reduction:
+            raise ConfigurationError(f"reduction is {reduction}: give a divisor of the encoder's width {shape.width}.")
+        width = shape.width // reduction
+        self.fusion = FineGrainedFusion(depth, shape.heads, shape.width, width, prompts, dropout)
+        self.norm = nn.LayerNorm(depth * prompts * width, elementwise_affine=False)
+        self.head = initialise_head(nn.Linear(depth * prompts * width, num_classes))
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
+        tokens = torch.cat(self.fusion(self.features(batch)), 1)  # (B, L M, d)
+        logits: Tensor = self.head(self.norm(tokens.flatten(1)))
+        return logits

@@ -1,0 +1,204 @@
+"""The methods that train (parts of) the encoder itself, on augmented high-resolution images (paper, section 4.3).
+
+Full fine-tuning, linear probing, attention tuning and BitFit choose what of the encoder learns; prompt tuning,
+adapters, LoRA and AdaLoRA, in files of their own, add to it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from fpt_lightning.encoder import EncoderConfig, build_encoder, check_resolution, weights_digest
+from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
+from fpt_lightning.methods.base import ClassificationModule, initialise_head
+
+
+class EncoderModule(ClassificationModule):
+    """Base of the methods with the encoder inside: a subclass says what learns in it, or adds what learns to it.
+
+    The encoder gets a new linear head on its own pooling; its weights are loaded when training or testing starts, at
+    the data's resolution (``configure_model``), or by ``build``. A checkpoint holds only what learns.
+
+    Args:
+        num_classes: number of classes.
+        **kwargs: see ``ClassificationModule``.
+
+    Raises:
+        ConfigurationError: values that cannot work.
+        EncoderError: ``encoder`` is not a plain ViT of timm.
+    """
+
+    INPUTS: ClassVar[frozenset[str]] = frozenset({"images"})
+    FREEZES: ClassVar[bool] = True
+    """Whether the encoder is frozen but for a part, and so stays in evaluation mode."""
+    gradient_checkpointing = False
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        self.encoder_config = EncoderConfig(name=self.hparams["encoder"], pretrained=self.hparams["pretrained"])
+        self.vit: Any = None
+
+    @abstractmethod
+    def adapt(self, vit: Any) -> None:
+        """Let learn what shall learn of timm's ViT, whose parameters are frozen; the head learns in any case."""
+
+    def build(self, resolution: tuple[int, int]) -> None:
+        """Build the encoder with its new head, frozen but for what learns.
+
+        Args:
+            resolution: (height, width) of the images in pixels.
+
+        Raises:
+            ConfigurationError: the patch size does not divide the resolution, or the encoder has nothing to tune.
+            EncoderError: weights that are out of reach or do not fit.
+            CheckpointError: other weights than those this model was trained with.
+        """
+        check_resolution("resolution", resolution, self.encoder_shape.patch_size, self.encoder_shape.name)
+        vit = cast(Any, build_encoder(self.encoder_config, resolution, pooling=True))
+        if not next(vit.parameters()).is_meta:
+            self.check_weights(weights_digest(vit))
+        constants = [p for p in vit.parameters() if not p.requires_grad]  # such as sine position embeddings
+        vit.requires_grad_(False)
+        vit.reset_classifier(self.num_classes)
+        self.adapt(vit)
+        for constant in constants:
+            constant.requires_grad_(False)
+        for head in _heads(vit):
+            initialise_head(head).requires_grad_(True)
+        vit.set_grad_checkpointing(self.gradient_checkpointing)
+        self.vit = vit
+        self.train(self.training)
+
+    def configure_model(self) -> None:
+        """Build at the resolution of the trainer's data module, once; without a trainer, leave that to a checkpoint."""
+        if self.vit is not None or self._trainer is None:
+            return
+        resolution: tuple[int, int] | None = getattr(getattr(self.trainer, "datamodule", None), "resolution", None)
+        if resolution is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} does not know the resolution of its images: use a data module of "
+                "fpt-lightning, or call build((height, width)) first."
+            )
+        self.build(resolution)
+
+    def train(self, mode: bool = True) -> EncoderModule:
+        """Set the mode; an encoder that is frozen but for a part stays in evaluation mode."""
+        super().train(mode)
+        if self.vit is not None and self.FREEZES:
+            self.vit.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, classes) of high-resolution ``images``.
+
+        Raises:
+            ConfigurationError: the encoder is not built, or for another resolution.
+        """
+        if self.vit is None:
+            raise ConfigurationError(f"{type(self).__name__} is not built: call build((height, width)) first.")
+        logits: Tensor = self.vit(batch["images"])
+        return logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep of the weights only what learns."""
+        super().on_save_checkpoint(checkpoint)
+        learnable = self._learnable_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learnable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the encoder where there is none, and complete the checkpoint with its frozen weights.
+
+        Raises:
+            CheckpointError: see ``ClassificationModule``; or the checkpoint holds other parameters than learn here.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self.vit is None:
+            if self.specification is None:
+                raise CheckpointError("the checkpoint does not say its resolution: call build((height, width)) first.")
+            self.build(self.specification.resolution)
+        saved, learnable = set(checkpoint["state_dict"]), self._learnable_names()
+        if saved != learnable:
+            some = ", ".join(sorted(saved ^ learnable)[:3])
+            raise CheckpointError(f"the checkpoint does not hold what learns here: they differ in {some}.")
+        frozen = {k: v for k, v in self.state_dict().items() if k not in learnable}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **frozen}
+
+    def _learnable_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def _heads(vit: Any) -> Iterator[nn.Linear]:
+    """The classifier; distilled DeiTs have two."""
+    heads = vit.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        if not isinstance(head, nn.Linear):
+            raise EncoderError(f"{type(vit).__name__} has no linear head to replace, but {type(head).__name__}.")
+        yield head
+
+
+class LinearProbingModule(EncoderModule):
+    """Linear probing: the head alone learns, so nothing of the encoder is kept for a backward pass."""
+
+    def adapt(self, vit: Any) -> None:
+        """Nothing but the head."""
+
+
+class EncoderTuningModule(EncoderModule):
+    """Base of the methods that back-propagate through the encoder.
+
+    Args:
+        num_classes: number of classes.
+        gradient_checkpointing: compute each block again in the backward pass instead of keeping its activations.
+        **kwargs: see ``ClassificationModule``.
+
+    Raises:
+        ConfigurationError: values that cannot work.
+        EncoderError: ``encoder`` is not a plain ViT of timm.
+    """
+
+    def __init__(self, num_classes: int, gradient_checkpointing: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_classes, **kwargs)
+        self.save_hyperparameters()
+        self.gradient_checkpointing = gradient_checkpointing
+
+
+class FineTuningModule(EncoderTuningModule):
+    """Full fine-tuning: everything learns, in training mode."""
+
+    FREEZES = False
+
+    def adapt(self, vit: Any) -> None:
+        """Let everything learn."""
+        vit.requires_grad_(True)
+
+
+class AttentionTuningModule(EncoderTuningModule):
+    """Attention tuning (Touvron et al., 2022): all weights of the self-attentions learn, and the head."""
+
+    def adapt(self, vit: Any) -> None:
+        """Let the attention of every block learn."""
+        for block in vit.blocks:
+            block.attn.requires_grad_(True)
+
+
+class BitFitModule(EncoderTuningModule):
+    """BitFit (Ben-Zaken et al., 2022): every bias learns, and the head."""
+
+    def adapt(self, vit: Any) -> None:
+        """Let the biases learn.
+
+        Raises:
+            ConfigurationError: the blocks have none.
+        """
+        biases = {name: p for name, p in vit.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+        if not any(name.startswith("blocks.") for name in biases):
+            raise ConfigurationError(
+                f"{self.encoder_shape.name} has no biases in its blocks: BitFit has nothing to tune."
+            )
+        for parameter in biases.values():
+            parameter.requires_grad_(True)
