@@ -10,7 +10,13 @@ import torch
 from sklearn import metrics as sk
 from torch import Tensor
 
-from fpt_lightning.metrics import classification_metrics
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.metrics import (
+    MacroAUROC,
+    PerformanceEfficiency,
+    classification_metrics,
+    performance_efficiency,
+)
 
 NAMES = {"auc", "auc_classes", "accuracy", "balanced_accuracy", "f1", "precision", "recall", "kappa"}
 
@@ -117,3 +123,33 @@ def test_names_carry_the_prefix_and_reset_forgets() -> None:
     assert set(values) == {f"test_{name}" for name in NAMES}
     assert {k.removeprefix("test_"): float(v) for k, v in values.items()} == pytest.approx(computed(*draw(3)))
     assert all(value.ndim == 0 for value in values.values())
+
+
+@pytest.mark.parametrize(
+    ("auc", "ratio", "expected"),  # table 1: PPE of full fine-tuning, FPT and FPT+; PME of FPT+ and linear probing
+    [
+        (88.82, 1.0, 65.73),
+        (86.40, 0.0181, 85.73),
+        (87.12, 0.0103, 86.73),
+        (87.12, 736 / 23128, 85.94),
+        (83.28, 3416 / 23128, 78.44),
+    ],
+)
+def test_efficiency_is_the_papers(auc: float, ratio: float, expected: float) -> None:
+    assert performance_efficiency(auc, ratio) == pytest.approx(expected, abs=0.006)
+    metric = PerformanceEfficiency(MacroAUROC(3), ratio)
+    probabilities, labels = torch.rand(20, 3).softmax(-1), torch.arange(20) % 3
+    score = MacroAUROC(3)
+    score.update(probabilities, labels)
+    batch = metric(probabilities, labels)
+    torch.testing.assert_close(metric.compute(), score.compute() * expected / auc, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch, metric.compute())
+    metric.reset()
+    metric.update(probabilities[:10], labels[:10])
+    metric.update(probabilities[10:], labels[10:])
+    torch.testing.assert_close(metric.compute(), batch)
+
+
+def test_efficiency_of_a_negative_ratio() -> None:
+    with pytest.raises(ConfigurationError, match=r"the ratio is -0\.1"):
+        performance_efficiency(80.0, -0.1)

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,24 @@ class LearnableParameters(L.Callback):
                 f"learnable parameters: {learnable:,}; {100 * pl_module.learnable_ratio:.2f}% of the total "
                 f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}"
             )
+
+
+class EpochSeconds(L.Callback):
+    """Logs ``epoch_seconds``, the time of an epoch's training steps, data included and validation not."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._paused += time.perf_counter() - self._validation
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("epoch_seconds", time.perf_counter() - self._start - self._paused, sync_dist=True)
 
 
 class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 import fpt_lightning
-from fpt_lightning.callbacks import LearnableParameters, PeakMemory, ResultsWriter
+from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.errors import CheckpointError, ConfigurationError, FPTError
 from fpt_lightning.methods import ClassificationModule
@@ -139,6 +139,7 @@ class CommandLine(LightningCLI):
         if fit:
             callbacks += [
                 LearnableParameters(),
+                EpochSeconds(),
                 *([LearningRateMonitor("epoch")] if loggers else []),
                 *_checkpoints(root),
             ]

@@ -1,7 +1,8 @@
-"""Classification metrics, from torchmetrics."""
+"""Classification metrics, from torchmetrics, and the paper's efficiency metrics."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from fpt_lightning.errors import ConfigurationError
 
 
 class MacroAUROC(MulticlassAUROC):
@@ -70,6 +74,59 @@ class BalancedAccuracy(MulticlassRecall):
         """Scalar."""
         present = (cast(Tensor, self.tp) + cast(Tensor, self.fn)) > 0
         return torch.as_tensor(super().compute())[present].mean()
+
+
+def performance_efficiency(score: float, ratio: float) -> float:
+    """What a score is worth at a cost: ``score * exp(-log10(ratio + 1))`` (paper, equations 9 and 10).
+
+    Args:
+        score: such as a mean AUC, in any unit.
+        ratio: of the learnable parameters to all, for PPE; of the method's training memory to full fine-tuning's, for
+            PME.
+
+    Returns:
+        PPE or PME, in the score's unit.
+
+    Raises:
+        ConfigurationError: a negative ratio.
+    """
+    if not ratio >= 0:
+        raise ConfigurationError(f"the ratio is {ratio}: give a share of parameters or memory, such as 0.0103.")
+    return score * math.exp(-math.log10(ratio + 1))
+
+
+class PerformanceEfficiency(WrapperMetric):
+    """PPE or PME of another metric (``performance_efficiency``).
+
+    Args:
+        metric: the score, such as ``MacroAUROC``; it is updated through this one.
+        ratio: of parameters (PPE) or of memory (PME).
+
+    Raises:
+        ConfigurationError: a negative ratio.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, metric: Metric, ratio: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.metric = metric
+        self.factor = performance_efficiency(1.0, ratio)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Update the score."""
+        self.metric.update(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return torch.as_tensor(self.metric.compute()) * self.factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Update, and the value of this batch alone."""
+        return torch.as_tensor(self.metric(*args, **kwargs)) * self.factor
+
+    def reset(self) -> None:
+        self.metric.reset()
 
 
 def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
