@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fpt_lightning.manifest import UNLABELLED
+from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
 
 _MIB = 2**20
@@ -56,41 +54,6 @@ class EpochSeconds(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("epoch_seconds", time.perf_counter() - self._start - self._paused, sync_dist=True)
-
-
-class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of live tensors while it is active: every storage once, until it is freed. Exact, any device.
-
-    Attributes:
-        current: bytes alive now.
-        peak: most bytes alive at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def count(self, tensors: Any) -> None:
-        """Count tensors (of any nesting) that were made before."""
-        for leaf in tree_leaves(tensors):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.current += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.current)
-
-    def _freed(self, key: int) -> None:
-        self.current -= self._sizes.pop(key, 0)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.count(result)
-        return result
 
 
 class PeakMemory(L.Callback):

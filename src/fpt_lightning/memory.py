@@ -1,0 +1,179 @@
+"""Training memory: counted exactly while a step runs, or predicted for a step that never does."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.tuning import EncoderModule
+from fpt_lightning.preload import feature_shape
+
+Precision = Literal["32-true", "bf16-mixed"]
+Attention = Literal["fused", "eager"]
+
+
+class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of live tensors while it is active: every storage once, until it is freed. Exact, any device.
+
+    Attributes:
+        current: bytes alive now.
+        peak: most bytes alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def count(self, tensors: Any) -> None:
+        """Count tensors (of any nesting) that were made before."""
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.current += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.current)
+
+    def _freed(self, key: int) -> None:
+        self.current -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
+        return result
+
+
+def example_batch(
+    module: ClassificationModule,
+    resolution: tuple[int, int],
+    batch_size: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """A batch of zeros with what a method takes (its ``INPUTS``).
+
+    Args:
+        module: the method.
+        resolution: (height, width) of the encoder's images in pixels.
+        batch_size: B.
+        dtype: of stored keys and values.
+        device: of the tensors.
+
+    Raises:
+        ConfigurationError: the resolution is not a multiple of the patch size.
+    """
+    shape, stored = module.encoder_shape, feature_shape(module.encoder_config, resolution)
+    side = module.side_resolution or 0
+    makers: dict[str, Callable[[], Tensor]] = {
+        "images": lambda: torch.zeros(batch_size, 3, *resolution, device=device),
+        "side_images": lambda: torch.zeros(batch_size, 3, side, side, device=device),
+        "pooled": lambda: torch.zeros(batch_size, shape.width, device=device),
+        "features": lambda: torch.zeros(
+            (batch_size, 2, stored.layers, stored.heads, stored.tokens, stored.head_dim), dtype=dtype, device=device
+        ),
+    }
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    return {"ids": [""] * batch_size, "labels": labels, **{name: makers[name]() for name in sorted(module.INPUTS)}}
+
+
+class TrainingStep:
+    """A training step as Lightning's loop runs it, without the loop: forward, clear, backward, clip to 1, AdamW.
+
+    Args:
+        module: the method, built.
+        batch: see ``example_batch``.
+        precision: Lightning's ``32-true`` or ``bf16-mixed``.
+        attention: ``fused``, or ``eager``, which keeps every attention map for the backward pass, as code that predates
+            fused attention does.
+    """
+
+    def __init__(
+        self,
+        module: ClassificationModule,
+        batch: Mapping[str, Any],
+        precision: Precision = "32-true",
+        attention: Attention = "fused",
+    ) -> None:
+        self.module, self.batch = module.train(), batch
+        self.precision, self.attention = precision, attention
+        self.learnable = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.learnable, lr=1e-4, fused=True)
+
+    def __call__(self) -> None:
+        with self._context():
+            loss = self.module.training_step(self.batch, 0)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.learnable, 1.0)
+        self.optimizer.step()
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        device = next(self.module.parameters()).device.type
+        bf16 = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        eager = sdpa_kernel(SDPBackend.MATH) if self.attention == "eager" else contextlib.nullcontext()
+        with bf16, eager, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*self.log.*")  # there is no trainer to log to
+            yield
+
+    def live_bytes(self) -> int:
+        """Peak live tensor bytes of a step, when the optimiser's state exists: parameters and batch included."""
+        self()
+        with LiveTensorBytes() as live:
+            live.count([list(self.module.parameters()), list(self.module.buffers()), self.batch])
+            live.count([[p.grad for p in self.learnable], list(self.optimizer.state.values())])
+            self()
+        return live.peak
+
+
+def predict_training_memory(
+    method: Callable[[], ClassificationModule],
+    resolution: tuple[int, int],
+    batch_size: int,
+    *,
+    precision: Precision = "32-true",
+    attention: Attention = "fused",
+    dtype: torch.dtype = torch.float16,
+) -> int:
+    """Predict the peak live tensor bytes of a training step, on fake tensors: no weights, no memory, about a second.
+
+    Args:
+        method: makes the method, such as ``lambda: LoRAModule(5)``.
+        resolution: (height, width) of the encoder's images in pixels.
+        batch_size: B.
+        precision: Lightning's ``32-true`` or ``bf16-mixed``.
+        attention: see ``TrainingStep``.
+        dtype: of stored keys and values.
+
+    Returns:
+        What ``TrainingStep.live_bytes`` would measure on the CPU.
+
+    Raises:
+        ConfigurationError: settings that cannot work.
+    """
+    with torch.device("meta"):
+        module = method()
+        if isinstance(module, EncoderModule):
+            module.encoder_config = replace(module.encoder_config, pretrained=False)
+            module.build(resolution)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
+        module.to_empty(device="cpu")
+        batch = example_batch(module, resolution, batch_size, dtype=dtype)
+        return TrainingStep(module, batch, precision, attention).live_bytes()

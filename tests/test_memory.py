@@ -1,0 +1,108 @@
+"""Memory: counted, and predicted on fake tensors, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from conftest import quiet_trainer
+from fpt_lightning import PreloadedFeatureDataModule
+from fpt_lightning.callbacks import PeakMemory
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.memory import Attention, LiveTensorBytes, Precision, TrainingStep, example_batch
+from fpt_lightning.memory import predict_training_memory as predict
+from fpt_lightning.methods.tuning import EncoderModule
+from test_conformance import CASES, make
+
+RESOLUTION = (128, 96)
+
+
+def real(name: str, precision: Precision, attention: Attention, **changes: Any) -> int:
+    module = make(name, **changes)
+    if isinstance(module, EncoderModule):
+        module.build(RESOLUTION)
+    return TrainingStep(module, example_batch(module, RESOLUTION, 8), precision, attention).live_bytes()
+
+
+def test_live_bytes_count_every_storage_once() -> None:
+    kept = torch.zeros(1000)
+    with LiveTensorBytes() as live:
+        live.count([kept, kept[10:]])
+        assert live.current == 4000
+        other = kept + 1
+        view = other[:10].view(2, 5)
+        assert live.current == 8000
+        del other
+        assert live.current == 8000
+        del view
+        assert live.current == 4000
+        torch.zeros(500, dtype=torch.float16)
+    assert (live.current, live.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize("attention", ["fused", "eager"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_prediction_is_what_a_real_step_takes(name: str, precision: Precision, attention: Attention) -> None:
+    predicted = predict(lambda: make(name), RESOLUTION, 8, precision=precision, attention=attention)
+    assert predicted == pytest.approx(real(name, precision, attention), rel=0.01)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if issubclass(case.method, EncoderModule)])
+def test_a_prediction_with_gradient_checkpointing(name: str) -> None:
+    if name == "linear":
+        pytest.skip("linear probing keeps nothing for a backward pass")
+    saving = {"gradient_checkpointing": True}
+    predicted = predict(lambda: make(name, **saving), RESOLUTION, 8)
+    assert predicted == pytest.approx(real(name, "32-true", "fused", **saving), rel=0.01)
+    assert predicted < 0.8 * predict(lambda: make(name), RESOLUTION, 8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_prediction_is_what_a_run_reports(
+    name: str, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
+) -> None:
+    """Lightning's loop, its optimiser and this package's callback; on 8 images of 64 pixels a batch."""
+    module, data = make(name), tiny_data(codec="fp16")
+    if data.uses_store(module):
+        data.preload(module, quiet_trainer(tmp_path))
+    reported: dict[str, float] = {}
+
+    class Report(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            reported.update({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    quiet_trainer(tmp_path, callbacks=[PeakMemory(), Report()]).fit(module, data)
+    predicted = predict(lambda: make(name), (64, 64), 8)
+    assert predicted / 2**20 == pytest.approx(reported["train_peak_live_mib"], rel=0.05)
+
+
+def test_eager_attention_keeps_its_maps() -> None:
+    tokens, heads, depth = 1 + 8 * 6, 2, 6
+    maps = 4 * 8 * heads * tokens**2 * depth
+    more = predict(lambda: make("full"), RESOLUTION, 8, attention="eager") - predict(
+        lambda: make("full"), RESOLUTION, 8
+    )
+    assert 0.9 * maps < more < 1.5 * maps  # fused attention keeps a number a query instead
+
+
+def test_memory_falls_with_what_learns() -> None:
+    taken = [predict(lambda name=name: make(name), RESOLUTION, 8) for name in ("full", "lora", "linear")]
+    assert taken == sorted(taken, reverse=True)
+
+
+def test_a_prediction_reads_no_weights_and_draws_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    predict(lambda: make("full", pretrained="nowhere.pth"), RESOLUTION, 8)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_resolution_that_patches_do_not_divide() -> None:
+    for name in ("fpt_plus", "lora"):
+        with pytest.raises(ConfigurationError, match="resolution 100 x 96 is not a multiple of the patch size"):
+            predict(lambda name=name: make(name), (100, 96), 8)
