@@ -140,7 +140,8 @@ class TrainingStep:
             live.count([list(self.module.parameters()), list(self.module.buffers()), self.batch])
             live.count([[p.grad for p in self.learnable], list(self.optimizer.state.values())])
             self()
-        return live.peak
+        peak: int = live.peak
+        return peak
 
 
 def predict_training_memory(
