@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import wandb
 import yaml
 
 from conftest import write_images
+from fpt_lightning import methods
 from fpt_lightning.cli import main
 from fpt_lightning.store import SAMPLE_ARRAYS, FeatureStore
 
@@ -295,6 +297,61 @@ def test_every_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     wandb.finish()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 <= metrics["best"]["test_auc"] <= 1
+
+
+TINY_ENCODER = ["--model.encoder", "test_vit", "--model.pretrained", "false"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "methods").glob("*.yaml")))
+def test_every_method_is_an_override_of_any_example(name: str, config: Path, image_root: Path, tmp_path: Path) -> None:
+    """Fit, test and predict with one and the same data section."""
+    args = ["--config", config, "--config", EXAMPLES / "methods" / name, *TINY_ENCODER]
+    if "fpt" in name:
+        args += ["--model.side_resolution", "32"]
+    run("fit", *args)
+    root = tmp_path / "run"
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert 0 <= metrics["best"]["test_auc"] <= 1
+    saved = yaml.safe_load((root / "config.yaml").read_text())
+    assert saved["model"]["class_path"].endswith(
+        yaml.safe_load((EXAMPLES / "methods" / name).read_text())["model"]["class_path"]
+    )
+    assert saved["model"]["init_args"]["num_classes"] == 3
+    run("test", *args, "--ckpt_path", root / "best.ckpt")
+    again = json.loads((root / "test" / "metrics.json").read_text())
+    assert again["best"]["test_auc"] == pytest.approx(metrics["best"]["test_auc"])
+    run("predict", *args, "--ckpt_path", root / "best.ckpt", "--data.root", image_root / "a")
+    assert len(rows(root / "predict" / "predictions.csv")) == 10
+
+
+def test_every_method_has_an_example() -> None:
+    named = {yaml.safe_load(path.read_text())["model"]["class_path"] for path in (EXAMPLES / "methods").glob("*.yaml")}
+    assert named == set(methods.__all__) - {"ClassificationModule"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "encoders").glob("*.yaml")))
+def test_every_encoder_is_an_override_of_any_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are not at hand: the name is timm's, with weights, and it fits the paper's settings."""
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", EXAMPLES / "ddr.yaml", "--config", EXAMPLES / "encoders" / name, "--print_config")
+    assert not stopped.value.code
+    parsed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert parsed["encoder"] in timm.list_pretrained()
+    assert parsed["pretrained"] is True
+    module = methods.FPTPlusModule(**parsed)
+    assert module.encoder_shape.tokens((512, 512)) in (1025, 4097)
+
+
+def test_a_method_is_one_option(config: Path, tmp_path: Path) -> None:
+    """Arguments that it shares with the configured one stay, others (``side_resolution``) are left out."""
+    run("fit", "--config", config, "--model", "BitFitModule")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_a_method_on_images_has_nothing_to_preload(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "preload", "--config", config, "--config", EXAMPLES / "methods" / "lora.yaml")
+    assert "LoRAModule trains on images, not on stored features: there is nothing to preload" in message
 
 
 # What people are told
