@@ -307,6 +307,17 @@ def test_a_checkpoint_that_does_not_hold_what_learns_is_refused(name: str, data:
         make(name).on_load_checkpoint(content)
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_checkpoint_of_another_resolution_is_refused(name: str, data: DataMaker, tmp_path: Path) -> None:
+    module = make(name)
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(module, data(module))
+    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    other = make(name)
+    with pytest.raises(CheckpointError, match=r"trained at the resolution \(64, 64\), the data have \(96, 96\)"):
+        trainer.test(other, data(other, resolution=96), ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+
+
 def test_other_encoder_weights_are_refused(data: DataMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = make("lora")
     trainer = quiet_trainer(tmp_path)

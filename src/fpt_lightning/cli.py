@@ -238,6 +238,7 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*LightningCLI's args parameter is intended to run from within Python.*",

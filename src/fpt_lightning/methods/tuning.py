@@ -42,6 +42,7 @@ class EncoderModule(ClassificationModule):
         self.save_hyperparameters()
         self.encoder_config = EncoderConfig(name=self.hparams["encoder"], pretrained=self.hparams["pretrained"])
         self.vit: Any = None
+        self.resolution: tuple[int, int] | None = None
 
     @abstractmethod
     def adapt(self, vit: Any) -> None:
@@ -71,7 +72,7 @@ class EncoderModule(ClassificationModule):
         for head in _heads(vit):
             initialise_head(head).requires_grad_(True)
         vit.set_grad_checkpointing(self.gradient_checkpointing)
-        self.vit = vit
+        self.vit, self.resolution = vit, resolution
         self.train(self.training)
 
     def configure_model(self) -> None:
@@ -114,13 +115,20 @@ class EncoderModule(ClassificationModule):
         """Build the encoder where there is none, and complete the checkpoint with its frozen weights.
 
         Raises:
-            CheckpointError: see ``ClassificationModule``; or the checkpoint holds other parameters than learn here.
+            CheckpointError: see ``ClassificationModule``; or the checkpoint is of another resolution, or holds other
+                parameters than learn here.
         """
         super().on_load_checkpoint(checkpoint)
+        trained = None if self.specification is None else self.specification.resolution
         if self.vit is None:
-            if self.specification is None:
+            if trained is None:
                 raise CheckpointError("the checkpoint does not say its resolution: call build((height, width)) first.")
-            self.build(self.specification.resolution)
+            self.build(trained)
+        if trained not in (None, self.resolution):
+            raise CheckpointError(
+                f"this model was trained at the resolution {trained}, the data have {self.resolution}: set "
+                "data.resolution to the model's."
+            )
         saved, learnable = set(checkpoint["state_dict"]), self._learnable_names()
         if saved != learnable:
             some = ", ".join(sorted(saved ^ learnable)[:3])
