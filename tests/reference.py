@@ -294,21 +294,27 @@ def column_mean(attention_map: Tensor) -> Tensor:
 
 
 def naive_fusion(fusion: Any, features: Tensor) -> list[Tensor]:
-    """Fused prompts, L of (B, M, d), from double-precision features (B, 2, L, H, T, head_dim); no dropout."""
+    """Fused prompts, L of (B, M, d), from double-precision features (B, 2, L, H, T, head_dim); no dropout.
+
+    FPT+, or where there is a projection of queries, FPT.
+    """
+    earlier = hasattr(fusion, "query")
     fused = []
     for layer in range(features.shape[2]):
         images = []
         for image in range(len(features)):
             prompts = []
             for prompt in fusion.prompts[layer]:
-                query = naive_norm(fusion.norm, prompt)
+                query = fusion.query.weight @ prompt + fusion.query.bias if earlier else naive_norm(fusion.norm, prompt)
                 heads = []
                 for head in range(features.shape[3]):
                     keys, values = features[image, 0, layer, head], features[image, 1, layer, head]
                     width = keys.shape[-1]
                     own = query[head * width : (head + 1) * width]
                     heads.append(naive_map(own[None], keys, torch.zeros(1, len(keys)).double())[0] @ values)
-                prompts.append(fusion.out.weight @ (torch.cat(heads) + prompt) + fusion.out.bias)
+                summary = torch.cat(heads) if earlier else torch.cat(heads) + prompt
+                projected = fusion.out.weight @ summary + fusion.out.bias
+                prompts.append(projected + prompt if earlier else projected)
             images.append(torch.stack(prompts))
         fused.append(torch.stack(images))
     return fused

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.fusion import FineGrainedFusion
+from fpt_lightning.fusion import FineGrainedFusion, ProjectedFusion
 from fpt_lightning.side import SideViT
 from reference import naive_fusion, naive_loss, naive_side, randomise
 
@@ -74,6 +74,26 @@ def test_fused_prompts() -> None:
     expected = naive_fusion(copy.deepcopy(both).double()["fusion"], features.double())
     for actual, naive in zip(fused, expected, strict=True):
         assert_close(actual, naive)
+
+
+def test_fused_prompts_of_fpt() -> None:
+    fusion = ProjectedFusion(LAYERS, HEADS, WIDTH, SIDE_WIDTH, PROMPTS, 0.0)
+    randomise(fusion, seed=1)
+    features, _, _ = batch()
+    fused = fusion(features)
+    assert [tuple(prompts.shape) for prompts in fused] == [(2, PROMPTS, SIDE_WIDTH)] * LAYERS
+    for actual, naive in zip(fused, naive_fusion(copy.deepcopy(fusion).double(), features.double()), strict=True):
+        assert_close(actual, naive)
+    fusion.dropout.p = 0.5
+    torch.manual_seed(0)
+    dropped = torch.stack(fusion.train()(features)) == 0
+    assert 0.3 < dropped.float().mean() < 0.7  # after the sum: the residual prompts are dropped too
+
+
+@pytest.mark.parametrize("kind", [FineGrainedFusion, ProjectedFusion])
+def test_prompts_start_at_almost_nothing(kind: type[FineGrainedFusion | ProjectedFusion]) -> None:
+    torch.manual_seed(0)
+    assert 0.9e-6 < kind(6, 12, 768, 96).prompts.std() < 1.1e-6
 
 
 def test_logits() -> None:
@@ -246,7 +266,8 @@ def test_no_dropout_inside_the_side_network() -> None:
     assert torch.equal(both["side"](images, fused), both["side"](images, fused))
 
 
+@pytest.mark.parametrize("kind", [FineGrainedFusion, ProjectedFusion])
 @pytest.mark.parametrize("prompts", [0, -1])
-def test_fusion_without_prompts(prompts: int) -> None:
+def test_fusion_without_prompts(kind: type[FineGrainedFusion | ProjectedFusion], prompts: int) -> None:
     with pytest.raises(ConfigurationError, match=f"prompts is {prompts}: give at least 1"):
-        FineGrainedFusion(LAYERS, HEADS, WIDTH, SIDE_WIDTH, prompts)
+        kind(LAYERS, HEADS, WIDTH, SIDE_WIDTH, prompts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,28 +11,30 @@ from torch.nn import functional as F
 from fpt_lightning.errors import ConfigurationError
 
 
-class FineGrainedFusion(nn.Module):
-    """FPT+: prompts at the encoder's width ask the stored keys and values, one set a tapped layer.
-
-    ``fused_l = Dropout(out(attention(LayerNorm(P_l), K_l, V_l) + P_l))`` with one LayerNorm and one out-projector
-    shared by all layers, and no projection of queries.
+class Fusion(nn.Module, ABC):
+    """Base of the fusion modules: prompts that ask the stored keys and values, one set a tapped layer.
 
     Args:
         layers: L.
         heads: H, the frozen encoder's.
         width: D.
         side_width: d.
+        prompt_width: D or d.
         prompts: M.
-        dropout: probability after the out-projector.
+        dropout: probability at the end.
+
+    Raises:
+        ConfigurationError: fewer than one prompt.
     """
 
     def __init__(
-        self, layers: int, heads: int, width: int, side_width: int, prompts: int = 16, dropout: float = 0.5
+        self, layers: int, heads: int, width: int, side_width: int, prompt_width: int, prompts: int, dropout: float
     ) -> None:
         super().__init__()
+        if prompts < 1:
+            raise ConfigurationError(f"prompts is {prompts}: give at least 1.")
         self.heads = heads
-        self.prompts = initial_prompts(layers, prompts, width)
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.prompts = nn.Parameter(torch.randn(layers, prompts, prompt_width) * 1e-6)
         self.out = nn.Linear(width, side_width)
         self.dropout = nn.Dropout(dropout)
 
@@ -44,58 +48,51 @@ class FineGrainedFusion(nn.Module):
         Returns:
             L tensors (B, M, d), one for each block of the side network.
         """
-        return [self._fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
+        return [self.fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
 
-    def _fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        summary = cross_attention(self.norm(prompts), keys, values, self.heads)
-        fused: Tensor = self.dropout(self.out(summary + prompts))
-        return fused
+    @abstractmethod
+    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(B, M, d) from one layer's prompts and its keys and values (B, H, T, head_dim)."""
 
 
-class ProjectedFusion(nn.Module):
-    """FPT, before FPT+: prompts at the side network's width, whose queries are projected to the encoder's.
+class FineGrainedFusion(Fusion):
+    """FPT+: prompts at the encoder's width.
 
-    ``fused_l = Dropout(out(attention(query(P_l), K_l, V_l)) + P_l)`` with one query projection and one out-projector
-    shared by all layers, and no LayerNorm.
-
-    Args:
-        layers: L.
-        heads: H, the frozen encoder's.
-        width: D.
-        side_width: d.
-        prompts: M.
-        dropout: probability after the sum.
+    ``fused_l = Dropout(out(attention(LayerNorm(P_l), K_l, V_l) + P_l))`` with one LayerNorm and one out-projector
+    shared by all layers, and no projection of queries. Arguments as for ``Fusion``.
     """
 
     def __init__(
         self, layers: int, heads: int, width: int, side_width: int, prompts: int = 16, dropout: float = 0.5
     ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.prompts = initial_prompts(layers, prompts, side_width)
-        self.query = nn.Linear(side_width, width)
-        self.out = nn.Linear(width, side_width)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(layers, heads, width, side_width, width, prompts, dropout)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, features: Tensor) -> list[Tensor]:
-        """See ``FineGrainedFusion.forward``."""
-        return [self._fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
-
-    def _fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        summary = cross_attention(self.query(prompts), keys, values, self.heads)
-        fused: Tensor = self.dropout(self.out(summary) + prompts)
+    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See ``Fusion.fuse``."""
+        summary = cross_attention(self.norm(prompts), keys, values, self.heads)
+        fused: Tensor = self.dropout(self.out(summary + prompts))
         return fused
 
 
-def initial_prompts(layers: int, prompts: int, width: int) -> nn.Parameter:
-    """Prompts (L, M, width), N(0, 1e-6 std).
+class ProjectedFusion(Fusion):
+    """FPT, before FPT+: prompts at the side network's width, whose queries are projected to the encoder's.
 
-    Raises:
-        ConfigurationError: fewer than one prompt.
+    ``fused_l = Dropout(out(attention(query(P_l), K_l, V_l)) + P_l)`` with one query projection and one out-projector
+    shared by all layers, and no LayerNorm. Arguments as for ``Fusion``.
     """
-    if prompts < 1:
-        raise ConfigurationError(f"prompts is {prompts}: give at least 1.")
-    return nn.Parameter(torch.randn(layers, prompts, width) * 1e-6)
+
+    def __init__(
+        self, layers: int, heads: int, width: int, side_width: int, prompts: int = 16, dropout: float = 0.5
+    ) -> None:
+        super().__init__(layers, heads, width, side_width, side_width, prompts, dropout)
+        self.query = nn.Linear(side_width, width)
+
+    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See ``Fusion.fuse``."""
+        summary = cross_attention(self.query(prompts), keys, values, self.heads)
+        fused: Tensor = self.dropout(self.out(summary) + prompts)
+        return fused
 
 
 def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
