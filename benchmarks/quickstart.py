@@ -9,32 +9,20 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import lightning as L
 import yaml
+from components import SideNetworkAlone
 from environment import write_result
-from torch import Tensor
 
 from fpt_lightning import FPTPlusModule
 from fpt_lightning.cli import BestCheckpoint
 from fpt_lightning.synthetic import SyntheticFundusDataModule, write_fundus_images
 
 CONFIG = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
-
-
-class SideNetworkAlone(FPTPlusModule):
-    """The same side ViT with no prompts in its sequence."""
-
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits (B, classes) from the low-resolution images."""
-        images: Tensor = batch["side_images"]
-        none = images.new_zeros(len(images), 0, self.side.norm.normalized_shape[0])
-        logits: Tensor = self.side(images, [none] * len(self.side.blocks))
-        return logits
 
 
 def train(method: type[FPTPlusModule], config: dict[str, Any], data: dict[str, Any], seed: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Classification metrics, from torchmetrics, and the paper's efficiency metrics."""
+"""Classification metrics, from torchmetrics, the paper's efficiency metrics, and the AUC of resamples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 import warnings
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
@@ -127,6 +129,34 @@ class PerformanceEfficiency(WrapperMetric):
 
     def reset(self) -> None:
         self.metric.reset()
+
+
+def resampled_auc(probabilities: NDArray[Any], labels: NDArray[Any], weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Macro one-vs-rest AUC of R resamples of the same N cases, exactly; ties count half.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,), class indices.
+        weights: (R, N), how many times each resample holds each case.
+
+    Returns:
+        (R,). A class that has none or all of a resample is left out of its mean; NaN if no class is left.
+    """
+    total = np.zeros(len(weights))
+    scored = np.zeros(len(weights))
+    for label in range(probabilities.shape[1]):
+        order = np.argsort(probabilities[:, label], kind="stable")
+        ascending = probabilities[order, label]
+        starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])  # of equal probabilities
+        of_class = labels[order] == label
+        drawn = weights[:, order]
+        positive = np.add.reduceat(drawn * of_class, starts, axis=1)  # (R, distinct probabilities)
+        negative = np.add.reduceat(drawn * ~of_class, starts, axis=1)
+        pairs = positive.sum(1) * negative.sum(1)
+        won = (positive * (negative.cumsum(1) - negative / 2)).sum(1)
+        total += won / np.where(pairs > 0, pairs, 1)
+        scored += pairs > 0
+    return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
 
 
 def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
