@@ -32,10 +32,6 @@ class SideNetworkAlone(FPTPlusModule):
         """None: there is no encoder."""
         return 0
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Leave out the encoder's images, which data modules without a store always give."""
-        return {name: value for name, value in batch.items() if name != "images"}
-
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``side_images``."""
         images: Tensor = batch["side_images"]

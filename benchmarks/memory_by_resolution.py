@@ -47,11 +47,11 @@ MIB = 2**20
 PREDICTED = """In MiB: peak live tensor bytes of a training step (parameters, gradients, AdamW state, batch and
 activations), predicted on fake tensors; the tests hold such predictions to real steps within 1% and to real runs within
 5%. A GPU adds its context and the allocator's reserve, some 0.5 to 2 GB. **No GPU was used.**"""
-MEASURED = """In MiB: allocated / reserved by PyTorch / used on the device (with its context and other processes), at the
+MEASURED = """In MiB: allocated / reserved by PyTorch / used on the device (its context and others included), at the
 peak of three training steps after two of warm-up."""
 SETTING = f"""Batch {BATCH_SIZE}, {CLASSES} classes, AdamW. FPT+ with side images of 128 pixels, 16 prompts, token ratio
-0.2 and the upper half of the blocks; FPT with 224 pixels and all blocks; stored tokens in fp16, widened for the step. The
-published code computed eager attention in fp32: compare the paper's figures with that table. Made by
+0.2 and the upper half of the blocks; FPT with 224 pixels and all blocks; stored tokens in fp16, widened for the step.
+The published code computed eager attention in fp32: compare the paper's figures with that table. Made by
 `benchmarks/memory_by_resolution.py`; versions and commit are in the JSON file beside this one."""
 
 

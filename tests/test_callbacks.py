@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from conftest import quiet_trainer, tiny_model
-from fpt_lightning import PreloadedFeatureDataModule
+from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.callbacks import (
+    EpochSeconds,
     LearnableParameters,
-    LiveTensorBytes,
     PeakMemory,
     ResultsWriter,
     write_confusion,
@@ -22,24 +25,6 @@ from fpt_lightning.callbacks import (
 )
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
-
-
-def test_live_bytes_count_every_storage_once_until_it_is_freed() -> None:
-    before = torch.ones(100)
-    with LiveTensorBytes() as live:
-        live.count([before, {"again": before.view(10, 10)}])
-        assert live.current == 400
-        a = torch.zeros(1000)
-        view = a[:10].view(2, 5)
-        assert live.current == 4400
-        b = a + 1
-        assert live.peak == live.current == 8400
-        del a, view
-        assert live.current == 4400
-        c = torch.zeros(500, dtype=torch.float16)
-        assert (live.current, live.peak) == (5400, 8400)
-        del b, c
-    assert live.current == 400
 
 
 def test_peak_memory_of_a_step_is_logged_and_the_same_each_time(tiny_data: DataMaker, tmp_path: Path) -> None:
@@ -57,6 +42,38 @@ def test_peak_memory_of_a_step_is_logged_and_the_same_each_time(tiny_data: DataM
     learnable = sum(p.numel() for p in module.parameters())
     assert peaks[0] == peaks[1]
     assert 4 * 4 * learnable / 2**20 < peaks[0] < 20  # parameters, gradients, two moments; and the batch of 8
+
+
+def test_a_live_encoder_counts(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    stored, live = tiny_data(), ImageDataModule(str(image_root), resolution=64, mean=[0.4], std=[0.2], image_size=48)
+    stored.preload(tiny_model(), quiet_trainer(tmp_path))
+    peaks = []
+    for data in (stored, live):
+        module = tiny_model()
+        trainer = quiet_trainer(tmp_path, callbacks=[PeakMemory()])
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        peaks.append(float(trainer.callback_metrics["test_peak_live_mib"]))
+    (encoder,) = module.encoders
+    weights = 4 * sum(p.numel() for p in encoder.parameters()) / 2**20
+    assert peaks[1] > peaks[0] + weights
+
+
+def test_an_epochs_seconds_leave_out_its_validation(tiny_data: DataMaker, tmp_path: Path) -> None:
+    class Slow(L.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            time.sleep(1)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            time.sleep(0.1)
+
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path, callbacks=[EpochSeconds(), Slow()])
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = float(trainer.callback_metrics["epoch_seconds"])
+    assert 0.3 < seconds < time.perf_counter() - start - 1  # 3 steps; a sanity check and a validation of a batch each
 
 
 def test_the_learnable_share_is_said(tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from conftest import write_images
-from fpt_lightning import cli
+from fpt_lightning import ImageDataModule, cli
 from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods import ClassificationModule
@@ -28,8 +28,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_methods  # noqa: E402
-from compare_methods import Comparison, Setting, ablation_variants, interval, main, read_setting, resample  # noqa: E402
+from cells import interval, resample  # noqa: E402
+from compare_methods import Comparison, main  # noqa: E402
 from components import MLPTransfer, SideNetworkAlone, values_in_order  # noqa: E402
+from variants import Setting, ablation_variants, read_setting  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, images: Path) -> list[dict[str, Any
         rate = config["model"]["init_args"]["learning_rate"]
         score = 0.9 - abs(math.log10(rate / 3e-3)) / 10
         rng = np.random.default_rng(config["seed_everything"])
-        module = compare_methods.ImageDataModule(data["root"], manifest=data.get("manifest"))
+        module = ImageDataModule(data["root"], manifest=data.get("manifest"))
         lines = ["path,label,prob_a,prob_b,prob_c"]
         for sample in module.read_manifest().split("test"):
             scores = rng.random(3) + np.eye(3)[sample.label] * 2 * ("FPTPlus" in config["model"]["class_path"])

@@ -34,6 +34,7 @@ from fpt_lightning.methods import (
     QueryTokensModule,
     StoredLinearProbingModule,
 )
+from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.lora import split_projections
 from fpt_lightning.methods.tuning import EncoderModule
 from reference import FAMILIES, randomise
@@ -239,7 +240,8 @@ def test_a_method_on_stored_features_holds_no_encoder(name: str, data: DataMaker
     module = make(name)
     live = live_twin(data(module))
     quiet_trainer(tmp_path).fit(module, live)
-    (encoder,) = module._frozen.values()  # type: ignore[attr-defined]
+    assert isinstance(module, FeatureModule)
+    (encoder,) = module.encoders
     assert not any(part.training for part in encoder.modules())
     assert not {id(p) for p in encoder.parameters()} & {id(p) for p in module.parameters()}
     pristine = build_encoder(module.encoder_config, (64, 64)).state_dict()

@@ -29,20 +29,22 @@ def real(name: str, precision: Precision, attention: Attention, **changes: Any) 
     return TrainingStep(module, example_batch(module, RESOLUTION, 8), precision, attention).live_bytes()
 
 
-def test_live_bytes_count_every_storage_once() -> None:
-    kept = torch.zeros(1000)
+def test_live_bytes_count_every_storage_once_until_it_is_freed() -> None:
+    before = torch.ones(100)
     with LiveTensorBytes() as live:
-        live.count([kept, kept[10:]])
-        assert live.current == 4000
-        other = kept + 1
-        view = other[:10].view(2, 5)
-        assert live.current == 8000
-        del other
-        assert live.current == 8000
-        del view
-        assert live.current == 4000
-        torch.zeros(500, dtype=torch.float16)
-    assert (live.current, live.peak) == (4000, 8000)
+        live.count([before, {"again": before.view(10, 10)}])
+        assert live.current == 400
+        a = torch.zeros(1000)
+        view = a[:10].view(2, 5)
+        assert live.current == 4400
+        b = a + 1
+        assert live.peak == live.current == 8400
+        del a, view
+        assert live.current == 4400
+        c = torch.zeros(500, dtype=torch.float16)
+        assert (live.current, live.peak) == (5400, 8400)
+        del b, c
+    assert live.current == 400
 
 
 @pytest.mark.parametrize("attention", ["fused", "eager"])

@@ -112,7 +112,7 @@ def test_the_live_encoder_stays_frozen(data: PreloadedFeatureDataModule, tmp_pat
     module = tiny_model()
     trainer = quiet_trainer(tmp_path)
     trainer.fit(module, live_twin(data))
-    (encoder,) = module._frozen.values()
+    (encoder,) = module.encoders
     fresh = FrozenEncoder(module.encoder_config, (64, 64))
     assert equal(state(encoder), state(fresh))
     module.train()

@@ -22,6 +22,7 @@ from torch import Tensor
 from fpt_lightning.manifest import UNLABELLED
 from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.features import FeatureModule
 
 _MIB = 2**20
 
@@ -115,6 +116,8 @@ class PeakMemory(L.Callback):
             return
         self._live = LiveTensorBytes()
         self._live.count([list(pl_module.parameters()), list(pl_module.buffers()), batch])
+        if isinstance(pl_module, FeatureModule):
+            self._live.count([list(encoder.parameters()) for encoder in pl_module.encoders])
         self._live.count([p.grad for p in pl_module.parameters()])
         self._live.count([list(o.state.values()) for o in trainer.optimizers])
         self._live.__enter__()  # type: ignore[no-untyped-call]

@@ -291,8 +291,10 @@ class ImageDataModule(L.LightningDataModule):
 
     def _image_dataset(self, manifest: Manifest, samples: Sequence[Sample], augmentation: str) -> _Samples:
         mean, std = self._statistics()
-        transform = ViewTransform(self.resolution, augmentation if "images" in self._inputs() else "none")
-        views = _Views(transform, mean, std, self.seed or 0)
+        views: _Views | None = None
+        if self._inputs() & {"images", *STORED}:
+            transform = ViewTransform(self.resolution, augmentation if "images" in self._inputs() else "none")
+            views = _Views(transform, mean, std, self.seed or 0)
         return _ImageSamples(manifest, samples, self._side_views(augmentation, mean, std), views, self.image_size)
 
     def _dataset(self, split: str, augmentation: str) -> _Samples:
@@ -505,7 +507,7 @@ class _ImageSamples(_Samples):
         manifest: Manifest,
         samples: Sequence[Sample],
         side_views: _Views | None,
-        views: _Views,
+        views: _Views | None,
         image_size: int,
     ) -> None:
         super().__init__(manifest, samples, side_views)
@@ -513,7 +515,9 @@ class _ImageSamples(_Samples):
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
         images = [read_image(self.manifest.path(sample)) for sample in samples]
-        batch: Batch = {"images": self.views.draw(images, keys)}
+        batch: Batch = {}
+        if self.views is not None:
+            batch["images"] = self.views.draw(images, keys)
         if self.side_views is not None:
             batch["side_images"] = self.side_views.draw([stored_copy(i, self.image_size) for i in images], keys)
         return batch

@@ -64,6 +64,11 @@ class FeatureModule(ClassificationModule):
         """The frozen encoder's, with the 1000-class head that published ratios count."""
         return self.encoder_shape.parameters
 
+    @property
+    def encoders(self) -> list[FrozenEncoder]:
+        """The frozen encoders that have run, one a resolution; none where features came from a store."""
+        return list(self._frozen.values())
+
     def encode(self, images: Tensor) -> Encoded:
         """Run the frozen encoder, whose weights are loaded the first time.
 

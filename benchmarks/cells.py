@@ -1,0 +1,131 @@
+"""The cells of a comparison: each a run of the command line, and what is read from the files that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from fpt_lightning import cli
+from fpt_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the command line.
+
+    Attributes:
+        folder: of the run.
+        config: what ``fit`` is given.
+        preloads: whether it needs a store.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    preloads: bool
+
+    @property
+    def finished(self) -> bool:
+        path = self.folder / "metrics.json"
+        return path.is_file() and {"best", "last"} <= set(json.loads(path.read_text()))
+
+    def check(self) -> None:
+        """Refuse what another configuration left in the folder.
+
+        Raises:
+            ConfigurationError: naming the folder and what differs.
+        """
+        if not self.finished and not (self.folder / "last.ckpt").is_file():
+            return
+        there, here = _flat(yaml.safe_load((self.folder / "cell.yaml").read_text())), _flat(self.config)
+        there["trainer.default_root_dir"] = here["trainer.default_root_dir"]  # the folder may have been moved
+        differences = [
+            f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in sorted({*there, *here})
+            if there.get(key) != here.get(key)
+        ]
+        if differences:
+            raise ConfigurationError(
+                f"{self.folder} holds a run with another configuration: give another --out, or remove the folder.\n  "
+                + "\n  ".join(differences)
+            )
+
+    def run(self, keep_checkpoints: bool = False) -> None:
+        """Run it, go on with it, or leave it be if it is finished."""
+        if not self.finished:
+            path, last = self.folder / "cell.yaml", self.folder / "last.ckpt"
+            if not last.is_file():
+                if self.folder.exists():
+                    shutil.rmtree(self.folder)
+                self.folder.mkdir(parents=True)
+                path.write_text(yaml.safe_dump(self.config, sort_keys=False))
+            if self.preloads:  # apart from fit, so that the encoder's memory is not in what fit measures
+                cli.main(["preload", "--config", str(path)])
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            cli.main(["fit", "--config", str(path), *(["--ckpt_path", str(last)] if last.is_file() else [])])
+        if not keep_checkpoints:
+            for checkpoint in self.folder.glob("*.ckpt"):
+                checkpoint.unlink()
+
+    def result(self) -> dict[str, Any]:
+        """Test AUC of the best and the last epoch, best validation AUC, seconds of an epoch, peak memory in MiB."""
+        tested = json.loads((self.folder / "metrics.json").read_text())
+        memory = {
+            kind: round(max(values), 2)
+            for kind in ("live", "allocated", "reserved")
+            if (values := self._logged(f"train_peak_{kind}_mib"))
+        }
+        return {
+            "seed": self.config["seed_everything"],
+            "best": tested["best"]["test_auc"],
+            "last": tested["last"]["test_auc"],
+            "val_auc": max(self._logged("val_auc")),
+            "epoch_seconds": round(median(self._logged("epoch_seconds")), 3),
+            "memory_mib": memory,
+        }
+
+    def predictions(self, ids: Sequence[str]) -> NDArray[np.float64]:
+        """Probabilities (N, C) of the best epoch for the test images ``ids``."""
+        with (self.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+            rows = {row[0]: [float(p) for p in row[2:]] for row in list(csv.reader(file))[1:]}
+        return np.array([rows[id] for id in ids])
+
+    def _logged(self, name: str) -> list[float]:
+        with (self.folder / "metrics.csv").open(newline="") as file:
+            return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def resample(groups: Sequence[str], count: int) -> NDArray[np.int64]:
+    """How often each of N cases is in each of ``count`` resamples (count, N); whole groups are drawn."""
+    _, members = np.unique(groups, return_inverse=True)
+    number = int(members.max()) + 1
+    drawn = np.random.default_rng(0).multinomial(number, [1 / number] * number, size=count)
+    return drawn[:, members]
+
+
+def interval(differences: NDArray[np.float64]) -> dict[str, float]:
+    """The 95% interval of resampled differences, and the two-sided p of none (at least 1 / (resamples + 1))."""
+    differences = differences[~np.isnan(differences)]
+    p = 2 * min((differences <= 0).mean(), (differences >= 0).mean())
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return {"low": float(low), "high": float(high), "p": float(np.clip(p, 1 / (len(differences) + 1), 1))}
