@@ -342,6 +342,25 @@ def test_every_encoder_is_an_override_of_any_example(name: str, capsys: pytest.C
     assert module.encoder_shape.tokens((512, 512)) in (1025, 4097)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        ("--model.prompts", "32"),
+        ("--model.side_resolution", "256"),
+        ("--model.token_ratio", "0.5"),
+        ("--model.layers", "[8, 9, 10, 11]"),
+    ],
+)
+def test_every_ablation_is_one_override(override: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    example = EXAMPLES / "methods" / "fpt_plus.yaml"
+    assert " ".join(override).replace("[", '"[').replace("]", ']"') in example.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", EXAMPLES / "ddr.yaml", "--config", example, *override, "--print_config")
+    assert not stopped.value.code
+    parsed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert parsed[override[0].removeprefix("--model.")] == yaml.safe_load(override[1])
+
+
 def test_a_method_is_one_option(config: Path, tmp_path: Path) -> None:
     """Arguments that it shares with the configured one stay, others (``side_resolution``) are left out."""
     run("fit", "--config", config, "--model", "BitFitModule")

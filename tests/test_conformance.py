@@ -655,7 +655,7 @@ def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "peft":
-            raise ImportError
+            raise ModuleNotFoundError(name="peft")
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)

@@ -208,6 +208,8 @@ def _check_targets(vit: nn.Module, depth: int) -> None:
 def _import_peft() -> Any:
     try:
         import peft
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
         raise ConfigurationError("LoRA and AdaLoRA need peft: pip install 'fpt-lightning[peft]'.") from error
     return peft
