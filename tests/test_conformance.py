@@ -619,6 +619,12 @@ def test_a_module_that_is_not_built_says_so() -> None:
         module(batch_for(module))
 
 
+def test_images_of_another_resolution_than_built() -> None:
+    module = built("lora", 64)
+    with pytest.raises(ConfigurationError, match=r"are 96 x 96 pixels, but LoRAModule was built for .*\(64, 64\)"):
+        module(batch_for(module, resolution=96))
+
+
 def test_a_foreign_data_module_does_not_say_the_resolution(tmp_path: Path) -> None:
     class Foreign(L.LightningDataModule):
         def train_dataloader(self) -> Any:

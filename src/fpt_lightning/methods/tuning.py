@@ -102,7 +102,13 @@ class EncoderModule(ClassificationModule):
         """
         if self.vit is None:
             raise ConfigurationError(f"{type(self).__name__} is not built: call build((height, width)) first.")
-        logits: Tensor = self.vit(batch["images"])
+        images: Tensor = batch["images"]
+        if images.shape[-2:] != self.resolution:
+            raise ConfigurationError(
+                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, but {type(self).__name__} was built "
+                f"for the resolution {self.resolution}."
+            )
+        logits: Tensor = self.vit(images)
         return logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
