@@ -263,13 +263,13 @@ def draw(results: Sequence[dict[str, Any]], encoders: Sequence[str], path: Path)
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu predicts, cuda measures")
     parser.add_argument("--resolutions", type=int, nargs="+", default=list(RESOLUTIONS))
     parser.add_argument("--encoders", nargs="+", choices=list(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--name", help="of the result files; memory_by_resolution by default")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch sees no GPU")
     name = args.name or "memory_by_resolution" + ("_cuda" if args.device == "cuda" else "")

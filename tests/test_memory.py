@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +111,28 @@ def test_a_resolution_that_patches_do_not_divide() -> None:
     for name in ("fpt_plus", "lora"):
         with pytest.raises(ConfigurationError, match="resolution 100 x 96 is not a multiple of the patch size"):
             predict(lambda name=name: make(name), (100, 96), 8)
+
+
+# The benchmark
+
+
+def test_the_memory_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some methods in every variant on a small encoder; the paper's figures are those of its tables 1 and 2."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("memory_by_resolution")
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "ENCODERS", {"ViT-B": "test_vit"})
+    some = {name: benchmark.METHODS[name] for name in ("Linear probing", "LoRA", "FPT+", "Attentive probe")}
+    assert len(benchmark.METHODS) == 13
+    monkeypatch.setattr(benchmark, "METHODS", some)
+    benchmark.main(["--resolutions", "64", "128", "--encoders", "ViT-B"])
+    result = json.loads((tmp_path / "memory_by_resolution.json").read_text())
+    assert len(result["cells"]) == 2 * (4 * 3 + 1)
+    assert all(cell["bytes"]["live"] > 0 for cell in result["cells"])
+    table = (tmp_path / "memory_by_resolution.md").read_text()
+    assert table.count("| FPT+ |") == 4  # the paper's row, and three variants: it has nothing to recompute
+    assert "| FPT+ | 736 |" in table
+    assert table.count("| LoRA |") == 5
+    assert (tmp_path / "memory_by_resolution.png").read_bytes().startswith(b"\x89PNG")
+    assert benchmark.PAPER["ViT-L", "Full fine-tuning"][384] == 26470
