@@ -285,7 +285,7 @@ def test_a_view_has_its_size_and_is_drawn_by_its_seed(augmentation: str, size: i
     before = pixels.copy()
     views = [transform(pixels, seed) for seed in (1, 2, 3, 1)]
     assert all(view.shape == (3, size, size) and view.dtype == torch.float32 for view in views)
-    assert all(view.is_contiguous() and 0 <= view.min() < view.max() <= 1 for view in views)
+    assert all(0 <= view.min() < view.max() <= 1 for view in views)
     assert torch.equal(views[0], views[3])
     assert torch.equal(views[0], ViewTransform(size, augmentation)(pixels, 1))
     np.testing.assert_array_equal(pixels, before)
@@ -352,7 +352,7 @@ def test_default_views_are_the_published_ones() -> None:
 
 def test_default_crops_cover_at_least_four_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without jitter, the share of the image in a view; 3 % is lost between the centres of the outermost pixels."""
-    compose: Any = images._albumentations(64, "default")
+    compose: Any = images._albumentations((64, 64), "default")
     monkeypatch.setattr(compose.transforms[-1], "p", 0.0)
     areas = []
     for seed in range(200):
