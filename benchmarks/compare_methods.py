@@ -23,10 +23,11 @@ from cells import Cell, interval, resample
 from environment import environment, write_result
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from variants import ABLATIONS, METHODS, Setting, Variant, ablation_variants, method_variants, published, read_setting
+from variants import ABLATIONS, Setting, Variant, ablation_variants, method_variants, published, read_setting
 
 from fpt_lightning.errors import ConfigurationError, FPTError
 from fpt_lightning.manifest import SPLITS
+from fpt_lightning.methods import METHODS
 from fpt_lightning.metrics import performance_efficiency, resampled_auc
 
 
@@ -274,7 +275,7 @@ class Comparison:
             compared,
             f"{row['ppe']:.2f}",
             "-" if row["pme"] is None else f"{row['pme']:.2f}",
-            f"{row['epoch_seconds']:.1f}",
+            f"{row['epoch_seconds']:.3g}",
         ]
         return f"| {' | '.join(cells)} |"
 

@@ -16,32 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, write_result
+from environment import RESULTS, write_result
 from matplotlib.figure import Figure
 
 from fpt_lightning import methods
-from fpt_lightning.memory import Attention, Precision, TrainingStep, example_batch, predict_training_memory
+from fpt_lightning.memory import (
+    Attention,
+    Precision,
+    TrainingStep,
+    build_on_meta,
+    example_batch,
+    predict_training_memory,
+)
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule
 
 CLASSES, BATCH_SIZE = 5, 16
 RESOLUTIONS = (128, 256, 384, 512, 640, 768, 1024, 2048)
 ENCODERS = {"ViT-B": "vit_base_patch16_384.augreg_in21k_ft_in1k", "ViT-L": "vit_large_patch16_384.augreg_in21k_ft_in1k"}
-METHODS: dict[str, type[ClassificationModule]] = {
-    "Full fine-tuning": methods.FineTuningModule,
-    "Linear probing": methods.LinearProbingModule,
-    "Prompt tuning": methods.PromptTuningModule,
-    "Attention tuning": methods.AttentionTuningModule,
-    "Adapter": methods.AdapterModule,
-    "BitFit": methods.BitFitModule,
-    "LoRA": methods.LoRAModule,
-    "AdaLoRA": methods.AdaLoRAModule,
-    "FPT": methods.FPTModule,
-    "FPT+": methods.FPTPlusModule,
-    "Stored linear probe": methods.StoredLinearProbingModule,
-    "Attentive probe": methods.AttentiveProbingModule,
-    "Query tokens": methods.QueryTokensModule,
-}
+METHODS = {kind.LABEL: kind for kind in methods.METHODS.values()}
 MIB = 2**20
 
 PREDICTED = """In MiB: peak live tensor bytes of a training step (parameters, gradients, AdamW state, batch and
@@ -128,11 +121,7 @@ def cells(resolutions: Sequence[int], encoders: Sequence[str]) -> Iterator[tuple
 
 def learnable_percent(method: str, encoder: str) -> float:
     """By the paper's definition, at the encoder's native resolution (384)."""
-    with torch.device("meta"):
-        module = make(method, encoder, VARIANTS[0])
-        if isinstance(module, EncoderModule):
-            module.build((384, 384))
-    return 100 * module.learnable_ratio
+    return 100 * build_on_meta(lambda: make(method, encoder, VARIANTS[0]), (384, 384)).learnable_ratio
 
 
 def measured(method: str, encoder: str, resolution: int, variant: Variant) -> dict[str, int | None]:
@@ -291,10 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     published = [
         {"encoder": e, "method": m, "resolution": r, "mb": mb} for (e, m), row in PAPER.items() for r, mb in row.items()
     ]
-    write_result(name, {"batch_size": BATCH_SIZE, "classes": CLASSES, "cells": results, "paper": published})
+    path = write_result(name, {"batch_size": BATCH_SIZE, "classes": CLASSES, "cells": results, "paper": published})
     (RESULTS / f"{name}.md").write_text(report(results, args.encoders, args.device) + "\n")
     draw(results, args.encoders, RESULTS / f"{name}.png")
-    print(f"commit {environment()['commit']}: results are in {RESULTS}/{name}.json, .md and .png")
+    print(f"results are in {path}, and .md and .png beside it")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from components import MLPTransfer, SideNetworkAlone
 
@@ -17,26 +16,9 @@ from fpt_lightning import methods
 from fpt_lightning.datamodules import STORED, ImageDataModule
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.methods import ClassificationModule, FPTPlusModule
+from fpt_lightning.memory import build_on_meta
+from fpt_lightning.methods import METHODS, ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.methods.tuning import EncoderModule
-
-METHODS: dict[str, tuple[str, type[ClassificationModule]]] = {
-    "full": ("Full fine-tuning", methods.FineTuningModule),
-    "linear": ("Linear probing", methods.LinearProbingModule),
-    "prompt": ("Prompt tuning", methods.PromptTuningModule),
-    "attention": ("Attention tuning", methods.AttentionTuningModule),
-    "adapter": ("Adapter", methods.AdapterModule),
-    "bitfit": ("BitFit", methods.BitFitModule),
-    "lora": ("LoRA", methods.LoRAModule),
-    "adalora": ("AdaLoRA", methods.AdaLoRAModule),
-    "fpt": ("FPT", methods.FPTModule),
-    "fpt_plus": ("FPT+", methods.FPTPlusModule),
-    "stored_linear": ("Linear probing, stored", methods.StoredLinearProbingModule),
-    "attentive": ("Attentive probing, stored", methods.AttentiveProbingModule),
-    "query_tokens": ("Query tokens, stored", methods.QueryTokensModule),
-}
-"""By short name, in the order of the paper's Table 1; then the peers on stored features."""
 
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "prompts": (4, 8, 16, 32, 64, 128),  # Table 4
@@ -141,7 +123,7 @@ def read_setting(path: Path, epochs: int | None = None, encoder: str | None = No
             data["init_args"]["store"] = _beside(data["init_args"]["store"], [encoder])
     own = getattr(methods, name, FPTPlusModule)
     maker = own if issubclass(own, FeatureModule) else FPTPlusModule
-    stored = _on_meta(maker, _arguments_of(maker, name, arguments), datamodule.resolution).encoder_config
+    stored = build_on_meta(lambda: maker(**_arguments_of(maker, name, arguments)), datamodule.resolution).encoder_config
     return Setting(name, arguments, trainer, data, datamodule, (stored, datamodule.image_size))
 
 
@@ -154,17 +136,6 @@ def _arguments_of(method: type[ClassificationModule], own: str, arguments: Mappi
 
 def _is_class(section: Any) -> bool:
     return isinstance(section, dict) and isinstance(section.get("class_path"), str)
-
-
-def _on_meta(
-    method: type[ClassificationModule], arguments: Mapping[str, Any], resolution: tuple[int, int]
-) -> ClassificationModule:
-    """The method as it trains, without memory or weights."""
-    with torch.device("meta"):
-        module = method(**{**arguments, "pretrained": False})
-        if isinstance(module, EncoderModule):
-            module.build(resolution)
-    return module
 
 
 def make_variant(
@@ -185,7 +156,7 @@ def make_variant(
     """
     own = FPTPlusModule if issubclass(method, SideNetworkAlone | MLPTransfer) else method
     arguments = {**setting.arguments_of(own), **changes}
-    module = _on_meta(method, arguments, setting.datamodule.resolution)
+    module = build_on_meta(lambda: method(**arguments), setting.datamodule.resolution)
     given = dict(setting.data["init_args"])
     size = max(setting.datamodule.image_size, module.side_resolution or 0)
     if size != setting.datamodule.image_size:
@@ -218,7 +189,7 @@ def _beside(url: str, names: Sequence[str]) -> str:
 
 def method_variants(setting: Setting, names: Sequence[str]) -> list[Variant]:
     """The methods named, in the order of ``METHODS``."""
-    return [make_variant(setting, name, *METHODS[name]) for name in METHODS if name in names]
+    return [make_variant(setting, name, kind.LABEL, kind) for name, kind in METHODS.items() if name in names]
 
 
 def ablation_variants(setting: Setting, ablation: str) -> list[Variant]:
@@ -264,7 +235,8 @@ def published(setting: Setting, ablation: str) -> str:
     """The name of the ablation's variant that is FPT+ as the YAML has it."""
     if ablation == "components":
         return "components-preloading"
-    module = _on_meta(FPTPlusModule, setting.arguments_of(FPTPlusModule), setting.datamodule.resolution)
+    arguments = setting.arguments_of(FPTPlusModule)
+    module = build_on_meta(lambda: FPTPlusModule(**arguments), setting.datamodule.resolution)
     layers = module.encoder_config.tapped_layers
     values = {
         "prompts": module.hparams["prompts"],

@@ -127,7 +127,7 @@ def test_methods_train_finished_cells_stay_and_a_lost_one_alone_is_run_again(
     for row in rows:
         assert len(row) == 9
         numbers = [float(row[i].split(" ± ")[0]) for i in (1, 2, 3, 4, 6, 7, 8)]
-        assert all(math.isfinite(number) and number > 0 for number in numbers)
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
     assert rows[0][1] == "100.00"
     assert rows[2][5] == "reference"
     text = (out / "table.md").read_text(encoding="utf-8")

@@ -123,7 +123,7 @@ def test_the_memory_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("environment.RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "ENCODERS", {"ViT-B": "test_vit"})
-    some = {name: benchmark.METHODS[name] for name in ("Linear probing", "LoRA", "FPT+", "Attentive probe")}
+    some = {name: benchmark.METHODS[name] for name in ("Linear probing", "LoRA", "FPT+", "Attentive probing, stored")}
     assert len(benchmark.METHODS) == 13
     monkeypatch.setattr(benchmark, "METHODS", some)
     benchmark.main(["--resolutions", "64", "128", "--encoders", "ViT-B"])

@@ -144,6 +144,24 @@ class TrainingStep:
         return peak
 
 
+def build_on_meta(method: Callable[[], ClassificationModule], resolution: tuple[int, int]) -> ClassificationModule:
+    """A method as it trains at a resolution, encoder included where it is inside, without weights or memory.
+
+    Args:
+        method: makes the method, such as ``lambda: LoRAModule(5)``.
+        resolution: (height, width) of the encoder's images in pixels.
+
+    Raises:
+        ConfigurationError: settings that cannot work.
+    """
+    with torch.device("meta"):
+        module = method()
+        if isinstance(module, EncoderModule):
+            module.encoder_config = replace(module.encoder_config, pretrained=False)
+            module.build(resolution)
+    return module
+
+
 def predict_training_memory(
     method: Callable[[], ClassificationModule],
     resolution: tuple[int, int],
@@ -169,11 +187,7 @@ def predict_training_memory(
     Raises:
         ConfigurationError: settings that cannot work.
     """
-    with torch.device("meta"):
-        module = method()
-        if isinstance(module, EncoderModule):
-            module.encoder_config = replace(module.encoder_config, pretrained=False)
-            module.build(resolution)
+    module = build_on_meta(method, resolution)
     with FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
         module.to_empty(device="cpu")
         batch = example_batch(module, resolution, batch_size, dtype=dtype)

@@ -13,7 +13,25 @@ from fpt_lightning.methods.tuning import (
     LinearProbingModule,
 )
 
+METHODS: dict[str, type[ClassificationModule]] = {
+    "full": FineTuningModule,
+    "linear": LinearProbingModule,
+    "prompt": PromptTuningModule,
+    "attention": AttentionTuningModule,
+    "adapter": AdapterModule,
+    "bitfit": BitFitModule,
+    "lora": LoRAModule,
+    "adalora": AdaLoRAModule,
+    "fpt": FPTModule,
+    "fpt_plus": FPTPlusModule,
+    "stored_linear": StoredLinearProbingModule,
+    "attentive": AttentiveProbingModule,
+    "query_tokens": QueryTokensModule,
+}
+"""By short name, in the order of the paper's Table 1; then the peers on stored features."""
+
 __all__ = [
+    "METHODS",
     "AdaLoRAModule",
     "AdapterModule",
     "AttentionTuningModule",

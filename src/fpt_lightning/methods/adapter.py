@@ -22,6 +22,7 @@ class AdapterModule(EncoderTuningModule):
         **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
     """
 
+    LABEL = "Adapter"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "reduction", "scale")
 
     def __init__(self, num_classes: int, reduction: int = 8, scale: float = 0.1, **kwargs: Any) -> None:

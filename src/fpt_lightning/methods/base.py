@@ -51,6 +51,9 @@ class ClassificationModule(L.LightningModule, ABC):
         EncoderError: ``encoder`` is not a plain ViT of timm.
     """
 
+    LABEL: ClassVar[str]
+    """The method's name in tables."""
+
     INPUTS: ClassVar[frozenset[str]]
     """What ``forward`` takes of a ``Batch``: of ``side_images``, ``features``, ``pooled`` and ``images``."""
 

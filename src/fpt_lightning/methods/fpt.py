@@ -30,6 +30,7 @@ class FPTPlusModule(FeatureModule):
         EncoderError: ``encoder`` is not a plain ViT of timm.
     """
 
+    LABEL = "FPT+"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"side_images", "features"})
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "side_resolution", "reduction", "prompts")
     FUSION: ClassVar[type[FineGrainedFusion | ProjectedFusion]] = FineGrainedFusion
@@ -86,6 +87,7 @@ class FPTModule(FPTPlusModule):
         EncoderError: ``encoder`` is not a plain ViT of timm.
     """
 
+    LABEL = "FPT"
     ALL_LAYERS = True
     FUSION = ProjectedFusion
 

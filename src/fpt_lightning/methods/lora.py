@@ -27,6 +27,7 @@ class LoRAModule(EncoderTuningModule):
         ConfigurationError: values that cannot work, or peft is not installed.
     """
 
+    LABEL = "LoRA"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "rank", "alpha")
 
     def __init__(self, num_classes: int, rank: int = 16, alpha: float = 16.0, **kwargs: Any) -> None:
@@ -66,6 +67,7 @@ class AdaLoRAModule(EncoderTuningModule):
         ConfigurationError: values that cannot work, or peft is not installed.
     """
 
+    LABEL = "AdaLoRA"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "initial_rank", "alpha")
 
     def __init__(

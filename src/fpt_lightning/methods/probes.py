@@ -22,6 +22,7 @@ class StoredLinearProbingModule(FeatureModule):
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
     """
 
+    LABEL = "Linear probing, stored"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"pooled"})
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
@@ -52,6 +53,7 @@ class AttentiveProbingModule(FeatureModule):
         ConfigurationError: ``queries`` does not divide the width of a head.
     """
 
+    LABEL = "Attentive probing, stored"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "queries")
 
     def __init__(self, num_classes: int, queries: int = 4, **kwargs: Any) -> None:
@@ -93,6 +95,7 @@ class QueryTokensModule(FeatureModule):
         ConfigurationError: ``reduction`` does not divide the encoder's width.
     """
 
+    LABEL = "Query tokens, stored"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "reduction", "prompts")
 
     def __init__(

@@ -28,6 +28,7 @@ class PromptTuningModule(EncoderTuningModule):
         **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
     """
 
+    LABEL = "Prompt tuning"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "prompts")
 
     def __init__(self, num_classes: int, prompts: int = 16, **kwargs: Any) -> None:

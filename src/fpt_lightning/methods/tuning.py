@@ -158,6 +158,8 @@ def _heads(vit: Any) -> Iterator[nn.Linear]:
 class LinearProbingModule(EncoderModule):
     """Linear probing: the head alone learns, so nothing of the encoder is kept for a backward pass."""
 
+    LABEL = "Linear probing"
+
     def adapt(self, vit: Any) -> None:
         """Nothing but the head."""
 
@@ -184,6 +186,7 @@ class EncoderTuningModule(EncoderModule):
 class FineTuningModule(EncoderTuningModule):
     """Full fine-tuning: everything learns, in training mode."""
 
+    LABEL = "Full fine-tuning"
     FREEZES = False
 
     def adapt(self, vit: Any) -> None:
@@ -194,6 +197,8 @@ class FineTuningModule(EncoderTuningModule):
 class AttentionTuningModule(EncoderTuningModule):
     """Attention tuning (Touvron et al., 2022): all weights of the self-attentions learn, and the head."""
 
+    LABEL = "Attention tuning"
+
     def adapt(self, vit: Any) -> None:
         """Let the attention of every block learn."""
         for block in vit.blocks:
@@ -202,6 +207,8 @@ class AttentionTuningModule(EncoderTuningModule):
 
 class BitFitModule(EncoderTuningModule):
     """BitFit (Ben-Zaken et al., 2022): every bias learns, and the head."""
+
+    LABEL = "BitFit"
 
     def adapt(self, vit: Any) -> None:
         """Let the biases learn.
