@@ -122,10 +122,10 @@ def test_a_batch_of_stored_features(stored: Maker, folder: Path) -> None:
     data = ready(stored())
     batches = list(data.train_dataloader())
     assert [len(batch["ids"]) for batch in batches] == [8, 8, 5]
-    assert set(batches[0]) == {"ids", "labels", "side_images", "features"}
+    assert set(batches[0]) == {"ids", "labels", "side_images", "features", "key_scales", "value_scales"}
     assert batches[0]["labels"].dtype == torch.int64
     assert (batches[0]["side_images"].shape, batches[0]["side_images"].dtype) == ((8, 3, 32, 32), torch.float32)
-    assert (batches[0]["features"].shape, batches[0]["features"].dtype) == ((8, 2, 3, 2, 3, 32), torch.float16)
+    assert (batches[0]["features"].shape, batches[0]["features"].dtype) == ((8, 2, 3, 2, 3, 32), torch.int8)
     store = FeatureStore.open(str(folder / "store.zarr"))
     for id, features in by_id(batches, "features").items():
         np.testing.assert_array_equal(features.numpy(), store.read(store.rows[id], "features"))
@@ -508,7 +508,7 @@ def test_a_store_that_lost_a_shard(folder: Path, stored: Maker, tmp_path: Path) 
         ({}, {"encoder_config": replace(ENCODER, token_ratio=0.5)}, "token_ratio: 0.2, asked for 0.5"),
         ({"resolution": 96}, {}, "resolution: (64, 64), asked for (96, 96)"),
         ({"mean": [0.3]}, {}, "mean: (0.4, 0.4, 0.4), asked for (0.3, 0.3, 0.3)"),
-        ({"codec": "fp32"}, {}, "codec: 'fp16', asked for 'fp32'"),
+        ({"codec": "fp32"}, {}, "codec: 'int8', asked for 'fp32'"),
     ],
 )
 def test_a_stale_store(stored: Maker, settings: dict[str, Any], declared: dict[str, Any], field: str) -> None:
@@ -516,8 +516,8 @@ def test_a_stale_store(stored: Maker, settings: dict[str, Any], declared: dict[s
 
 
 def test_an_unknown_codec(stored: Maker) -> None:
-    with pytest.raises(ConfigurationError, match="codec is 'int8'"):
-        stored(codec="int8")
+    with pytest.raises(ConfigurationError, match="codec is 'int2'"):
+        stored(codec="int2")
 
 
 def test_a_damaged_sample_is_named_when_it_is_read(folder: Path, stored: Maker, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpt_lightning.codecs import CODECS, Features
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.fusion import FineGrainedFusion, ProjectedFusion
+from fpt_lightning.fusion import FineGrainedFusion, ProjectedFusion, cross_attention
+from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.side import SideViT
 from reference import naive_fusion, naive_loss, naive_side, randomise
 
@@ -51,7 +53,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(both: nn.ModuleDict, features: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(both["side"](images, both["fusion"](features)), labels)
+    return F.cross_entropy(both["side"](images, both["fusion"](Features(features))), labels)
 
 
 def gradients(both: nn.ModuleDict) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 def test_fused_prompts() -> None:
     both, (features, _, _) = networks(), batch()
-    fused = both["fusion"](features)
+    fused = both["fusion"](Features(features))
     assert [tuple(prompts.shape) for prompts in fused] == [(2, PROMPTS, SIDE_WIDTH)] * LAYERS
     expected = naive_fusion(copy.deepcopy(both).double()["fusion"], features.double())
     for actual, naive in zip(fused, expected, strict=True):
@@ -80,13 +82,13 @@ def test_fused_prompts_of_fpt() -> None:
     fusion = ProjectedFusion(LAYERS, HEADS, WIDTH, SIDE_WIDTH, PROMPTS, 0.0)
     randomise(fusion, seed=1)
     features, _, _ = batch()
-    fused = fusion(features)
+    fused = fusion(Features(features))
     assert [tuple(prompts.shape) for prompts in fused] == [(2, PROMPTS, SIDE_WIDTH)] * LAYERS
     for actual, naive in zip(fused, naive_fusion(copy.deepcopy(fusion).double(), features.double()), strict=True):
         assert_close(actual, naive)
     fusion.dropout.p = 0.5
     torch.manual_seed(0)
-    dropped = torch.stack(fusion.train()(features)) == 0
+    dropped = torch.stack(fusion.train()(Features(features))) == 0
     assert 0.3 < dropped.float().mean() < 0.7  # after the sum: the residual prompts are dropped too
 
 
@@ -100,7 +102,7 @@ def test_logits() -> None:
     both, (features, images, _) = networks(), batch()
     reference = copy.deepcopy(both).double()
     expected = naive_side(reference["side"], images.double(), naive_fusion(reference["fusion"], features.double()))
-    logits = both["side"](images, both["fusion"](features))
+    logits = both["side"](images, both["fusion"](Features(features)))
     assert logits.shape == (2, CLASSES)
     assert_close(logits, expected)
 
@@ -137,12 +139,99 @@ def test_narrow_features_are_widened_first(dtype: torch.dtype) -> None:
         assert (gradient - found[2][name]).norm() < 0.1 * found[2][name].norm() + 1e-6
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_coded_features_give_what_they_stand_for(codec: str) -> None:
+    """Widened within the fusion, they give what the numbers that they stand for give, gradients included."""
+    features, images, labels = batch()
+    coded = CODECS[codec].encode(features)
+    plain = Features(torch.stack([torch.stack(wide(coded, i), 1) for i in range(LAYERS)], 2))
+    found = []
+    for given in (coded, plain):
+        both = networks()
+        F.cross_entropy(both["side"](images, both["fusion"](given)), labels).backward()
+        found.append(gradients(both))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def wide(coded: Features, layer: int) -> list[Tensor]:
+    return [part.widened(torch.float32) for part in coded.layer(layer)]
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
+def test_the_queries_gradient_is_that_of_finite_differences(codec: str) -> None:
+    features, _, _ = batch()
+    keys, values = CODECS[codec].encode(features).layer(0)
+    queries = torch.randn(HEADS, PROMPTS, WIDTH // HEADS, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q: cross_attention(q, keys, values), queries)
+
+
+def test_pieces_of_a_batch_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(7, 2, LAYERS, HEADS, SELECTED, WIDTH // HEADS)
+    found = []
+    for images in (7, 3, 1):
+        monkeypatch.setattr("fpt_lightning.fusion._PIECE_BYTES", (images * features[0, 0, 0].nbytes,) * 2)
+        fusion = networks()["fusion"]
+        fused = torch.stack(fusion(Features(features)))
+        fused.square().sum().backward()
+        found.append((fused.detach(), fusion.prompts.grad))
+    for fused, gradient in found[1:]:
+        assert_close(fused, found[0][0])
+        assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_of_keys_and_values_is_kept_for_the_backward_pass(codec: str) -> None:
+    """What a layer adds to memory does not grow with the tokens."""
+    kept = []
+    for tokens in (50, 500):
+        fusion = small_fusion()
+        features = CODECS[codec].encode(torch.randn(2, 2, LAYERS, HEADS, tokens, WIDTH // HEADS))
+        with LiveTensorBytes() as live:
+            live.count([*fusion.parameters(), *features])
+            before = live.current
+            fused = fusion(features)
+            kept.append(live.current - before)
+            del fused
+    assert kept[0] == kept[1] > 0
+
+
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory() -> None:
+    features, images, labels = batch()
+    found, kept = [], []
+    for recomputed in (False, True):
+        both = networks()
+        both["side"].gradient_checkpointing = recomputed
+        with LiveTensorBytes() as live:
+            loss = F.cross_entropy(both["side"](images, both["fusion"](Features(features))), labels)
+            kept.append(live.current)
+        loss.backward()
+        found.append(gradients(both))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_autocast_decides_the_arithmetic() -> None:
+    features, _, _ = batch()
+    keys, values = CODECS["int8"].encode(features).layer(0)
+    queries = torch.randn(HEADS, PROMPTS, WIDTH // HEADS, requires_grad=True)
+    exact = cross_attention(queries, keys, values)
+    (wanted,) = torch.autograd.grad(exact.square().sum(), queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = cross_attention(queries, keys, values)
+    (gradient,) = torch.autograd.grad(attended.float().square().sum(), queries)
+    assert (attended.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
+    assert 0 < (attended.float() - exact).norm() < 0.02 * exact.norm()
+    assert 0 < (gradient - wanted).norm() < 0.03 * wanted.norm()
+
+
 def test_each_layer_reads_its_own_features() -> None:
     both, (features, _, _) = networks(), batch()
-    fused = both["fusion"](features)
+    fused = both["fusion"](Features(features))
     changed = features.clone()
     changed[:, :, 1] += 1
-    for layer, (before, after) in enumerate(zip(fused, both["fusion"](changed), strict=True)):
+    for layer, (before, after) in enumerate(zip(fused, both["fusion"](Features(changed)), strict=True)):
         assert torch.equal(before, after) == (layer != 1)
 
 
@@ -224,7 +313,7 @@ def test_initialisation() -> None:
 def test_sequence_length_is_constant() -> None:
     """Prompts join the tokens of one block, and leave before the next one."""
     both, (features, images, _) = networks(), batch()
-    fused = both["fusion"](features)
+    fused = both["fusion"](Features(features))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     for block in both["side"].blocks:
@@ -241,7 +330,7 @@ def test_sequence_length_is_constant() -> None:
 
 def test_one_prompt_set_a_block() -> None:
     both, (features, images, _) = networks(), batch()
-    fused = both["fusion"](features)
+    fused = both["fusion"](Features(features))
     with pytest.raises(ValueError, match=r"shorter|longer"):
         both["side"](images, fused[:-1])
 
@@ -249,10 +338,10 @@ def test_one_prompt_set_a_block() -> None:
 def test_dropout_is_active_in_training_only() -> None:
     fusion, (features, _, _) = small_fusion(dropout=0.5), batch()
     randomise(fusion)
-    expected = torch.stack(fusion.eval()(features))
-    assert torch.equal(expected, torch.stack(fusion(features)))
+    expected = torch.stack(fusion.eval()(Features(features)))
+    assert torch.equal(expected, torch.stack(fusion(Features(features))))
     torch.manual_seed(0)
-    first, second = (torch.stack(fusion.train()(features)) for _ in range(2))
+    first, second = (torch.stack(fusion.train()(Features(features))) for _ in range(2))
     kept = first != 0
     assert not torch.equal(first, second)
     assert 0.35 < float(kept.float().mean()) < 0.65
@@ -261,7 +350,7 @@ def test_dropout_is_active_in_training_only() -> None:
 
 def test_no_dropout_inside_the_side_network() -> None:
     both, (features, images, _) = networks(), batch()
-    fused = both["fusion"](features)
+    fused = both["fusion"](Features(features))
     both.train()
     assert torch.equal(both["side"](images, fused), both["side"](images, fused))
 

@@ -73,7 +73,7 @@ def test_the_prediction_is_what_a_run_reports(
     name: str, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
 ) -> None:
     """Lightning's loop, its optimiser and this package's callback; on 8 images of 64 pixels a batch."""
-    module, data = make(name), tiny_data(codec="fp16")
+    module, data = make(name), tiny_data()
     if data.uses_store(module):
         data.preload(module, quiet_trainer(tmp_path))
     reported: dict[str, float] = {}

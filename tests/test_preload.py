@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conftest import quiet_trainer, write_images
 from fpt_lightning import PreloadedFeatureDataModule, preload
+from fpt_lightning.codecs import CODECS
 from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ImageError, StaleStoreError, StoreError
 from fpt_lightning.images import channel_statistics, normalise, read_image, stored_copy, unit_pixels
@@ -35,7 +36,7 @@ MakeData = Callable[..., PreloadedFeatureDataModule]
 def arrays(url: str) -> dict[str, np.ndarray]:
     """Everything in a store, by plain Zarr."""
     group = zarr.open_group(url, mode="r")
-    return {name: group[name][:] for name in ("features", "indices", "images", "file_sizes", "done")}
+    return {name: group[name][:] for name in group.array_keys()}
 
 
 def assert_equal(url: str, reference: dict[str, np.ndarray]) -> None:
@@ -129,13 +130,19 @@ def test_the_announced_shape_is_the_encoders(layers: tuple[int, ...] | None, res
     assert indices.shape[1:] == (shape.layers, shape.heads, shape.tokens)
 
 
-def test_half_precision_is_the_rounded_single_precision(tiny_data: MakeData, reference: dict[str, np.ndarray]) -> None:
-    data = tiny_data(codec="fp32")
-    data.preload(ENCODER)
-    single = arrays(data.url)
-    assert reference["features"].dtype == np.float16
-    np.testing.assert_array_equal(reference["features"], single["features"].astype(np.float16))
-    np.testing.assert_array_equal(reference["indices"], single["indices"])
+@pytest.mark.parametrize("codec", ["fp16", "int8", "int4"])
+def test_a_codec_codes_what_single_precision_has(tiny_data: MakeData, tmp_path: Path, codec: str) -> None:
+    single, coded = (
+        arrays(tiny_data(codec=name, store=str(tmp_path / name)).preload(ENCODER).url) for name in ("fp32", codec)
+    )
+    expected = CODECS[codec].encode(torch.from_numpy(single.pop("features")))
+    assert coded.pop("features").dtype == {"fp16": np.float16, "int8": np.int8, "int4": np.uint8}[codec]
+    for name, part in expected._asdict().items():
+        if name != "features" and part is not None:
+            np.testing.assert_array_equal(coded.pop(name), part.numpy())
+    for name, array in single.items():
+        np.testing.assert_array_equal(coded.pop(name), array)
+    assert not coded
 
 
 @pytest.mark.parametrize(
@@ -337,8 +344,8 @@ def test_a_changed_image_that_is_no_longer_in_the_data_set(
         ({}, {"std": [0.1, 0.2, 0.3]}, ["std: (0.2, 0.2, 0.2), asked for (0.1, 0.2, 0.3)"]),
         ({}, {"mean": "auto", "std": "auto"}, ["statistics: 'given', asked for 'auto over 21 images "]),
         ({}, {"image_size": 64}, ["image_size: 48, asked for 64"]),
-        ({}, {"codec": "fp32"}, ["codec: 'fp16', asked for 'fp32'"]),
-        ({"token_ratio": 0.3}, {"codec": "fp32"}, ["token_ratio: 0.2", "codec: 'fp16'"]),
+        ({}, {"codec": "fp32"}, ["codec: 'int8', asked for 'fp32'"]),
+        ({"token_ratio": 0.3}, {"codec": "fp32"}, ["token_ratio: 0.2", "codec: 'int8'"]),
     ],
 )
 def test_a_store_of_other_settings_is_refused(
@@ -443,7 +450,7 @@ def test_features_out_of_range_name_the_image(
         return encoded
 
     monkeypatch.setattr(FrozenEncoder, "forward", overflowing)
-    data = tiny_data()
+    data = tiny_data(codec="fp16")
     with pytest.raises(StoreError, match=rf"the features of {image_root / IDS[29]} do not fit fp16.*use codec fp32"):
         data.preload(ENCODER)
     assert FeatureStore.open(data.url).missing(IDS) == IDS[28:]
@@ -458,7 +465,7 @@ def test_the_announcement(tiny_data: MakeData, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 20.0)
     url = str(tmp_path / "store.zarr")
     store = tiny_data(image_size=256).preload(ENCODER)
-    megabytes = 30 * store.shape.bytes_per_sample("fp16", 256) / 1e6
+    megabytes = 30 * store.bytes_per_sample / 1e6
     (line,) = lines
     assert line.startswith(f"preload: 30 of 30 images through test_vit at 64 x 64 into {url}: {megabytes:.0f} MB ")
     assert "10 min on 1 device" in line

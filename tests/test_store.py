@@ -14,19 +14,19 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from fpt_lightning.codecs import CODECS, FeatureShape, check_codec
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
 from fpt_lightning.store import (
     FORMAT,
-    SAMPLE_ARRAYS,
     SHARD,
-    FeatureShape,
     FeatureSpecification,
     FeatureStore,
-    check_codec,
+    bytes_per_sample,
     encode,
+    sample_arrays,
 )
 
-SHAPE = FeatureShape(layers=2, heads=3, tokens=4, head_dim=5)
+SHAPE = FeatureShape(layers=2, heads=3, tokens=4, head_dim=6)
 SIZE = 6
 SPECIFICATION = FeatureSpecification(
     encoder="test_vit",
@@ -39,9 +39,10 @@ SPECIFICATION = FeatureSpecification(
     std=(0.4, 0.5, 0.6),
     statistics="given",
     image_size=SIZE,
-    codec="fp16",
+    codec="int8",
     weights_digest="0123",
 )
+SAMPLE_ARRAYS = list(sample_arrays("int8", SHAPE, SIZE))
 IDS = [f"{name}/{i:03d}.png" for name in "ab" for i in range(10)]  # two shards; the same stems in two classes
 
 CHANGES: dict[str, Any] = {
@@ -62,28 +63,25 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def content(rows: Sequence[int], codec: str = "fp16") -> tuple[NDArray[Any], ...]:
-    """Features, indices, pooled features and copies that belong to these rows."""
+def content(rows: Sequence[int], codec: str = "int8") -> dict[str, NDArray[Any]]:
+    """Numbers that belong to these rows."""
     generators = [np.random.default_rng(row) for row in rows]
-    dtype = {"fp16": np.float16, "fp32": np.float32}[codec]
-    return (
-        np.stack([rng.standard_normal((2, 2, 3, 4, 5)) for rng in generators]).astype(dtype),
-        np.stack([rng.integers(0, 25, (2, 3, 4), dtype=np.int32) for rng in generators]),
-        np.stack([rng.standard_normal(15) for rng in generators]).astype(np.float32),
-        np.stack([rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for rng in generators]),
-    )
+    return {
+        name: np.stack([rng.integers(0, 100, size) for rng in generators]).astype(dtype)
+        for name, (size, dtype) in sample_arrays(codec, SHAPE, SIZE).items()
+    }
 
 
 def write(store: FeatureStore, rows: Sequence[int]) -> None:
     for start in range(0, len(store.ids), SHARD):
         if part := [row for row in rows if start <= row < start + SHARD]:
-            store.write(part, *content(part, store.specification.codec), [1000 + row for row in part])
+            store.write(part, content(part, store.specification.codec), [1000 + row for row in part])
 
 
 def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
     """These rows hold, bit by bit, what belongs to them."""
     for row in rows:
-        for name, array in zip(SAMPLE_ARRAYS, content([row], store.specification.codec), strict=True):
+        for name, array in content([row], store.specification.codec).items():
             stored = store.read(row, name)
             assert stored.dtype == array.dtype
             np.testing.assert_array_equal(stored, array[0])
@@ -91,7 +89,7 @@ def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., FeatureStore]:
-    def make(codec: str = "fp16", ids: Sequence[str] = IDS, rows: Sequence[int] = range(20)) -> FeatureStore:
+    def make(codec: str = "int8", ids: Sequence[str] = IDS, rows: Sequence[int] = range(20)) -> FeatureStore:
         specification = replace(SPECIFICATION, codec=codec)
         store = FeatureStore.create(str(tmp_path / "s.zarr"), specification, SHAPE, {"torch": "9"}).extend(ids)
         write(store, rows)
@@ -108,7 +106,7 @@ def shard_file(store: FeatureStore, name: str, shard: int) -> Path:
 # Writing and reading
 
 
-@pytest.mark.parametrize("codec", ["fp16", "fp32"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_what_was_written_is_read(make: Callable[..., FeatureStore], codec: str) -> None:
     store = FeatureStore.open(make(codec).url)
     assert store.specification == replace(SPECIFICATION, codec=codec)
@@ -120,10 +118,10 @@ def test_what_was_written_is_read(make: Callable[..., FeatureStore], codec: str)
     store.check_present()
 
 
-@pytest.mark.parametrize("codec", ["fp16", "fp32"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_plain_zarr_reads_the_same(make: Callable[..., FeatureStore], codec: str) -> None:
     group = zarr.open_group(make(codec).url, mode="r")
-    arrays = dict(zip(SAMPLE_ARRAYS, content(range(20), codec), strict=True))
+    arrays = content(range(20), codec)
     arrays |= {"file_sizes": np.arange(1000, 1020), "done": np.ones(20, np.uint8)}
     for name, wanted in arrays.items():
         np.testing.assert_array_equal(group[name][:], wanted)
@@ -194,13 +192,25 @@ def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., F
         write(store, [0])
 
 
-@pytest.mark.parametrize(("codec", "size"), [("fp16", 2), ("fp32", 4)])
+@pytest.mark.parametrize(
+    ("codec", "size"),
+    [
+        ("fp16", 2 * 2 * 3 * 4 * 6 * 2),
+        ("fp32", 2 * 2 * 3 * 4 * 6 * 4),
+        ("int8", 2 * 2 * 3 * 4 * (6 + 2)),  # a scale a token
+        (
+            "int4",
+            2 * 2 * 3 * 4 * 3 + 2 * 3 * (6 * 2 * 2 + 4 * 2 * 2),
+        ),  # scale and offset a key's channel, a value's token
+    ],
+)
 def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureStore], codec: str, size: int) -> None:
     store = make(codec, ids=IDS[:SHARD], rows=range(SHARD))
-    announced = SHAPE.bytes_per_sample(codec, SIZE)
-    assert announced == 2 * 2 * 3 * 4 * 5 * size + 2 * 3 * 4 * 4 + 15 * 4 + SIZE * SIZE * 3 + 9
+    announced = bytes_per_sample(codec, SHAPE, SIZE)
+    assert announced == store.bytes_per_sample == size + 2 * 3 * 4 * 4 + 18 * 4 + SIZE * SIZE * 3 + 9
     files = [file for file in Path(store.url).rglob("*") if file.is_file() and file.name != "zarr.json"]
-    overhead = 4 * SHARD * 4 + 4 * (16 * SHARD + 4)  # checksums, and the shards' indices
+    arrays = len(store.sample_arrays)
+    overhead = arrays * SHARD * 4 + arrays * (16 * SHARD + 4)  # checksums, and the shards' indices
     assert sum(file.stat().st_size for file in files) == SHARD * announced + overhead
 
 
@@ -248,7 +258,7 @@ def test_zeros_are_data(make: Callable[..., FeatureStore], reopen: bool) -> None
     """A black image, or one token a head that is always the first: Zarr leaves such chunks out unless it is told to."""
     store = make(rows=[0])
     store = FeatureStore.open(store.url, writable=True) if reopen else store
-    store.write([1], *(np.zeros_like(array) for array in content([1])), [1001])
+    store.write([1], {name: np.zeros_like(array) for name, array in content([1]).items()}, [1001])
     store = FeatureStore.open(store.url)
     assert not any(store.read(1, name).any() for name in SAMPLE_ARRAYS)
     store.check_present()
@@ -484,7 +494,7 @@ def test_other_training_images_name_the_numbers_that_keep_the_store(make: Callab
 
 def features_of(values: Sequence[float]) -> torch.Tensor:
     """One image a value, which is its last number."""
-    features = torch.zeros(len(values), 2, 2, 3, 4, 5)
+    features = torch.zeros(len(values), 2, 3, 3, 4, 6)
     features[:, -1, -1, -1, -1, -1] = torch.tensor(values)
     return features
 
@@ -493,9 +503,11 @@ def features_of(values: Sequence[float]) -> torch.Tensor:
     ("codec", "values"), [("fp16", [1.0, -65504.0]), ("fp32", [1e30, 1e-30])], ids=["fp16", "fp32"]
 )
 def test_values_within_range_are_encoded(codec: str, values: list[float]) -> None:
-    encoded = encode(features_of(values), codec, ["1", "2"])
-    assert encoded.dtype == {"fp16": np.float16, "fp32": np.float32}[codec]
-    np.testing.assert_array_equal(encoded, features_of(values).numpy().astype(encoded.dtype))
+    encoded = encode(features_of(values), replace(SPECIFICATION, codec=codec), ["1", "2"])
+    assert list(encoded) == ["features"]
+    features = encoded["features"]
+    assert features.dtype == {"fp16": np.float16, "fp32": np.float32}[codec]
+    np.testing.assert_array_equal(features, features_of(values).numpy().astype(features.dtype))
 
 
 @pytest.mark.parametrize(
@@ -503,18 +515,43 @@ def test_values_within_range_are_encoded(codec: str, values: list[float]) -> Non
     [
         ("fp16", 70000.0, ["fp16", "70000", "use codec fp32"]),
         ("fp16", -1e6, ["fp16", "1e+06", "use codec fp32"]),
+        ("int8", 1e7, ["int8", "1e+07", "use codec fp32 or fp16"]),
+        ("int4", 1e6, ["int4", "1e+06", "use codec fp32 or fp16 or int8"]),
         ("fp16", float("nan"), ["NaN or Inf"]),
         ("fp32", float("nan"), ["NaN or Inf"]),
         ("fp32", float("inf"), ["NaN or Inf"]),
+        ("int8", float("nan"), ["NaN or Inf"]),
+        ("int4", float("-inf"), ["NaN or Inf"]),
     ],
 )
 def test_values_that_do_not_fit_name_the_image(codec: str, value: float, words: list[str]) -> None:
     with pytest.raises(StoreError) as error:
-        encode(features_of([1.0, value, value]), codec, ["/x/1.png", "/x/2.png", "/x/3.png"])
+        encode(
+            features_of([1.0, value, value]),
+            replace(SPECIFICATION, codec=codec),
+            ["/x/1.png", "/x/2.png", "/x/3.png"],
+        )
     assert "/x/2.png" in str(error.value)
+    assert "values of block 5, head 2, of test_vit" in str(error.value)
     assert not [word for word in words if word not in str(error.value)], str(error.value)
 
 
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_outliers_that_break_a_codec_name_the_encoder(part: str) -> None:
+    """One channel of one head is far larger than the others, for all tokens: a scale a token has no room for both."""
+    features = torch.randn(2, 2, 3, 3, 50, 6, generator=torch.Generator().manual_seed(0))
+    specification = replace(SPECIFICATION, codec="int8")
+    encode(features, specification, ["1", "2"])
+    features[1, ["keys", "values"].index(part), 1, 2, :, 3] += 1000
+    with pytest.raises(StoreError, match=rf"2 do not fit int8: {part} of block 4, head 2, of test_vit \(.*use codec"):
+        encode(features, specification, ["1", "2"])
+    encode(features, replace(specification, codec="fp16"), ["1", "2"])
+    if part == "keys":
+        encode(features, replace(specification, codec="int4"), ["1", "2"])  # its keys have a scale a channel
+
+
 def test_an_unknown_codec() -> None:
-    with pytest.raises(ConfigurationError, match="codec is 'int4': choose one of fp16, fp32"):
-        check_codec("int4")
+    with pytest.raises(ConfigurationError, match="codec is 'int2': choose one of fp32, fp16, int8, int4"):
+        check_codec("int2")
+    with pytest.raises(ConfigurationError, match="a head has 5 channels: use int8"):
+        check_codec("int4", head_dim=5)

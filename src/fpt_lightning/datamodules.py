@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fpt_lightning.codecs import check_codec
 from fpt_lightning.encoder import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, DataError, StoreError
 from fpt_lightning.images import (
@@ -28,7 +29,7 @@ from fpt_lightning.images import (
 )
 from fpt_lightning.manifest import SPLITS, Manifest, Sample, check_classes, list_images, read_manifest
 from fpt_lightning.preload import preload
-from fpt_lightning.store import FeatureSpecification, FeatureStore, check_codec
+from fpt_lightning.store import FeatureSpecification, FeatureStore
 
 
 class Batch(TypedDict, total=False):
@@ -38,7 +39,9 @@ class Batch(TypedDict, total=False):
         ids: B sample ids.
         labels: (B,), int64; -1 where unlabelled.
         side_images: (B, 3, side, side), fp32, normalised, augmented in training.
-        features: keys and values (B, 2, L, H, T, head_dim), in the store's dtype.
+        features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
+        key_scales: of the codec, where it has any (``fpt_lightning.codecs.Features``).
+        value_scales: like those of the keys.
         pooled: pooled features (B, D), fp32.
         images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
             where they stand in for stored features that have yet to be computed.
@@ -48,6 +51,8 @@ class Batch(TypedDict, total=False):
     labels: Tensor
     side_images: Tensor
     features: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
     pooled: Tensor
     images: Tensor
 
@@ -333,7 +338,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
     Args:
         root: see ``ImageDataModule``.
         store: local path or fsspec URL of the feature store.
-        codec: of the stored keys and values: ``fp16`` or ``fp32``.
+        codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
         preload_batch_size: images encoded at once by ``preload``.
         **kwargs: see ``ImageDataModule``.
     """
@@ -344,7 +349,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self,
         root: str,
         store: str,
-        codec: Literal["fp16", "fp32"] = "fp16",
+        codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
         preload_batch_size: int = 4,
         **kwargs: Any,
     ) -> None:
@@ -427,7 +432,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
             return super()._dataset(split, augmentation)
         assert self.store is not None
         side_views = self._side_views(augmentation, self.store.specification.mean, self.store.specification.std)
-        return _StoredSamples(self.labelled, self.labelled.split(split), side_views, self.store, sorted(stored))
+        return _StoredSamples(
+            self.labelled, self.labelled.split(split), side_views, self.store, self.store.arrays_of(sorted(stored))
+        )
 
 
 class EpochSampler(DistributedSampler[Any]):

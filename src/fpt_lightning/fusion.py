@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fpt_lightning.codecs import Coded, Features
 from fpt_lightning.errors import ConfigurationError
+
+_PIECE_BYTES = (2 * 2**20, 64 * 2**20)  # of widened keys: what a core's cache holds; on CUDA a whole layer, mostly
 
 
 class Fusion(nn.Module, ABC):
@@ -38,21 +44,25 @@ class Fusion(nn.Module, ABC):
         self.out = nn.Linear(width, side_width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, features: Tensor) -> list[Tensor]:
+    def forward(self, features: Features) -> list[Tensor]:
         """Summarise the selected tokens of every tapped layer.
 
         Args:
-            features: keys and values (B, 2, L, H, T, head_dim) in any floating dtype; a narrow one is widened one
-                layer at a time.
+            features: keys and values of B images, in any codec; widened one layer at a time.
 
         Returns:
             L tensors (B, M, d), one for each block of the side network.
         """
-        return [self.fuse(prompts, features[:, 0, i], features[:, 1, i]) for i, prompts in enumerate(self.prompts)]
+        return [self.fuse(prompts, *features.layer(i)) for i, prompts in enumerate(self.prompts)]
 
     @abstractmethod
-    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(B, M, d) from one layer's prompts and its keys and values (B, H, T, head_dim)."""
+    def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
+        """(B, M, d) from one layer's prompts and its keys and values."""
+
+    def ask(self, queries: Tensor, keys: Coded, values: Coded) -> Tensor:
+        """(B, M, D) from queries (M, D): ``cross_attention`` in the encoder's heads."""
+        heads = queries.view(len(queries), self.heads, -1).transpose(0, 1)
+        return cross_attention(heads, keys, values).transpose(1, 2).flatten(-2)
 
 
 class FineGrainedFusion(Fusion):
@@ -68,9 +78,9 @@ class FineGrainedFusion(Fusion):
         super().__init__(layers, heads, width, side_width, width, prompts, dropout)
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
-    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
         """See ``Fusion.fuse``."""
-        summary = cross_attention(self.norm(prompts), keys, values, self.heads)
+        summary = self.ask(self.norm(prompts), keys, values)
         fused: Tensor = self.dropout(self.out(summary + prompts))
         return fused
 
@@ -88,26 +98,70 @@ class ProjectedFusion(Fusion):
         super().__init__(layers, heads, width, side_width, side_width, prompts, dropout)
         self.query = nn.Linear(side_width, width)
 
-    def fuse(self, prompts: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
         """See ``Fusion.fuse``."""
-        summary = cross_attention(self.query(prompts), keys, values, self.heads)
+        summary = self.ask(self.query(prompts), keys, values)
         fused: Tensor = self.dropout(self.out(summary) + prompts)
         return fused
 
 
-def cross_attention(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def cross_attention(queries: Tensor, keys: Coded, values: Coded) -> Tensor:
     """Ask every image's tokens the same queries, head by head; keys and values are not projected.
 
+    Keys and values are constants: the backward pass widens them once more, recomputes the attention and forms the
+    gradient of the queries alone, so that nothing of theirs is kept but what is stored.
+
     Args:
-        queries: (M, D).
-        keys: (B, H, T, head_dim), any floating dtype.
-        values: (B, H, T, head_dim), any floating dtype.
-        heads: H.
+        queries: (H, M, head_dim).
+        keys: of B images, (B, H, T, head_dim) when widened.
+        values: like the keys.
 
     Returns:
-        (B, M, D), in the queries' dtype.
+        (B, H, M, head_dim), in the queries' dtype, or autocast's.
     """
-    query = queries.view(len(queries), heads, -1).transpose(0, 1)  # (H, M, head_dim)
-    query = query.expand(keys.shape[0], -1, -1, -1)
-    attended = F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype))
-    return attended.transpose(1, 2).flatten(-2)
+    device = queries.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+    attended: Tensor = _CrossAttention.apply(queries, dtype, *keys, *values)
+    return attended
+
+
+class _CrossAttention(torch.autograd.Function):
+    """``softmax(queries keys^T / sqrt(head_dim)) values``, a few images at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, dtype: torch.dtype, *coded: Tensor | None) -> Tensor:
+        ctx.save_for_backward(queries, *coded)
+        ctx.dtype = dtype
+        attended = queries.new_empty(len(cast(Tensor, coded[0])), *queries.shape, dtype=dtype)
+        with torch.autocast(queries.device.type, enabled=False):
+            query = queries.to(dtype)
+            for images, keys, values in _pieces(query, coded):
+                attended[images] = F.scaled_dot_product_attention(query.expand(len(keys), -1, -1, -1), keys, values)
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, *coded = ctx.saved_tensors
+        scale = queries.shape[-1] ** -0.5
+        query = queries.to(ctx.dtype) * scale
+        total = torch.zeros_like(queries)
+        with torch.autocast(queries.device.type, enabled=False):
+            for images, keys, values in _pieces(query, coded):
+                attention = (query @ keys.transpose(-1, -2)).softmax(-1)
+                scores = gradient[images] @ values.transpose(-1, -2)
+                scores = attention * (scores - (attention * scores).sum(-1, keepdim=True))
+                total += (scores @ keys).sum(0)
+        return total * scale, None, *(None for _ in coded)
+
+
+def _pieces(query: Tensor, coded: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The images of a layer, with their keys and values widened to the dtype of the query (H, M, head_dim)."""
+    parts = [Coded(cast(Tensor, data), scales) for data, scales in (coded[:2], coded[2:])]
+    images, _, tokens, _ = parts[0].data.shape
+    size = query.element_size() * len(query) * tokens * query.shape[-1]
+    step = max(1, _PIECE_BYTES[query.device.type == "cuda"] // size)
+    for start in range(0, images, step):
+        piece = slice(start, start + step)
+        keys, values = (Coded(p.data[piece], None if p.scales is None else p.scales[piece]) for p in parts)
+        yield piece, keys.widened(query.dtype), values.widened(query.dtype)

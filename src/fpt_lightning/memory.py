@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fpt_lightning.codecs import CODECS, check_codec
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.preload import feature_shape
@@ -64,7 +66,7 @@ def example_batch(
     resolution: tuple[int, int],
     batch_size: int,
     *,
-    dtype: torch.dtype = torch.float16,
+    codec: str = "int8",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """A batch of zeros with what a method takes (its ``INPUTS``).
@@ -73,24 +75,28 @@ def example_batch(
         module: the method.
         resolution: (height, width) of the encoder's images in pixels.
         batch_size: B.
-        dtype: of stored keys and values.
+        codec: of stored keys and values.
         device: of the tensors.
 
     Raises:
-        ConfigurationError: the resolution is not a multiple of the patch size.
+        ConfigurationError: the resolution is not a multiple of the patch size, or an unknown codec.
     """
+    check_codec(codec, module.encoder_shape.head_dim)
     shape, stored = module.encoder_shape, feature_shape(module.encoder_config, resolution)
     side = module.side_resolution or 0
-    makers: dict[str, Callable[[], Tensor]] = {
-        "images": lambda: torch.zeros(batch_size, 3, *resolution, device=device),
-        "side_images": lambda: torch.zeros(batch_size, 3, side, side, device=device),
-        "pooled": lambda: torch.zeros(batch_size, shape.width, device=device),
-        "features": lambda: torch.zeros(
-            (batch_size, 2, stored.layers, stored.heads, stored.tokens, stored.head_dim), dtype=dtype, device=device
-        ),
+    arrays: dict[str, dict[str, tuple[tuple[int, ...], Any]]] = {
+        "images": {"images": ((3, *resolution), np.float32)},
+        "side_images": {"side_images": ((3, side, side), np.float32)},
+        "pooled": {"pooled": ((shape.width,), np.float32)},
+        "features": dict(CODECS[codec].arrays(stored)),
+    }
+    tensors = {
+        name: torch.zeros(batch_size, *size, dtype=getattr(torch, np.dtype(dtype).name), device=device)
+        for given in sorted(module.INPUTS)
+        for name, (size, dtype) in arrays[given].items()
     }
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-    return {"ids": [""] * batch_size, "labels": labels, **{name: makers[name]() for name in sorted(module.INPUTS)}}
+    return {"ids": [""] * batch_size, "labels": labels, **tensors}
 
 
 class TrainingStep:
@@ -169,7 +175,7 @@ def predict_training_memory(
     *,
     precision: Precision = "32-true",
     attention: Attention = "fused",
-    dtype: torch.dtype = torch.float16,
+    codec: str = "int8",
 ) -> int:
     """Predict the peak live tensor bytes of a training step, on fake tensors: no weights, no memory, about a second.
 
@@ -179,7 +185,7 @@ def predict_training_memory(
         batch_size: B.
         precision: Lightning's ``32-true`` or ``bf16-mixed``.
         attention: see ``TrainingStep``.
-        dtype: of stored keys and values.
+        codec: of stored keys and values.
 
     Returns:
         What ``TrainingStep.live_bytes`` would measure on the CPU.
@@ -190,5 +196,5 @@ def predict_training_memory(
     module = build_on_meta(method, resolution)
     with FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
         module.to_empty(device="cpu")
-        batch = example_batch(module, resolution, batch_size, dtype=dtype)
+        batch = example_batch(module, resolution, batch_size, codec=codec)
         return TrainingStep(module, batch, precision, attention).live_bytes()

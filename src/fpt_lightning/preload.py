@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from fpt_lightning.codecs import FeatureShape, check_codec
 from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import StoreError
 from fpt_lightning.images import channel_statistics, normalise, read_image, stored_copy, unit_pixels
 from fpt_lightning.manifest import Manifest
 from fpt_lightning.selection import number_of_tokens
-from fpt_lightning.store import SHARD, FeatureShape, FeatureSpecification, FeatureStore, encode
+from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_sample, encode
 
 
 def feature_shape(encoder: EncoderConfig, resolution: tuple[int, int]) -> FeatureShape:
@@ -127,9 +128,10 @@ class FrozenPass(L.LightningModule):
     def prepare_data(self) -> None:
         """On the first process: make the store or hold the one there against the loaded weights, and add its rows."""
         shape = feature_shape(self.config, self.specification.resolution)
+        check_codec(self.specification.codec, shape.head_dim)
         ids = [sample.id for sample in self.manifest.samples]
         asked = replace(self.specification, weights_digest=self._build().digest)
-        size = shape.bytes_per_sample(asked.codec, asked.image_size)
+        size = bytes_per_sample(asked.codec, shape, asked.image_size)
         if self.overwrite and FeatureStore.exists(self.url):
             FeatureStore.delete(self.url)
         if FeatureStore.exists(self.url):
@@ -169,7 +171,7 @@ class FrozenPass(L.LightningModule):
         assert self.store is not None
         missing = self.store.missing([sample.id for sample in self.manifest.samples])
         spec = self.specification
-        size = self.store.shape.bytes_per_sample(spec.codec, spec.image_size)
+        size = self.store.bytes_per_sample
         seconds = self._seconds_per_image(missing[0]) * len(missing) / self.trainer.world_size
         rank_zero_info(
             f"preload: {len(missing):,} of {len(self.manifest.samples):,} images through {spec.encoder} at "
@@ -223,7 +225,7 @@ class _StoreWriter(L.Callback):
     """Collects a shard's samples and writes them together; what was computed is written whatever stops the pass."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Any, ...]] = []  # row, features, indices, pooled, low-resolution copy, file size
+        self.pending: list[tuple[int, dict[str, NDArray[Any]], int]] = []  # row, its arrays, its image's file size
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -234,9 +236,14 @@ class _StoreWriter(L.Callback):
         if self.pending and self.pending[0][0] // SHARD != rows[0] // SHARD:
             self._flush(pl_module.store)
         names = [str(pl_module.manifest.root / pl_module.store.ids[row]) for row in rows]
-        features = encode(outputs.features, pl_module.specification.codec, names)
-        indices, pooled = outputs.indices.to("cpu", torch.int32).numpy(), outputs.pooled.cpu().numpy()
-        self.pending += zip(rows, features, indices, pooled, copies.cpu().numpy(), sizes, strict=True)
+        content = {
+            **encode(outputs.features, pl_module.specification, names),
+            "indices": outputs.indices.to("cpu", torch.int32).numpy(),
+            "pooled": outputs.pooled.cpu().numpy(),
+            "images": copies.cpu().numpy(),
+        }
+        samples = [{name: block[i] for name, block in content.items()} for i in range(len(rows))]
+        self.pending += zip(rows, samples, sizes, strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FrozenPass)
@@ -250,8 +257,8 @@ class _StoreWriter(L.Callback):
 
     def _flush(self, store: FeatureStore) -> None:
         if self.pending:
-            rows, features, indices, pooled, images, sizes = zip(*self.pending, strict=True)
-            store.write(rows, np.stack(features), np.stack(indices), np.stack(pooled), np.stack(images), sizes)
+            rows, samples, sizes = zip(*self.pending, strict=True)
+            store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, sizes)
             self.pending = []
 
 

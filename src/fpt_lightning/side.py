@@ -9,6 +9,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class SideViT(nn.Module):
@@ -24,6 +25,7 @@ class SideViT(nn.Module):
         patch_size: (height, width) in pixels, the frozen encoder's.
         resolution: (height, width) of the low-resolution image in pixels, a multiple of the patch size.
         num_classes: outputs of the linear head on the class token.
+        gradient_checkpointing: whether the backward pass computes each block again, instead of keeping what is in it.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class SideViT(nn.Module):
         patch_size: tuple[int, int],
         resolution: tuple[int, int],
         num_classes: int,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         self.patch_embed = PatchEmbed(img_size=resolution, patch_size=cast(Any, patch_size), embed_dim=width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, width))
@@ -60,7 +64,12 @@ class SideViT(nn.Module):
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
         length = x.shape[1]
         for block, prompt in zip(self.blocks, prompts, strict=True):
-            x = block(torch.cat([x, prompt.to(x.dtype)], 1))[:, :length]
+            sequence = torch.cat([x, prompt.to(x.dtype)], 1)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                sequence = checkpoint(block, sequence, use_reentrant=False, preserve_rng_state=False)
+            else:
+                sequence = block(sequence)
+            x = sequence[:, :length]
         logits: Tensor = self.head(self.norm(x)[:, 0])
         return logits
 

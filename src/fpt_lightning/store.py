@@ -2,7 +2,8 @@
 
 Layout (Zarr v3, one sample a chunk, whole shards of samples, every chunk with a crc32c checksum):
 
-    features    (samples, 2, L, H, T, head_dim)   keys and values, in the codec's dtype
+    features    (samples, 2, L, H, T, head_dim)   keys and values, as the codec has them (fpt_lightning.codecs)
+    ..._scales  (samples, L, H, ...)              their scales and offsets, of the codecs that have any
     indices     (samples, L, H, T)                their tokens, int32, most important first
     pooled      (samples, D)                      the pooled feature after the last tapped block, fp32
     images      (samples, size, size, 3)          the low-resolution copies, uint8
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import fsspec
 import numpy as np
@@ -32,15 +34,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
-from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
+from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
+from fpt_lightning.errors import StaleStoreError, StoreError
 from fpt_lightning.images import INTERPOLATION
 
-FORMAT = 2  # of the layout above and of what the numbers in it mean
+FORMAT = 3  # of the layout above and of what the numbers in it mean
 SHARD = 16  # samples
-CODECS: dict[str, np.dtype[Any]] = {"fp16": np.dtype("float16"), "fp32": np.dtype("float32")}  # one row a codec
-
-SAMPLE_ARRAYS = ("features", "indices", "pooled", "images")
-
+_RECORD_BYTES = 8 + 1  # file_sizes and done
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold (Zarr v3, sharding codec)
 
 
@@ -60,7 +60,7 @@ class FeatureSpecification:
         std: of each channel; empty where it is still to be computed.
         statistics: ``given``, or which training images mean and std were computed over.
         image_size: side of the low-resolution copies in pixels.
-        codec: a row of ``CODECS``.
+        codec: a row of ``fpt_lightning.codecs.CODECS``.
         interpolation: how images are resized.
         format: version of the store's layout.
     """
@@ -117,58 +117,58 @@ class FeatureSpecification:
         ]
 
 
-@dataclass(frozen=True)
-class FeatureShape:
-    """The shape of one sample's features: layers L, heads H, tokens T, head_dim."""
-
-    layers: int
-    heads: int
-    tokens: int
-    head_dim: int
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.heads * self.head_dim
-
-    def bytes_per_sample(self, codec: str, image_size: int) -> int:
-        """Stored bytes of one sample, without Zarr's metadata."""
-        selected = self.layers * self.heads * self.tokens
-        features = selected * (2 * self.head_dim * CODECS[codec].itemsize + 4)
-        return features + self.width * 4 + image_size**2 * 3 + 8 + 1
+def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of each array that a sample has; the codec's come first."""
+    return {
+        **CODECS[codec].arrays(shape),
+        "indices": ((shape.layers, shape.heads, shape.tokens), np.dtype("int32")),
+        "pooled": ((shape.width,), np.dtype("float32")),
+        "images": ((image_size, image_size, 3), np.dtype("uint8")),
+    }
 
 
-def check_codec(codec: str) -> None:
-    """Refuse an unknown codec.
-
-    Raises:
-        ConfigurationError: with the known ones.
-    """
-    if codec not in CODECS:
-        raise ConfigurationError(f"codec is {codec!r}: choose one of {', '.join(CODECS)}.")
+def bytes_per_sample(codec: str, shape: FeatureShape, image_size: int) -> int:
+    """Stored bytes of one sample, without Zarr's metadata."""
+    arrays = sample_arrays(codec, shape, image_size).values()
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in arrays) + _RECORD_BYTES
 
 
-def encode(features: Tensor, codec: str, names: Sequence[str]) -> NDArray[Any]:
-    """Keys and values in a codec's dtype.
+def encode(features: Tensor, specification: FeatureSpecification, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Keys and values as the specification's codec stores them, by array.
 
     Args:
         features: (B, 2, L, H, T, head_dim), fp32.
-        codec: a row of ``CODECS``.
+        specification: of the store.
         names: of the B images, for the error.
 
     Raises:
-        StoreError: a value that is not finite, or not within the codec's range, naming the image.
+        StoreError: values that are not finite, or that the codec would distort, naming encoder, block, head and image.
     """
-    encoded = features.to("cpu", torch.float16 if codec == "fp16" else torch.float32)
-    finite = encoded.flatten(1).isfinite().all(1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        largest = features[row].abs().max().item()
-        raise StoreError(
-            f"the features of {names[row]} do not fit {codec} (largest magnitude {largest:g})"
-            + (": use codec fp32." if codec == "fp16" and np.isfinite(largest) else ": the encoder gives NaN or Inf.")
-        )
-    return encoded.numpy()
+    codec = CODECS[specification.codec]
+    coded = codec.encode(features)
+    errors = relative_error(features, coded)  # (B, 2, L, H)
+    if not bool((errors <= codec.largest_error).all()):
+        _refuse(features, errors, specification, names)
+    return {name: part.cpu().numpy() for name, part in coded._asdict().items() if part is not None}
+
+
+def _refuse(features: Tensor, errors: Tensor, specification: FeatureSpecification, names: Sequence[str]) -> NoReturn:
+    name, codec = specification.codec, CODECS[specification.codec]
+    image = int((~(errors <= codec.largest_error)).flatten(1).any(1).nonzero()[0])
+    worst = errors[image].nan_to_num(torch.inf, torch.inf).argmax()
+    part, layer, head = (int(i) for i in torch.unravel_index(worst, errors.shape[1:]))
+    largest = features[image, part, layer, head].abs().max().item()
+    if math.isfinite(largest):
+        wider = [other for other in CODECS if CODECS[other].bits > codec.bits]
+        remedy = f"use codec {' or '.join(wider)}" if wider else "no codec holds them"
+    else:
+        remedy = "the encoder gives NaN or Inf"
+    raise StoreError(
+        f"the features of {names[image]} do not fit {name}: {('keys', 'values')[part]} of block "
+        f"{specification.layers[layer]}, head {head}, of {specification.encoder} (largest magnitude {largest:g}) would "
+        f"have an error of {100 * errors[image, part, layer, head].item():.3g}%, where {100 * codec.largest_error:g}% "
+        f"is allowed: {remedy}."
+    )
 
 
 class FeatureStore:
@@ -179,6 +179,8 @@ class FeatureStore:
     Attributes:
         url: where it is.
         specification: what made it.
+        shape: of one sample's features.
+        sample_arrays: shape and dtype of each array that a sample has.
         ids: sample ids in the order of the rows.
     """
 
@@ -193,9 +195,11 @@ class FeatureStore:
                     f"version of fpt-lightning reads {FORMAT}: rebuild it."
                 )
             self.specification = FeatureSpecification.from_dict(attributes["specification"])
+            self.shape = FeatureShape(**attributes["shape"])
             self.made_with: dict[str, str] = attributes["made_with"]
             self.ids: tuple[str, ...] = tuple(attributes["ids"])
-            self._arrays = {name: self._array(name) for name in (*SAMPLE_ARRAYS, "file_sizes", "done")}
+            self.sample_arrays = sample_arrays(self.specification.codec, self.shape, self.specification.image_size)
+            self._arrays = {name: self._array(name) for name in (*self.sample_arrays, "file_sizes", "done")}
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
         if attributes.get("fingerprint") != self.specification.fingerprint():
@@ -224,18 +228,15 @@ class FeatureStore:
             group = zarr.open_group(url, mode="w-")
         except FileExistsError as error:
             raise StoreError(f"there is something at {url} already, which is not a complete feature store.") from error
-        sample = (2, shape.layers, shape.heads, shape.tokens, shape.head_dim)
-        side = specification.image_size
-        _create_array(group, "features", sample, CODECS[specification.codec])
-        _create_array(group, "indices", (shape.layers, shape.heads, shape.tokens), np.dtype("int32"))
-        _create_array(group, "pooled", (shape.width,), np.dtype("float32"))
-        _create_array(group, "images", (side, side, 3), np.dtype("uint8"))
-        for name, dtype in (("file_sizes", "int64"), ("done", "uint8")):
-            group.create_array(name, shape=(0,), chunks=(SHARD,), dtype=dtype, compressors=None, fill_value=0)
+        for name, (sample, dtype) in sample_arrays(specification.codec, shape, specification.image_size).items():
+            _create_array(group, name, sample, dtype)
+        for name, number in (("file_sizes", "int64"), ("done", "uint8")):
+            group.create_array(name, shape=(0,), chunks=(SHARD,), dtype=number, compressors=None, fill_value=0)
         group.attrs.put(
             {
                 "specification": specification.to_dict(),
                 "fingerprint": specification.fingerprint(),
+                "shape": asdict(shape),
                 "made_with": made_with,
                 "ids": [],
             }
@@ -281,9 +282,14 @@ class FeatureStore:
         shutil.rmtree(Path(url))
 
     @property
-    def shape(self) -> FeatureShape:
-        _, _, layers, heads, tokens, head_dim = self._arrays["features"].shape
-        return FeatureShape(layers, heads, tokens, head_dim)
+    def bytes_per_sample(self) -> int:
+        """Stored bytes of one sample, without Zarr's metadata."""
+        return bytes_per_sample(self.specification.codec, self.shape, self.specification.image_size)
+
+    def arrays_of(self, inputs: Sequence[str]) -> list[str]:
+        """The arrays that hold what a method takes: those of the codec for ``features``."""
+        features = CODECS[self.specification.codec].arrays(self.shape)
+        return [name for given in inputs for name in (features if given == "features" else (given,))]
 
     def require(self, asked: FeatureSpecification, rebuild: str, ignore: Sequence[str] = ()) -> None:
         """Hold the store against what is asked.
@@ -316,28 +322,15 @@ class FeatureStore:
         self._group.attrs.update({"ids": [*self.ids, *new]})
         return FeatureStore.open(self.url, writable=True)
 
-    def write(
-        self,
-        rows: Sequence[int],
-        features: NDArray[Any],
-        indices: NDArray[Any],
-        pooled: NDArray[np.float32],
-        images: NDArray[np.uint8],
-        file_sizes: Sequence[int],
-    ) -> None:
+    def write(self, rows: Sequence[int], content: Mapping[str, NDArray[Any]], file_sizes: Sequence[int]) -> None:
         """Write complete samples of one shard; other samples of the shard are left as they are.
 
         Args:
             rows: ascending, all within one shard, which no other process writes.
-            features: (rows, 2, L, H, T, head_dim).
-            indices: (rows, L, H, T).
-            pooled: (rows, D).
-            images: (rows, size, size, 3).
+            content: (rows, ...) of each of ``sample_arrays``.
             file_sizes: bytes.
         """
-        blocks = zip(SAMPLE_ARRAYS, (features, indices, pooled, images), strict=True)
-        content = {**dict(blocks), "file_sizes": np.asarray(file_sizes)}
-        for name, block in content.items():
+        for name, block in {**content, "file_sizes": np.asarray(file_sizes)}.items():
             for start, stop in _runs(rows):
                 self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
         for start, stop in _runs(rows):
@@ -345,7 +338,7 @@ class FeatureStore:
         self.done[list(rows)] = True
 
     def read(self, row: int, name: str) -> NDArray[Any]:
-        """One sample's row of one of ``SAMPLE_ARRAYS``.
+        """One sample's row of one of ``sample_arrays``.
 
         Raises:
             StoreError: its bytes are damaged or gone, naming the sample.
@@ -381,7 +374,7 @@ class FeatureStore:
             StoreError: naming the first sample whose data are gone.
         """
         filesystem, path = fsspec.core.url_to_fs(self.url)
-        for name in SAMPLE_ARRAYS:
+        for name in self.sample_arrays:
             suffix = "/".join(["0"] * (self._arrays[name].ndim - 1))
             for shard in range(-(-len(self.ids) // SHARD)):
                 rows = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.ids)))

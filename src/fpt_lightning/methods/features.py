@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fpt_lightning.codecs import Features, as_features
 from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder, encoder_shape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
@@ -88,18 +89,19 @@ class FeatureModule(ClassificationModule):
         encoded: Encoded = self._frozen[resolution].to(images.device)(images)
         return encoded
 
-    def features(self, batch: Mapping[str, Any]) -> Tensor:
-        """Keys and values (B, 2, L, H, T, head_dim): the stored ones, or those of the images, encoded now.
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """Keys and values: the stored ones, or those of the images, encoded now.
 
         Raises:
             ConfigurationError: features of another encoder or of other layers.
         """
-        features: Tensor = batch["features"] if "features" in batch else self.encode(batch["images"]).features
+        features = as_features(batch) if "features" in batch else Features(self.encode(batch["images"]).features)
         layers, shape = len(self.encoder_config.tapped_layers), self.encoder_shape
-        if (features.shape[1:4], features.shape[-1]) != ((2, layers, shape.heads), shape.head_dim):
+        if (features.features.shape[1:4], features.head_dim) != ((2, layers, shape.heads), shape.head_dim):
             raise ConfigurationError(
-                f"the features have the shape {tuple(features.shape)}, but {shape.name} with {layers} tapped layers "
-                f"gives (B, 2, {layers}, {shape.heads}, T, {shape.head_dim})."
+                f"the features have the shape {tuple(features.features.shape)}, but {shape.name} with {layers} tapped "
+                f"layers gives (B, 2, {layers}, {shape.heads}, T, {shape.head_dim}), or half of {shape.head_dim} with "
+                "two numbers a byte."
             )
         return features
 

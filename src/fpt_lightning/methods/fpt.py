@@ -23,6 +23,8 @@ class FPTPlusModule(FeatureModule):
         reduction: the side network's width is the encoder's divided by this.
         prompts: number of fine-grained prompts of a layer (paper, section 3.4).
         dropout: after the shared out-projector.
+        gradient_checkpointing: whether the side network's blocks are computed again in the backward pass: less memory
+            for more time.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
 
     Raises:
@@ -42,6 +44,7 @@ class FPTPlusModule(FeatureModule):
         reduction: int = 8,
         prompts: int = 16,
         dropout: float = 0.5,
+        gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
@@ -58,7 +61,13 @@ class FPTPlusModule(FeatureModule):
         depth = len(self.encoder_config.tapped_layers)
         self.fusion = self.FUSION(depth, shape.heads, shape.width, width, prompts, dropout)
         self.side = SideViT(
-            width, shape.heads, depth, shape.patch_size, (side_resolution, side_resolution), num_classes
+            width,
+            shape.heads,
+            depth,
+            shape.patch_size,
+            (side_resolution, side_resolution),
+            num_classes,
+            gradient_checkpointing,
         )
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.fusion import FineGrainedFusion
+from fpt_lightning.fusion import FineGrainedFusion, cross_attention
 from fpt_lightning.methods.base import initialise_head
 from fpt_lightning.methods.features import FeatureModule
 
@@ -71,11 +71,10 @@ class AttentiveProbingModule(FeatureModule):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
-        keys, values = self.features(batch)[:, :, -1].to(self.queries.dtype).unbind(1)  # (B, H, T, head_dim)
-        scores = self.queries @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5  # (B, H, queries, T)
-        parts = values.reshape(*values.shape[:-1], self.queries.shape[1], -1)  # (B, H, T, queries, channels)
-        gathered = torch.einsum("bhqt,bhtqc->bhqc", scores.softmax(-1), parts)
-        logits: Tensor = self.head(self.norm(gathered.flatten(1)))
+        attended = cross_attention(self.queries, *self.features(batch).layer(-1))  # (B, H, queries, head_dim)
+        parts = attended.view(*attended.shape[:3], self.queries.shape[1], -1)  # (B, H, queries, queries, channels)
+        gathered = parts.diagonal(dim1=2, dim2=3)  # (B, H, channels, queries)
+        logits: Tensor = self.head(self.norm(gathered.transpose(-1, -2).flatten(1)))
         return logits
 
 
