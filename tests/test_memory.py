@@ -16,9 +16,11 @@ import torch
 from conftest import quiet_trainer
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.callbacks import PeakMemory
+from fpt_lightning.codecs import CODECS
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.memory import Attention, LiveTensorBytes, Precision, TrainingStep, example_batch
 from fpt_lightning.memory import predict_training_memory as predict
+from fpt_lightning.methods import FPTPlusModule
 from fpt_lightning.methods.tuning import EncoderModule
 from test_conformance import CASES, make
 
@@ -113,7 +115,27 @@ def test_a_resolution_that_patches_do_not_divide() -> None:
             predict(lambda name=name: make(name), (100, 96), 8)
 
 
-# The benchmark
+def test_fpt_plus_takes_a_fraction_of_the_published_memory() -> None:
+    """The paper's setting on ViT-B; the published code takes 344.7 MiB."""
+
+    def mib(codec: str, **changes: bool) -> float:
+        encoder = "vit_base_patch16_224.augreg_in21k"
+        return predict(lambda: FPTPlusModule(5, encoder=encoder, **changes), (512, 512), 16, codec=codec) / 2**20
+
+    assert mib("int8") < 101
+    assert mib("int8", gradient_checkpointing=True) < 64
+    assert mib("int4", gradient_checkpointing=True) < 50
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_prediction_knows_the_codec(codec: str) -> None:
+    module = make("fpt_plus", gradient_checkpointing=True)
+    real = TrainingStep(module, example_batch(module, RESOLUTION, 8, codec=codec)).live_bytes()
+    predicted = predict(lambda: make("fpt_plus", gradient_checkpointing=True), RESOLUTION, 8, codec=codec)
+    assert predicted == pytest.approx(real, rel=0.01)
+
+
+# The benchmarks
 
 
 def test_the_memory_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +158,33 @@ def test_the_memory_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert table.count("| LoRA |") == 5
     assert (tmp_path / "memory_by_resolution.png").read_bytes().startswith(b"\x89PNG")
     assert benchmark.PAPER["ViT-L", "Full fine-tuning"][384] == 26470
+
+
+def test_the_training_step_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small encoder, beside a stand-in that is no more than a linear layer."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("training_step")
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "ENCODER", "test_vit")
+    monkeypatch.setattr(benchmark, "BATCHES", (1, 2, 4, 8))
+    monkeypatch.setattr(benchmark, "RESOLUTIONS", (512, 1024))
+    (tmp_path / "published_step.py").write_text(
+        "import torch\n"
+        "def published_step():\n"
+        "    model, batch = torch.nn.Linear(1000, 1000), (torch.ones(16, 1000),)\n"
+        "    optimizer = torch.optim.SGD(model.parameters(), 0.1)\n"
+        "    def step():\n"
+        "        optimizer.zero_grad()\n"
+        "        model(*batch).sum().backward()\n"
+        "    return step, model, optimizer, batch\n"
+    )
+    benchmark.main(["--published", str(tmp_path), "--rounds", "1"])
+    result = json.loads((tmp_path / "training_step.json").read_text())
+    assert len(result["steps"]) == 8
+    for row in result["steps"]:
+        assert row["bytes"] == pytest.approx(row["bytes_predicted"], rel=0.01)
+    weights = 4 * 1000 * 1001
+    assert 2 * weights < result["published"]["bytes"] < 2.2 * weights
+    assert result["growth"]["int8"]["batch"]["8"] > result["growth"]["int8"]["batch"]["1"]
+    assert "| **int8** |" in (tmp_path / "training_step.md").read_text()
