@@ -221,7 +221,7 @@ def test_two_processes_make_the_store_of_one_and_test_every_image_once(config: P
     assert one.ids == two.ids
     for row in range(len(one.ids)):
         for name in one.sample_arrays:
-            assert np.array_equal(one.read(row, name), two.read(row, name))
+            assert np.array_equal(one.read([row], name)[0], two.read([row], name)[0])
     tested = [row["path"] for row in rows(tmp_path / "run" / "predictions.csv")]
     assert len(tested) == len(set(tested)) == 6
 
@@ -474,7 +474,7 @@ def test_the_frozen_pass_is_in_fp32_whatever_trains_on_it(config: Path, tmp_path
     run("preload", "--config", config, "--data.store", tmp_path / "plain.zarr")
     run("preload", "--config", config, "--trainer.precision", precision)
     one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("plain.zarr", "store.zarr"))
-    assert all(np.array_equal(one.read(row, "features"), two.read(row, "features")) for row in range(30))
+    assert all(np.array_equal(one.read([row], "features")[0], two.read([row], "features")[0]) for row in range(30))
 
 
 def test_preload_needs_a_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def test_a_batch_of_stored_features(stored: Maker, folder: Path) -> None:
     assert (batches[0]["features"].shape, batches[0]["features"].dtype) == ((8, 2, 3, 2, 3, 32), torch.int8)
     store = FeatureStore.open(str(folder / "store.zarr"))
     for id, features in by_id(batches, "features").items():
-        np.testing.assert_array_equal(features.numpy(), store.read(store.rows[id], "features"))
+        np.testing.assert_array_equal(features.numpy(), store.read([store.rows[id]], "features")[0])
 
 
 def test_a_batch_of_images(live: Maker, folder: Path) -> None:

@@ -99,10 +99,10 @@ def test_features_are_those_of_the_encoder(image_root: Path, tiny_data: MakeData
         pixels = torch.stack([unit_pixels(image, (64, 64)) for image in images])
         features, indices, pooled = encoder(normalise(pixels, [0.4] * 3, [0.2] * 3))
         for position, row in enumerate(rows):
-            np.testing.assert_array_equal(store.read(row, "features"), features[position].numpy())
-            np.testing.assert_array_equal(store.read(row, "indices"), indices[position].numpy())
-            np.testing.assert_array_equal(store.read(row, "pooled"), pooled[position].numpy())
-            np.testing.assert_array_equal(store.read(row, "images"), stored_copy(images[position], 48))
+            np.testing.assert_array_equal(store.read([row], "features")[0], features[position].numpy())
+            np.testing.assert_array_equal(store.read([row], "indices")[0], indices[position].numpy())
+            np.testing.assert_array_equal(store.read([row], "pooled")[0], pooled[position].numpy())
+            np.testing.assert_array_equal(store.read([row], "images")[0], stored_copy(images[position], 48))
     assert store.specification.weights_digest == encoder.digest
     assert store.specification.resolution == (64, 64)
     assert store.made_with.keys() >= {"torch", "timm", "fpt-lightning", "device"}
@@ -115,7 +115,7 @@ def test_the_size_of_every_image_file_is_stored(image_root: Path, reference: dic
 def test_a_black_image_is_stored(image_root: Path, tiny_data: MakeData) -> None:
     Image.fromarray(np.zeros((80, 96, 3), np.uint8)).save(image_root / IDS[20])
     store = tiny_data().preload(ENCODER)
-    assert not store.read(20, "images").any()
+    assert not store.read([20], "images")[0].any()
     store.check_present()
 
 

@@ -82,7 +82,7 @@ def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
     """These rows hold, bit by bit, what belongs to them."""
     for row in rows:
         for name, array in content([row], store.specification.codec).items():
-            stored = store.read(row, name)
+            stored = store.read([row], name)[0]
             assert stored.dtype == array.dtype
             np.testing.assert_array_equal(stored, array[0])
 
@@ -134,7 +134,7 @@ def test_rows_are_keyed_by_the_whole_id(make: Callable[..., FeatureStore]) -> No
     store = make()
     assert store.rows["a/003.png"] == 3
     assert store.rows["b/003.png"] == 13
-    assert not np.array_equal(store.read(3, "features"), store.read(13, "features"))
+    assert not np.array_equal(store.read([3], "features")[0], store.read([13], "features")[0])
 
 
 def test_parts_of_a_shard_are_written_at_different_times(make: Callable[..., FeatureStore]) -> None:
@@ -260,7 +260,7 @@ def test_zeros_are_data(make: Callable[..., FeatureStore], reopen: bool) -> None
     store = FeatureStore.open(store.url, writable=True) if reopen else store
     store.write([1], {name: np.zeros_like(array) for name, array in content([1]).items()}, [1001])
     store = FeatureStore.open(store.url)
-    assert not any(store.read(1, name).any() for name in SAMPLE_ARRAYS)
+    assert not any(store.read([1], name)[0].any() for name in SAMPLE_ARRAYS)
     store.check_present()
 
 
@@ -275,7 +275,7 @@ def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], 
         len(content) // 4 * SHARD // (len(content) - 16 * SHARD - 4)
     )  # in a shard, chunks lie in the order of rows
     with pytest.raises(StoreError, match=rf"{store.url} cannot give the {name} of {IDS[damaged]}: ") as error:
-        store.read(damaged, name)
+        store.read([damaged], name)[0]
     assert error.value.__cause__ is not None
     assert_rows(store, [row for row in range(20) if row != damaged])
 

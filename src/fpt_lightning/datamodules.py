@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Literal, TypedDict, cast
@@ -28,6 +28,7 @@ from fpt_lightning.images import (
     stored_copy,
 )
 from fpt_lightning.manifest import SPLITS, Manifest, Sample, check_classes, list_images, read_manifest
+from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.preload import preload
 from fpt_lightning.store import FeatureSpecification, FeatureStore
 
@@ -316,7 +317,7 @@ class ImageDataModule(L.LightningDataModule):
             epoch = progress.processed  # as ``current_epoch`` lags behind in a run that goes on
         sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
         sampler.set_epoch(epoch)
-        return DataLoader(
+        return PrefetchingLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -475,7 +476,7 @@ class _Views:
     std: tuple[float, ...]
     seed: int
 
-    def draw(self, images: Sequence[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
+    def draw(self, images: Iterable[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
         """(B, 3, height, width), fp32, from B images (height, width, 3) and their (epoch, index)."""
         seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
         views = [self.transform(image, seed) for image, seed in zip(images, seeds, strict=True)]
@@ -543,13 +544,11 @@ class _StoredSamples(_Samples):
         self.store, self.inputs = store, inputs
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        batch: dict[str, Tensor] = {name: torch.from_numpy(self._read(name, samples)) for name in self.inputs}
+        rows = [self.store.rows[sample.id] for sample in samples]
+        batch: dict[str, Tensor] = {name: torch.from_numpy(self.store.read(rows, name)) for name in self.inputs}
         if self.side_views is not None:
-            batch["side_images"] = self.side_views.draw(list(self._read("images", samples)), keys)
+            batch["side_images"] = self.side_views.draw(self.store.read(rows, "images"), keys)
         return cast(Batch, batch)
-
-    def _read(self, name: str, samples: Sequence[Sample]) -> NDArray[Any]:
-        return np.stack([self.store.read(self.store.rows[sample.id], name) for sample in samples])
 
 
 def _collated(batch: Any) -> Any:

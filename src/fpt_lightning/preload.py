@@ -17,13 +17,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from fpt_lightning.codecs import FeatureShape, check_codec
 from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import StoreError
 from fpt_lightning.images import channel_statistics, normalise, read_image, stored_copy, unit_pixels
 from fpt_lightning.manifest import Manifest
+from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.selection import number_of_tokens
 from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_sample, encode
 
@@ -153,7 +154,7 @@ class FrozenPass(L.LightningModule):
         self.store = FeatureStore.open(self.url, writable=True)
         self.specification = self.store.specification
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> PrefetchingLoader:
         """This process's share of the missing samples, whole shards of them, in the order of their rows."""
         assert self.store is not None
         ids = self.store.missing([sample.id for sample in self.manifest.samples])
@@ -164,7 +165,7 @@ class FrozenPass(L.LightningModule):
             shard[start : start + self.batch_size] for shard in mine for start in range(0, len(shard), self.batch_size)
         ]
         images = _PreloadImages(self.manifest, self.store, self.specification)
-        return DataLoader(images, batch_size=None, sampler=_ShardBatches(batches), num_workers=self.num_workers)
+        return PrefetchingLoader(images, batch_size=None, sampler=_ShardBatches(batches), num_workers=self.num_workers)
 
     def on_predict_start(self) -> None:
         """Say what is about to be done: images, bytes and time."""

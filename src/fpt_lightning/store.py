@@ -37,11 +37,11 @@ from zarr.codecs import Crc32cCodec
 from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
 from fpt_lightning.errors import StaleStoreError, StoreError
 from fpt_lightning.images import INTERPOLATION
+from fpt_lightning.reader import BufferPool, ShardIndex, ShardReader, index_bytes
 
 FORMAT = 3  # of the layout above and of what the numbers in it mean
 SHARD = 16  # samples
 _RECORD_BYTES = 8 + 1  # file_sizes and done
-_ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold (Zarr v3, sharding codec)
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,8 @@ class FeatureStore:
                 f"the specification of the feature store {url} does not match its fingerprint: rebuild it."
             )
         self.rows = {id: row for row, id in enumerate(self.ids)}
+        self._folder = None if "://" in url else url  # of a local store
+        self._reader, self._buffers = ShardReader(SHARD), BufferPool()
         self.done = self._record("done").astype(bool)
 
     @classmethod
@@ -337,19 +339,32 @@ class FeatureStore:
             self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
         self.done[list(rows)] = True
 
-    def read(self, row: int, name: str) -> NDArray[Any]:
-        """One sample's row of one of ``sample_arrays``.
+    def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
+        """The rows of samples in one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
+
+        Returns:
+            (len(rows), ...), in the array's shape and dtype.
 
         Raises:
-            StoreError: its bytes are damaged or gone, naming the sample.
+            StoreError: their bytes are damaged or gone, naming the sample.
         """
-        try:
-            return np.asarray(self._arrays[name][row])
-        except Exception as error:  # zarr raises differently for each kind of damage
-            raise StoreError(
-                f"the feature store {self.url} cannot give the {name} of {self.ids[row]}: "
-                f"{type(error).__name__}: {error}."
-            ) from error
+        size, dtype = self.sample_arrays[name]
+        buffer = self._buffers.take((len(rows), *size), dtype)
+        for row, sample in zip(rows, buffer, strict=True):
+            try:
+                if self._folder is None:
+                    sample[...] = self._arrays[name][row]
+                else:
+                    self._reader.read(self._shard(self._folder, name, row // SHARD), row % SHARD, sample)
+            except Exception as error:  # zarr raises differently for each kind of damage
+                raise StoreError(
+                    f"the feature store {self.url} cannot give the {name} of {self.ids[row]}: "
+                    f"{type(error).__name__}: {error}."
+                ) from error
+        return buffer
+
+    def _shard(self, folder: str, name: str, shard: int) -> str:
+        return f"{folder}/{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
 
     def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
         """Those of the samples that are complete, but whose image file below ``root`` has another size by now."""
@@ -375,12 +390,11 @@ class FeatureStore:
         """
         filesystem, path = fsspec.core.url_to_fs(self.url)
         for name in self.sample_arrays:
-            suffix = "/".join(["0"] * (self._arrays[name].ndim - 1))
             for shard in range(-(-len(self.ids) // SHARD)):
                 rows = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.ids)))
                 rows = rows[self.done[rows]]
                 if len(rows):
-                    present = _shard_entries(filesystem, f"{path}/{name}/c/{shard}/{suffix}")
+                    present = _shard_entries(filesystem, self._shard(path, name, shard))
                     lost = rows[~present[rows % SHARD]]
                     if len(lost):
                         raise StoreError(
@@ -422,15 +436,11 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _shard_entries(filesystem: fsspec.AbstractFileSystem, path: str) -> NDArray[np.bool_]:
-    """Which of a shard's chunks lie in its file, from the index of (offset, length) and a checksum at its end."""
-    index_bytes = 16 * SHARD + 4
+    """Which of a shard's chunks lie in its file."""
+    length = index_bytes(SHARD)
     try:
         size = filesystem.size(path)
-        tail = filesystem.cat_file(path, start=-index_bytes) if size >= index_bytes else b""
+        tail = filesystem.cat_file(path, start=-length) if size >= length else b""
     except FileNotFoundError:
-        tail = b""
-    if len(tail) != index_bytes:
-        return np.zeros(SHARD, bool)
-    offsets, lengths = np.frombuffer(tail[:-4], np.dtype("<u8")).reshape(SHARD, 2).T
-    room = np.uint64(size - index_bytes)
-    return np.asarray((offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room)))
+        size, tail = 0, b""
+    return ShardIndex.parse(tail, size, SHARD).present
