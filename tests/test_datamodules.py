@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -540,3 +543,23 @@ def test_preload_takes_a_model_or_its_encoder(stored: Maker, monkeypatch: pytest
     assert isinstance(data, PreloadedFeatureDataModule)
     models: Sequence[Any] = (tiny_model(), ENCODER)
     assert all(data.preload(model).missing(["a/000.png"]) == [] for model in models)
+
+
+def test_the_input_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small encoder, beside a stand-in that gives nothing but labels."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("input_pipeline")
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "ENCODER", EncoderConfig("test_vit", pretrained=False))
+    for name, value in {"SAMPLES": 40, "WORKERS": (0,), "RESOLUTION": 64, "GROWTH": (20, 40)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    (tmp_path / "published_loader.py").write_text("def PublishedDataset(folder):\n    return [(0, 0)] * 8\n")
+    benchmark.main(["--published", str(tmp_path), "--rounds", "1"])
+    result = json.loads((tmp_path / "input_pipeline.json").read_text())
+    assert set(result["rates"]) == {"published"} | {
+        f"{codec}, {reader}" for codec in benchmark.CODECS for reader in ("prefetching thread", "memory-mapped gather")
+    }
+    assert all(rate["median"] > 0 for rate in result["rates"].values())
+    assert len(result["growth"]["opening_seconds"]) == 2
+    assert "| int8, prefetching thread |" in (tmp_path / "input_pipeline.md").read_text()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -350,9 +351,17 @@ def test_default_views_are_the_published_ones() -> None:
     assert 1.15 < gains.max() < 1.5
 
 
+def test_bilinear_shrinks_to_half_as_area_does() -> None:
+    assert images._shrinking((256, 200, 3), (128, 128)) == cv2.INTER_LINEAR
+    assert images._shrinking((256, 258, 3), (128, 128)) == cv2.INTER_AREA
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    linear, area = (cv2.resize(noise, (128, 128), interpolation=i) for i in (cv2.INTER_LINEAR, cv2.INTER_AREA))
+    assert np.abs(linear.astype(int) - area).max() <= 1
+
+
 def test_default_crops_cover_at_least_four_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without jitter, the share of the image in a view; 3 % is lost between the centres of the outermost pixels."""
-    compose: Any = images._albumentations((64, 64), "default")
+    compose: Any = images._albumentations((64, 64), "default", cv2.INTER_AREA)
     monkeypatch.setattr(compose.transforms[-1], "p", 0.0)
     areas = []
     for seed in range(200):

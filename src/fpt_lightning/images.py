@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -152,7 +152,7 @@ class ViewTransform:
             raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.size = (size, size) if isinstance(size, int) else size
         self.augmentation = augmentation
-        self._compose: Callable[..., dict[str, NDArray[Any]]] | None = None
+        self._compose: dict[int, Any] = {}  # by interpolation
 
     def __call__(self, image: NDArray[np.uint8] | NDArray[np.uint16], seed: int) -> Tensor:
         """One view of an image.
@@ -166,25 +166,38 @@ class ViewTransform:
         """
         if self.augmentation == "none":
             return unit_pixels(image, self.size)
-        if self._compose is None:
-            self._compose = _albumentations(self.size, self.augmentation)
-        self._compose.set_random_seed(seed)  # type: ignore[attr-defined]
+        interpolation = _shrinking(image.shape, self.size)
+        if interpolation not in self._compose:
+            self._compose[interpolation] = _albumentations(self.size, self.augmentation, interpolation)
+        compose = self._compose[interpolation]
+        compose.set_random_seed(seed)
         deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
-        view = self._compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
+        view = compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
         pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         return pixels if deep else pixels / 255
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_compose": None}  # each worker process builds its own
+        return {**self.__dict__, "_compose": {}}  # each worker process builds its own
 
 
-def _albumentations(size: tuple[int, int], augmentation: str) -> Callable[..., dict[str, NDArray[Any]]]:
+def _shrinking(shape: tuple[int, ...], size: tuple[int, int]) -> int:
+    """OpenCV's interpolation for (height, width, ...) to a size: to half, bilinear averages 2 x 2 pixels as area does.
+
+    It takes a tenth of the time of area, which only more than halving needs.
+    """
+    import cv2
+
+    halved = all(2 * small >= large for small, large in zip(size, shape[:2], strict=True))
+    return int(cv2.INTER_LINEAR if halved else cv2.INTER_AREA)
+
+
+def _albumentations(size: tuple[int, int], augmentation: str, interpolation: int) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
     import albumentations as A
     import cv2
 
     steps = [
-        A.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=cv2.INTER_AREA),
+        A.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=interpolation),
         A.HorizontalFlip(p=0.5),
     ]
     if augmentation == "strong":
@@ -194,5 +207,4 @@ def _albumentations(size: tuple[int, int], augmentation: str) -> Callable[..., d
             A.GaussianBlur(sigma_limit=(0.1, 1.5), p=0.3),
         ]
     steps.append(A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(1, 1), hue=(0, 0), p=1.0))
-    compose: Callable[..., dict[str, NDArray[Any]]] = A.Compose(steps)
-    return compose
+    return A.Compose(steps)
