@@ -43,8 +43,8 @@ activations), predicted on fake tensors; the tests hold such predictions to real
 MEASURED = """In MiB: allocated / reserved by PyTorch / used on the device (its context and others included), at the
 peak of three training steps after two of warm-up."""
 SETTING = f"""Batch {BATCH_SIZE}, {CLASSES} classes, AdamW. FPT+ with side images of 128 pixels, 16 prompts, token ratio
-0.2 and the upper half of the blocks; FPT with 224 pixels and all blocks; stored tokens in int8, widened a few images at a time.
-The published code computed eager attention in fp32: compare the paper's figures with that table. Made by
+0.2 and the upper half of the blocks; FPT with 224 pixels and all blocks; stored tokens in int8, widened a few images at
+a time. The published code computed eager attention in fp32: compare the paper's figures with that table. Made by
 `benchmarks/memory_by_resolution.py`; versions and commit are in the JSON file beside this one."""
 
 

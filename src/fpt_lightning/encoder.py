@@ -251,7 +251,8 @@ class FrozenEncoder(nn.Module):
 
     The keys and values are taken where the attention itself uses them: the call of
     ``scaled_dot_product_attention`` inside every tapped block is intercepted, after biases, query/key norms and rotary
-    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one are not computed.
+    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one are not computed,
+    and of that one, where there is a class token, only what it becomes.
 
     Args:
         config: the encoder and what to select.
@@ -277,6 +278,10 @@ class FrozenEncoder(nn.Module):
         for index, block in enumerate(cast(nn.ModuleList, self.model.blocks)):
             block.register_forward_pre_hook(self._tap.enter(index))
             block.register_forward_hook(self._tap.leave)
+        if self.shape.class_token:
+            last = cast(Any, self.model).blocks[config.tapped_layers[-1]]
+            for part in (last.attn.proj, last.mlp):
+                part.register_forward_pre_hook(_class_token_alone)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stay in evaluation mode, whatever is asked."""
@@ -301,6 +306,11 @@ class FrozenEncoder(nn.Module):
         with torch.autocast(images.device.type, enabled=False), self._tap, contextlib.suppress(_LastTap):
             cast(Any, self.model).forward_features(images.float())
         return self._tap.collect()
+
+
+def _class_token_alone(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """Take the class token out of (B, N, D); what is made of it is added to all tokens, and to it rightly."""
+    return (inputs[0][:, :1],)
 
 
 class _LastTap(Exception):  # noqa: N818 - a signal, not an error

@@ -6,6 +6,8 @@ M prompts, D encoder width, d side width.
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +19,8 @@ from fpt_lightning.errors import ConfigurationError
 Criterion = Literal["global", "class_token"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 
-_MAP_BYTES = 16 * 2**20  # the largest piece of an attention map that is held at once
+_MAP_BYTES = 8 * 2**20  # the largest piece of the attention maps that is held at once: what a CPU's caches hold,
+_GPU_MAP_BYTES = 256 * 2**20  # and what keeps a GPU busy
 
 
 def number_of_tokens(tokens: int, token_ratio: float) -> int:
@@ -41,7 +44,8 @@ def attention_with_importance(
     """Attention together with the ``global`` importance of its tokens, without ever holding a whole N x N map.
 
     The importance of token j in head h is the mean over all queries i of ``softmax(q_i . k_j * scale + bias)``: the
-    column mean of the attention map. A few rows of one image's map exist at a time.
+    column mean of the attention map. A piece of one image's maps exists at a time, some heads or some rows of one head.
+    All of it is computed in fp32, whatever autocast says.
 
     Args:
         query: (B, H, N, head_dim).
@@ -54,31 +58,43 @@ def attention_with_importance(
         The attention's output (B, H, N, head_dim) and the importance (B, H, N), fp32.
     """
     batch, heads, tokens, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    if bias is not None:
-        if bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, float("-inf"))
-        bias = bias.expand(batch, heads, tokens, tokens)
-    rows = max(1, _MAP_BYTES // (4 * heads * tokens))
-    output = torch.empty_like(value)
-    importance = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=query.device)
-    for image in range(batch):
-        transposed = key[image].transpose(-1, -2)
-        for start in range(0, tokens, rows):
-            stop = min(start + rows, tokens)
-            scores = (query[image, :, start:stop] * scale) @ transposed
-            if bias is not None:
-                scores = scores + bias[image, :, start:stop]
-            attention = scores.softmax(-1, dtype=torch.float32)
-            importance[image] += attention.sum(-2)
-            output[image, :, start:stop] = attention.to(value.dtype) @ value[image]
+    scores_query = query.float() * (head_dim**-0.5 if scale is None else scale)
+    bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
+    output = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # as fused attention lays it out
+    importance = torch.zeros(batch, heads, tokens, device=query.device)
+    some_heads, rows = _piece(heads, tokens, query.device)
+    memory = torch.empty(some_heads * rows * tokens, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        for image, head in product(range(batch), range(0, heads, some_heads)):
+            own = image, slice(head, min(head + some_heads, heads))
+            keys, values = key[own].float().transpose(1, 2), value[own].float()
+            for start in range(0, tokens, rows):
+                piece = *own, slice(start, min(start + rows, tokens))
+                queries = scores_query[piece]
+                attention = memory[: queries.shape[:2].numel() * tokens].view(*queries.shape[:2], tokens)
+                torch.bmm(queries, keys, out=attention)
+                if bias is not None and bias.dtype == torch.bool:
+                    attention.masked_fill_(~bias[piece], float("-inf"))
+                elif bias is not None:
+                    attention += bias[piece]
+                torch.softmax(attention, -1, out=attention)
+                importance[own] += attention.sum(1)
+                output[piece] = attention @ values
     return output, importance / tokens
+
+
+def _piece(heads: int, tokens: int, device: torch.device) -> tuple[int, int]:
+    """How many heads and rows of an image's attention maps (H, N, N) make a piece: whole maps, or a part of one."""
+    limit, one_map = _MAP_BYTES if device.type == "cpu" else _GPU_MAP_BYTES, 4 * tokens**2
+    if one_map <= limit:
+        return min(heads, limit // one_map), tokens
+    return 1, max(1, math.ceil(tokens / math.ceil(one_map / limit)))
 
 
 def class_token_importance(
     query: Tensor, key: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """The attention that the class token (token 0) pays to every token.
+    """The attention that the class token (token 0) pays to every token, in fp32 whatever autocast says.
 
     Args:
         query: (B, H, N, head_dim).
@@ -90,7 +106,8 @@ def class_token_importance(
         The importance (B, H, N), fp32.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = ((query[:, :, :1] * scale) @ key.transpose(-1, -2)).float()
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query[:, :, :1].float() * scale) @ key.float().transpose(-1, -2)
     if bias is not None:
         row = bias.expand(*bias.shape[:-2], query.shape[-2], key.shape[-2])[..., :1, :]
         scores = scores.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else scores + row
