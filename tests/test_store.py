@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from conftest import write_images
 from fpt_lightning.codecs import CODECS, FeatureShape, check_codec
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
 from fpt_lightning.store import (
@@ -555,3 +558,29 @@ def test_an_unknown_codec() -> None:
         check_codec("int2")
     with pytest.raises(ConfigurationError, match="a head has 5 channels: use int8"):
         check_codec("int4", head_dim=5)
+
+
+# The benchmark
+
+
+def test_the_codec_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small encoders, one of which was fine-tuned and one of which has outliers that 4 bits cannot hold."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("store_codecs")
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "NATIVE", 64)
+    monkeypatch.setattr(benchmark, "ENCODERS", {"tiny, fine-tuned": "test_vit", "tiny, outliers put in": "test_vit"})
+    write_images(tmp_path / "images", {"a": 12, "b": 12})
+    small = ["--resolution", "64", "--epochs", "1", "--tuning-epochs", "1", "--seeds", "2"]
+    benchmark.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *small])
+    rows = json.loads((tmp_path / "store_codecs.json").read_text())["rows"]
+    assert [(row["encoder"], row["codec"]) for row in rows] == [
+        (name, codec) for name in benchmark.ENCODERS for codec in CODECS
+    ]
+    own = {row["codec"]: row for row in rows[:4]}
+    assert own["fp32"]["keys"] == own["fp32"]["logits"] == own["fp32"]["changed"] == 0
+    for measure in ("keys", "values", "prompts", "logits"):
+        assert 0 < own["fp16"][measure] < own["int8"][measure] < own["int4"][measure]
+    assert all(len(row["trained_auc"]) == 2 for row in own.values())
+    assert "| tiny, fine-tuned | int8 |" in (tmp_path / "store_codecs.md").read_text()
