@@ -1,6 +1,6 @@
 """What the codecs of the store cost: bytes, errors of keys, values, prompts and logits, and AUC after training.
 
-    python benchmarks/store_codecs.py --data FOLDER --manifest labels.csv --out runs/codecs     # 90 minutes on two CPU cores
+    python benchmarks/store_codecs.py --data FOLDER --manifest labels.csv --out runs/codecs   # 90 minutes
 
 For each encoder, the images go through the frozen pass once, into an fp32 store, which is then coded again: stores
 differ in nothing else. FPT+ is trained on fp32 and evaluated on every codec; on the first encoder, fine-tuned on the
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.codecs import CODECS, as_features, relative_error
+from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import StoreError
 from fpt_lightning.methods import FineTuningModule
 from fpt_lightning.metrics import classification_metrics
@@ -93,7 +94,7 @@ def fine_tuned(setting: Setting, name: str, path: Path) -> None:
 def with_outliers(name: str, path: Path) -> None:
     """Random weights with what large trained ViTs have: key channels of some 20 times the magnitude of the others."""
     torch.manual_seed(0)
-    vit = timm.create_model(name, pretrained=False)
+    vit: Any = timm.create_model(name, pretrained=False)
     for block in vit.blocks:
         block.attn.qkv.bias.data[vit.embed_dim : 2 * vit.embed_dim : 37] = 10.0
     save_file(vit.state_dict(), path)
@@ -163,7 +164,14 @@ def trained(setting: Setting, label: str, store: Path, codec: str, seed: int) ->
     data = setting.data(store, codec)
     classes = len(data.read_manifest().classes)
     path = setting.out / f"{store.stem}-{seed}.pt"
-    model = FPTPlusModule(classes, encoder=ENCODERS[label], pretrained=weights(setting, label), learning_rate=3e-3)
+    patch = EncoderConfig(ENCODERS[label]).shape.patch_size[0]
+    model = FPTPlusModule(
+        classes,
+        encoder=ENCODERS[label],
+        pretrained=weights(setting, label),
+        side_resolution=8 * patch,
+        learning_rate=3e-3,
+    )
     if path.is_file():
         model.load_state_dict(torch.load(path, weights_only=True))
     else:
@@ -185,7 +193,7 @@ def measured(setting: Setting, label: str, train_on_each: bool) -> list[dict[str
     """Every codec on one encoder."""
     name = label.replace(", ", "-").replace(" ", "-")
     stores = {codec: setting.out / f"{name}-{codec}.zarr" for codec in CODECS}
-    given = FPTPlusModule(2, encoder=ENCODERS[label], pretrained=weights(setting, label)).encoder_config
+    given = EncoderConfig(ENCODERS[label], weights(setting, label))
     source = setting.data(stores["fp32"], "fp32").preload(given)
     model = trained(setting, label, stores["fp32"], "fp32", 0)
     exact = evaluated(model, setting.data(stores["fp32"], "fp32"))
@@ -218,10 +226,10 @@ def report(rows: Sequence[dict[str, Any]], setting: Setting, images: int) -> str
         f"{described.split(' Writes')[0]} {images} test images at {setting.resolution} pixels, {setting.epochs} epochs "
         f"of FPT+; {environment()['machine']['processor']}. Errors are in percent: of keys and values the "
         "median over images, blocks and heads, and the largest of either (relative to a typical channel); of fused "
-        "prompts and logits relative to what differs between images. AUC: macro, x 100, of the model trained on fp32; "
+        "prompts and logits relative to what differs between images. Changed: answers, of the model trained on fp32. AUC: macro, x 100, of the model trained on fp32; "
         f"then of {setting.seeds} models trained on the codec (mean ± standard deviation).",
         "",
-        "| Encoder | Codec | Bytes | Keys | Values | Largest | Prompts | Logits | Changed answers | AUC | AUC, trained |",
+        "| Encoder | Codec | Bytes | Keys | Values | Largest | Prompts | Logits | Changed | AUC | AUC, trained |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:

@@ -198,6 +198,7 @@ def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
     )
     done = tmp_path / "store.zarr" / "done" / "c" / "0"
     while not done.exists() and process.poll() is None:
