@@ -224,10 +224,10 @@ def report(rows: Sequence[dict[str, Any]], setting: Setting, images: int) -> str
     described = " ".join((__doc__ or "").split("\n\n")[2].split()).replace("``", "`")
     lines = [
         f"{described.split(' Writes')[0]} {images} test images at {setting.resolution} pixels, {setting.epochs} epochs "
-        f"of FPT+; {environment()['machine']['processor']}. Errors are in percent: of keys and values the "
-        "median over images, blocks and heads, and the largest of either (relative to a typical channel); of fused "
-        "prompts and logits relative to what differs between images. Changed: answers, of the model trained on fp32. AUC: macro, x 100, of the model trained on fp32; "
-        f"then of {setting.seeds} models trained on the codec (mean ± standard deviation).",
+        f"of FPT+; {environment()['machine']['processor']}. Errors are in percent: of keys and values the median over "
+        "images, blocks and heads, and the largest of either (relative to a typical channel); of fused prompts and "
+        "logits relative to what differs between images. Changed: answers, of the model trained on fp32. AUC: macro, "
+        f"x 100, of that model; then of {setting.seeds} models trained on the codec (mean ± standard deviation).",
         "",
         "| Encoder | Codec | Bytes | Keys | Values | Largest | Prompts | Logits | Changed | AUC | AUC, trained |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.memory import build_on_meta
 from fpt_lightning.methods import METHODS, ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.planner import shared_arguments
 
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "prompts": (4, 8, 16, 32, 64, 128),  # Table 4
@@ -51,7 +52,7 @@ class Setting:
 
     def arguments_of(self, method: type[ClassificationModule]) -> dict[str, Any]:
         """Those that all methods share, or all methods on features; all of them for the YAML's own method."""
-        return _arguments_of(method, self.method, self.arguments)
+        return shared_arguments(method, self.method, self.arguments)
 
     def default(self, name: str) -> float:
         """The YAML's learning rate or weight decay, or else that of every method."""
@@ -123,15 +124,10 @@ def read_setting(path: Path, epochs: int | None = None, encoder: str | None = No
             data["init_args"]["store"] = _beside(data["init_args"]["store"], [encoder])
     own = getattr(methods, name, FPTPlusModule)
     maker = own if issubclass(own, FeatureModule) else FPTPlusModule
-    stored = build_on_meta(lambda: maker(**_arguments_of(maker, name, arguments)), datamodule.resolution).encoder_config
+    stored = build_on_meta(
+        lambda: maker(**shared_arguments(maker, name, arguments)), datamodule.resolution
+    ).encoder_config
     return Setting(name, arguments, trainer, data, datamodule, (stored, datamodule.image_size))
-
-
-def _arguments_of(method: type[ClassificationModule], own: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    names = set(inspect.signature(ClassificationModule).parameters)
-    if issubclass(method, FeatureModule):
-        names |= set(inspect.signature(FeatureModule).parameters) - ({"layers"} if method.ALL_LAYERS else set())
-    return {name: value for name, value in arguments.items() if name in names or method.__name__ == own}
 
 
 def _is_class(section: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with one more subcommand, ``preload``."""
+"""The command line: LightningCLI with two more subcommands, ``preload`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from torch import Tensor
 import fpt_lightning
 from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
-from fpt_lightning.errors import CheckpointError, ConfigurationError, FPTError
-from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
+from fpt_lightning.methods import METHODS, ClassificationModule
+from fpt_lightning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer with the frozen pass as one more thing it does."""
+    """Lightning's trainer with the frozen pass and the planner as two more things it does."""
 
     def preload(
         self,
@@ -53,6 +55,74 @@ class Trainer(L.Trainer):
                 f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
             )
         datamodule.preload(model, self, overwrite)
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        gpu_memory: str | None = None,
+        all_methods: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Print parameters, memory and store that a run will need; nothing is loaded, encoded or trained.
+
+        Args:
+            model: the method.
+            datamodule: its data; images need not be there.
+            gpu_memory: of the GPU, such as 8GiB: the largest batch and resolution that fit are looked for.
+            all_methods: a row for every method, with the arguments that it shares with the model.
+            ckpt_path: not used; a configuration saved by fit holds it.
+            weights_only: not used; a configuration saved by fit holds it.
+        """
+        assert isinstance(model, ClassificationModule)
+        assert isinstance(datamodule, ImageDataModule)
+        setting = _setting(model, datamodule, str(self.precision))
+        memory = None if gpu_memory is None else parse_memory(gpu_memory)
+        methods = list(METHODS.values()) if all_methods else [type(model)]
+        plans, left_out = [], []
+        for method in methods:
+            arguments = shared_arguments(method, type(model), setting.arguments)
+            try:
+                plans.append(plan(replace(setting, method=method, arguments=arguments), memory))
+            except ConfigurationError as error:
+                if not all_methods:
+                    raise
+                left_out.append(f"{method.LABEL} is left out: {error}")
+        images, uncounted = _count_images(datamodule)
+        height, width = setting.resolution
+        print(
+            f"{model.encoder_shape.name} at {height} x {width} pixels, batch {setting.batch_size}, precision "
+            f"{setting.precision}, {'no store' if setting.codec is None else f'codec {setting.codec}'}\n\n"
+            f"{table(plans, images, memory)}\n\n"
+            "Memory: peak of live tensors, predicted as on a CPU, of training and of the frozen pass (batches of "
+            f"{setting.preload_batch_size}).\nA GPU adds its context and the allocator's reserve, for which "
+            f"{CONTEXT_BYTES / 2**30:g} GiB of --gpu-memory is set aside (an assumption, not a measurement)."
+        )
+        print("\n".join([*uncounted, *left_out]))
+
+
+def _setting(model: ClassificationModule, data: ImageDataModule, precision: str) -> Setting:
+    if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise ConfigurationError(f"trainer.precision is {precision!r}: plan predicts 32-true, 16-mixed and bf16-mixed.")
+    stored = data if isinstance(data, PreloadedFeatureDataModule) else None
+    return Setting(
+        method=type(model),
+        arguments={k: v for k, v in model.hparams.items() if not k.startswith("_")},  # those are LightningCLI's
+        resolution=data.resolution,
+        batch_size=data.batch_size,
+        precision="32-true" if precision == "32-true" else "bf16-mixed",
+        codec=None if stored is None else stored.codec,
+        image_size=data.image_size,
+        preload_batch_size=1 if stored is None else stored.preload_batch_size,
+    )
+
+
+def _count_images(data: ImageDataModule) -> tuple[int | None, list[str]]:
+    try:
+        return len(data.read_manifest().samples), []
+    except DataError as error:
+        return None, [f"The images are not counted, so the store is of 1,000: {error}"]
 
 
 class RunLogger(CSVLogger):
@@ -94,7 +164,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class CommandLine(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict`` and ``preload`` from one configuration."""
+    """``fit``, ``validate``, ``test``, ``predict``, ``preload`` and ``plan`` from one configuration."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.results = ResultsWriter()
@@ -120,7 +190,8 @@ class CommandLine(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "preload": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("preload", "plan")}
+        return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.description = "Train classifiers on high-resolution medical images with a frozen vision transformer."
@@ -145,9 +216,12 @@ class CommandLine(LightningCLI):
             ]
         else:
             kwargs["enable_checkpointing"] = False
-        if self.subcommand == "preload":
+        if self.subcommand in ("preload", "plan"):
             loggers, callbacks = [], []
+        if self.subcommand == "preload":
             kwargs["precision"] = None  # the frozen pass is in fp32, whatever trains on it
+        if self.subcommand == "plan":  # for whatever device, here
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": None}
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
@@ -251,6 +325,19 @@ def _quieten() -> None:
     )
 
 
+def _spelled(args: list[str]) -> list[str]:
+    """``plan --gpu-memory 8GiB --all-methods`` as jsonargparse has it, which knows no hyphens and no bare flags."""
+    if "plan" not in args:
+        return args
+    spelled = [arg.replace("--gpu-memory", "--gpu_memory").replace("--all-methods", "--all_methods") for arg in args]
+    bare = [
+        i
+        for i, arg in enumerate(spelled)
+        if arg == "--all_methods" and spelled[i + 1 : i + 2] not in (["true"], ["false"])
+    ]
+    return [f"{arg}=true" if i in bare else arg for i, arg in enumerate(spelled)]
+
+
 def _made_for_people(error: BaseException | None) -> FPTError | None:
     """The error of ours that a library passed on as one of its own, if there is one."""
     while error is not None and not isinstance(error, FPTError):
@@ -262,7 +349,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script: errors made for people are one message on stderr, with exit status 2."""
     _quieten()
     try:
-        CommandLine(args)
+        CommandLine(_spelled(sys.argv[1:] if args is None else list(args)))
     except Exception as raised:
         error = _made_for_people(raised)
         if error is None or os.environ.get("FPT_TRACEBACK"):

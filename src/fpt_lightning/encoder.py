@@ -271,7 +271,7 @@ class FrozenEncoder(nn.Module):
         self.tokens = self.shape.tokens(resolution)
         self.selected = number_of_tokens(self.tokens, config.token_ratio)
         self.model = build_encoder(config, resolution)
-        self.digest = weights_digest(self.model)
+        self.digest = "" if next(self.model.parameters()).is_meta else weights_digest(self.model)
         self.requires_grad_(False)
         self.eval()
         self._tap = _AttentionTap(config, self.selected)

@@ -135,7 +135,7 @@ class _CrossAttention(torch.autograd.Function):
         attended = queries.new_empty(len(cast(Tensor, coded[0])), *queries.shape, dtype=dtype)
         with torch.autocast(queries.device.type, enabled=False):
             query = queries.to(dtype)
-            for images, keys, values in _pieces(query, coded):
+            for images, keys, values in pieces(query, coded):
                 attended[images] = F.scaled_dot_product_attention(query.expand(len(keys), -1, -1, -1), keys, values)
         return attended
 
@@ -147,7 +147,7 @@ class _CrossAttention(torch.autograd.Function):
         query = queries.to(ctx.dtype) * scale
         total = torch.zeros_like(queries)
         with torch.autocast(queries.device.type, enabled=False):
-            for images, keys, values in _pieces(query, coded):
+            for images, keys, values in pieces(query, coded):
                 attention = (query @ keys.transpose(-1, -2)).softmax(-1)
                 scores = gradient[images] @ values.transpose(-1, -2)
                 scores = attention * (scores - (attention * scores).sum(-1, keepdim=True))
@@ -155,7 +155,7 @@ class _CrossAttention(torch.autograd.Function):
         return total * scale, None, *(None for _ in coded)
 
 
-def _pieces(query: Tensor, coded: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def pieces(query: Tensor, coded: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The images of a layer, with their keys and values widened to the dtype of the query (H, M, head_dim)."""
     parts = [Coded(cast(Tensor, data), scales) for data, scales in (coded[:2], coded[2:])]
     images, _, tokens, _ = parts[0].data.shape

@@ -1,4 +1,4 @@
-"""Training memory: counted exactly while a step runs, or predicted for a step that never does."""
+"""Memory of training and of the frozen pass: counted exactly while they run, or predicted where they never do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,9 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fpt_lightning.codecs import CODECS, check_codec
+from fpt_lightning.datamodules import STORED
+from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
+from fpt_lightning.fusion import pieces
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.preload import feature_shape
+from fpt_lightning.selection import parts
 
 Precision = Literal["32-true", "bf16-mixed"]
 Attention = Literal["fused", "eager"]
@@ -67,6 +74,7 @@ def example_batch(
     batch_size: int,
     *,
     codec: str = "int8",
+    live: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """A batch of zeros with what a method takes (its ``INPUTS``).
@@ -76,6 +84,7 @@ def example_batch(
         resolution: (height, width) of the encoder's images in pixels.
         batch_size: B.
         codec: of stored keys and values.
+        live: whether images stand in for what a store would hold.
         device: of the tensors.
 
     Raises:
@@ -92,7 +101,7 @@ def example_batch(
     }
     tensors = {
         name: torch.zeros(batch_size, *size, dtype=getattr(torch, np.dtype(dtype).name), device=device)
-        for given in sorted(module.INPUTS)
+        for given in sorted({"images" if live and name in STORED else name for name in module.INPUTS})
         for name, (size, dtype) in arrays[given].items()
     }
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -143,8 +152,9 @@ class TrainingStep:
         """Peak live tensor bytes of a step, when the optimiser's state exists: parameters and batch included."""
         self()
         with LiveTensorBytes() as live:
-            live.count([list(self.module.parameters()), list(self.module.buffers()), self.batch])
-            live.count([[p.grad for p in self.learnable], list(self.optimizer.state.values())])
+            for part in (self.module, *getattr(self.module, "encoders", ())):
+                live.count([list(part.parameters()), list(part.buffers())])
+            live.count([self.batch, [p.grad for p in self.learnable], list(self.optimizer.state.values())])
             self()
         peak: int = live.peak
         return peak
@@ -176,6 +186,7 @@ def predict_training_memory(
     precision: Precision = "32-true",
     attention: Attention = "fused",
     codec: str = "int8",
+    live: bool = False,
 ) -> int:
     """Predict the peak live tensor bytes of a training step, on fake tensors: no weights, no memory, about a second.
 
@@ -186,6 +197,7 @@ def predict_training_memory(
         precision: Lightning's ``32-true`` or ``bf16-mixed``.
         attention: see ``TrainingStep``.
         codec: of stored keys and values.
+        live: whether the frozen encoder runs in every step, where there is no store.
 
     Returns:
         What ``TrainingStep.live_bytes`` would measure on the CPU.
@@ -194,7 +206,59 @@ def predict_training_memory(
         ConfigurationError: settings that cannot work.
     """
     module = build_on_meta(method, resolution)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
+    encoder = None
+    if live and isinstance(module, FeatureModule):
+        encoder = _encoder_on_meta(module.encoder_config, resolution)
+    with _fake():
         module.to_empty(device="cpu")
-        batch = example_batch(module, resolution, batch_size, codec=codec)
+        if encoder is not None:
+            cast(FeatureModule, module).use_encoder(encoder.to_empty(device="cpu"))
+        batch = example_batch(module, resolution, batch_size, codec=codec, live=encoder is not None)
         return TrainingStep(module, batch, precision, attention).live_bytes()
+
+
+def encoding_bytes(encoder: FrozenEncoder, images: Tensor) -> int:
+    """Peak live tensor bytes of the frozen pass over a batch, weights and images included.
+
+    Args:
+        encoder: the frozen encoder.
+        images: (B, 3, height, width), fp32, normalised.
+    """
+    with LiveTensorBytes() as live:
+        live.count([list(encoder.parameters()), list(encoder.buffers()), images])
+        encoder(images)
+    peak: int = live.peak
+    return peak
+
+
+def predict_encoding_memory(encoder: EncoderConfig, resolution: tuple[int, int], batch_size: int) -> int:
+    """Predict the peak live tensor bytes of the frozen pass, on fake tensors: no weights, no memory, about a second.
+
+    Args:
+        encoder: the frozen encoder and its selection.
+        resolution: (height, width) of its images in pixels.
+        batch_size: images encoded at once.
+
+    Returns:
+        What ``encoding_bytes`` would measure on the CPU.
+
+    Raises:
+        ConfigurationError: the resolution is not a multiple of the patch size.
+    """
+    frozen = _encoder_on_meta(encoder, resolution)
+    with _fake():
+        return encoding_bytes(frozen.to_empty(device="cpu"), torch.zeros(batch_size, 3, *resolution))
+
+
+@contextlib.contextmanager
+def _fake() -> Iterator[None]:
+    """Fake tensors; of what is done piece by piece in the same memory (attention maps, fusion), the first alone."""
+    maps = mock.patch("fpt_lightning.selection.parts", lambda count, size: parts(count, size)[:1])
+    fusion = mock.patch("fpt_lightning.fusion.pieces", lambda query, coded: islice(pieces(query, coded), 1))
+    with maps, fusion, FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
+        yield
+
+
+def _encoder_on_meta(config: EncoderConfig, resolution: tuple[int, int]) -> FrozenEncoder:
+    with torch.device("meta"):
+        return FrozenEncoder(replace(config, pretrained=False), resolution)

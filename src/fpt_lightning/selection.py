@@ -62,14 +62,14 @@ def attention_with_importance(
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
     output = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # as fused attention lays it out
     importance = torch.zeros(batch, heads, tokens, device=query.device)
-    some_heads, rows = _piece(heads, tokens, query.device)
+    some_heads, rows = piece_of_maps(heads, tokens, query.device)
     memory = torch.empty(some_heads * rows * tokens, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
-        for image, head in product(range(batch), range(0, heads, some_heads)):
-            own = image, slice(head, min(head + some_heads, heads))
+        for image, some in product(range(batch), parts(heads, some_heads)):
+            own = image, some
             keys, values = key[own].float().transpose(1, 2), value[own].float()
-            for start in range(0, tokens, rows):
-                piece = *own, slice(start, min(start + rows, tokens))
+            for some_rows in parts(tokens, rows):
+                piece = *own, some_rows
                 queries = scores_query[piece]
                 attention = memory[: queries.shape[:2].numel() * tokens].view(*queries.shape[:2], tokens)
                 torch.bmm(queries, keys, out=attention)
@@ -83,7 +83,12 @@ def attention_with_importance(
     return output, importance / tokens
 
 
-def _piece(heads: int, tokens: int, device: torch.device) -> tuple[int, int]:
+def parts(count: int, size: int) -> list[slice]:
+    """The slices of ``size`` (the last may be shorter) that make up ``count``."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def piece_of_maps(heads: int, tokens: int, device: torch.device) -> tuple[int, int]:
     """How many heads and rows of an image's attention maps (H, N, N) make a piece: whole maps, or a part of one."""
     limit, one_map = _MAP_BYTES if device.type == "cpu" else _GPU_MAP_BYTES, 4 * tokens**2
     if one_map <= limit:

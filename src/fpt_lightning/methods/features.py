@@ -83,11 +83,18 @@ class FeatureModule(ClassificationModule):
         """
         resolution = (images.shape[-2], images.shape[-1])
         if resolution not in self._frozen:
-            encoder = FrozenEncoder(self.encoder_config, resolution)
-            self.check_weights(encoder.digest)
-            self._frozen[resolution] = encoder
+            self.use_encoder(FrozenEncoder(self.encoder_config, resolution))
         encoded: Encoded = self._frozen[resolution].to(images.device)(images)
         return encoded
+
+    def use_encoder(self, encoder: FrozenEncoder) -> None:
+        """Encode images of the encoder's resolution with it from now on.
+
+        Raises:
+            CheckpointError: other weights than those this model was trained with.
+        """
+        self.check_weights(encoder.digest)
+        self._frozen[encoder.resolution] = encoder
 
     def features(self, batch: Mapping[str, Any]) -> Features:
         """Keys and values: the stored ones, or those of the images, encoded now.
