@@ -563,3 +563,70 @@ def test_the_input_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(rate["median"] > 0 for rate in result["rates"].values())
     assert len(result["growth"]["opening_seconds"]) == 2
     assert "| int8, prefetching thread |" in (tmp_path / "input_pipeline.md").read_text()
+
+
+# Where the store is in memory, and where worker processes start in different ways
+
+
+def batches_of(data: PreloadedFeatureDataModule, start_method: str | None = None) -> list[dict[str, Any]]:
+    """Of the training images; by a worker process of a start method."""
+    data.seed = 3
+    data.setup("fit")
+    loader = data.train_dataloader()
+    if start_method is not None:
+        loader.multiprocessing_context = start_method
+    return [{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in batch.items()} for batch in loader]
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys()
+        and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_worker_processes_give_what_the_thread_gives(
+    start_method: str, in_memory: bool, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
+) -> None:
+    tiny_data(side_resolution=32).preload(tiny_model(), quiet_trainer(tmp_path))
+    expected = batches_of(tiny_data(side_resolution=32))
+    data = tiny_data(side_resolution=32, num_workers=1, in_memory=in_memory)
+    assert same(expected, batches_of(data, start_method))
+
+
+def test_a_store_in_memory_is_read_once(tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path) -> None:
+    data = tiny_data(side_resolution=32, in_memory=True)
+    data.preload(tiny_model(), quiet_trainer(tmp_path))
+    expected = batches_of(tiny_data(side_resolution=32))
+    data.seed = 3
+    data.setup("fit")
+    assert data.store is not None
+    for array in data.store.sample_arrays:
+        shutil.rmtree(tmp_path / "store.zarr" / array / "c")
+    loader = data.train_dataloader()
+    found = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in loader]
+    assert same(expected, found)
+
+
+def test_a_second_stage_takes_over_what_is_in_memory(
+    tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data(side_resolution=32, in_memory=True)
+    data.preload(tiny_model(), quiet_trainer(tmp_path))
+    data.setup("fit")
+    monkeypatch.setattr("fpt_lightning.reader.ShardReader.read", None)  # nothing is to be read again
+    data.setup("test")
+    assert len(next(iter(data.test_dataloader()))["ids"]) == 6
+
+
+def test_a_store_that_does_not_fit_memory(
+    tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_data(side_resolution=32, in_memory=True)
+    data.preload(tiny_model(), quiet_trainer(tmp_path))
+    monkeypatch.setattr("fpt_lightning.store.available_memory", lambda shared: 1000)
+    with pytest.raises(StoreError, match=r"GB in memory, of which 0.0 GB are free: set data.in_memory to false"):
+        data.setup("fit")

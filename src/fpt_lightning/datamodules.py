@@ -341,6 +341,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: local path or fsspec URL of the feature store.
         codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
         preload_batch_size: images encoded at once by ``preload``.
+        in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
+            process (rank) has its own.
         **kwargs: see ``ImageDataModule``.
     """
 
@@ -352,12 +354,13 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
         preload_batch_size: int = 4,
+        in_memory: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
         check_codec(codec)
         self.url, self.codec = store, codec
-        self.preload_batch_size = preload_batch_size
+        self.preload_batch_size, self.in_memory = preload_batch_size, in_memory
         self.store: FeatureStore | None = None
 
     def preload(
@@ -381,6 +384,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             )
         encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
         assert isinstance(encoder, EncoderConfig)
+        self.store = None  # what it holds in memory may change
         check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
         return preload(
             self.read_manifest(),
@@ -409,12 +413,18 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 f"there is no feature store at {self.url} (data.store): make it with `fpt-lightning preload`, or in "
                 "Python with `data.preload(model)`."
             )
-        self.store = FeatureStore.open(self.url)
+        before, self.store = self.store, FeatureStore.open(self.url)
         encoder = self._declared("encoder_config")
         if encoder is not None:
             self.store.require(self.asked(encoder, self.codec), self.rebuild)
         self._check_complete(self.store)
         self.specification = self.store.specification
+        if self.in_memory:
+            if before is not None:
+                self.store.share(before)
+            images = ["images"] if "side_images" in self._inputs() else []
+            names = [*self.store.arrays_of(sorted(STORED & self._inputs())), *images]
+            self.store.load(names, shared=self.num_workers > 0)
 
     def _check_complete(self, store: FeatureStore) -> None:
         ids = [sample.id for sample in self.labelled.samples]

@@ -209,6 +209,7 @@ class FeatureStore:
         self.rows = {id: row for row, id in enumerate(self.ids)}
         self._folder = None if "://" in url else url  # of a local store
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
+        self._memory: dict[str, Tensor] = {}  # arrays that were loaded whole
         self.done = self._record("done").astype(bool)
 
     @classmethod
@@ -339,6 +340,40 @@ class FeatureStore:
             self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
         self.done[list(rows)] = True
 
+    def load(self, names: Sequence[str], shared: bool = False) -> None:
+        """Hold arrays in memory from now on; ``read`` takes from it.
+
+        Args:
+            names: of ``sample_arrays``.
+            shared: whether worker processes, however they start, are to use the same memory.
+
+        Raises:
+            StoreError: they do not fit the memory that is free, or their bytes are damaged, naming the sample.
+        """
+        absent = {name: self.sample_arrays[name] for name in names if name not in self._memory}
+        needed = sum(len(self.ids) * math.prod(size) * dtype.itemsize for size, dtype in absent.values())
+        free = available_memory(shared)
+        if free is not None and needed > free:
+            raise StoreError(
+                f"the feature store {self.url} needs {needed / 1e9:.1f} GB in {'shared ' if shared else ''}memory, of "
+                f"which {free / 1e9:.1f} GB are free: set data.in_memory to false"
+                f"{', data.num_workers to 0' if shared else ''}, or choose a smaller token_ratio, resolution or codec."
+            )
+        for name, (size, dtype) in absent.items():
+            whole = torch.zeros((len(self.ids), *size), dtype=getattr(torch, dtype.name))
+            if shared:
+                whole.share_memory_()
+            for start in range(0, len(self.ids), SHARD):
+                rows = [row for row in range(start, min(start + SHARD, len(self.ids))) if self.done[row]]
+                whole[rows] = torch.from_numpy(self.read(rows, name))
+            self._memory[name] = whole
+
+    def share(self, other: FeatureStore) -> None:
+        """Take over what another instance of the same store holds in memory; nothing if it is another by now."""
+        same = self.specification == other.specification and self.ids == other.ids
+        if same and np.array_equal(self.done, other.done):
+            self._memory = other._memory
+
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
         """The rows of samples in one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
 
@@ -350,6 +385,9 @@ class FeatureStore:
         """
         size, dtype = self.sample_arrays[name]
         buffer = self._buffers.take((len(rows), *size), dtype)
+        if name in self._memory:
+            np.take(self._memory[name].numpy(), rows, 0, out=buffer, mode="clip")  # "raise" would buffer the output
+            return buffer
         for row, sample in zip(rows, buffer, strict=True):
             try:
                 if self._folder is None:
@@ -427,6 +465,18 @@ def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: 
         filters=None,
         fill_value=0,
     )
+
+
+def available_memory(shared: bool) -> int | None:
+    """Bytes that can be taken without swapping, as shared memory or any; None where the system does not say (not Linux).
+
+    Containers often have little shared memory (``docker run --shm-size``).
+    """
+    info, shared_memory = Path("/proc/meminfo"), Path("/dev/shm")
+    if not info.is_file():
+        return None
+    free = {line.split()[0]: 1024 * int(line.split()[1]) for line in info.read_text().splitlines()}["MemAvailable:"]
+    return min(free, shutil.disk_usage(shared_memory).free) if shared and shared_memory.is_dir() else free
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
