@@ -362,7 +362,7 @@ class FeatureStore:
         for name, (size, dtype) in absent.items():
             whole = torch.zeros((len(self.ids), *size), dtype=getattr(torch, dtype.name))
             if shared:
-                whole.share_memory_()
+                whole = whole.share_memory_()  # type: ignore[no-untyped-call]
             for start in range(0, len(self.ids), SHARD):
                 rows = [row for row in range(start, min(start + SHARD, len(self.ids))) if self.done[row]]
                 whole[rows] = torch.from_numpy(self.read(rows, name))
@@ -468,7 +468,7 @@ def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: 
 
 
 def available_memory(shared: bool) -> int | None:
-    """Bytes that can be taken without swapping, as shared memory or any; None where the system does not say (not Linux).
+    """Bytes that can be taken without swapping, as shared memory or any; None where only Linux would say.
 
     Containers often have little shared memory (``docker run --shm-size``).
     """
