@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -502,3 +505,35 @@ def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_siz
     shards = [{row // SHARD for row in share} for share in shares]
     assert sum(len(share) for share in shards) == 4
     assert max(len(share) for share in shards) == -(-4 // world_size)
+
+
+# The benchmark
+
+
+def test_the_frozen_pass_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small encoder, beside a stand-in that is no more than a linear layer."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("frozen_pass")
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    settings = {"RESULTS": tmp_path, "ENCODER": "test_vit", "RESOLUTIONS": (64, 128), "LARGEST": 128}
+    for name, value in {**settings, "TIMED": (32, 64, 96), "PREDICTED": (32, 64, 96, 128)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    (tmp_path / "published_encoder.py").write_text(
+        "import torch\n"
+        "class PublishedEncoder(torch.nn.Module):\n"
+        "    def __init__(self, resolution):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(resolution, 1000)\n"
+        "    @torch.no_grad()\n"
+        "    def forward(self, images):\n"
+        "        return self.layer(images)\n"
+    )
+    benchmark.main(["--published", str(tmp_path), "--rounds", "1"])
+    result = json.loads((tmp_path / "frozen_pass.json").read_text())
+    assert [(row["pass"], row["resolution"]) for row in result["passes"]] == [
+        (name, side) for side in (64, 128) for name in ("FPT+", "plain", "published")
+    ]
+    ours = result["passes"][3]["bytes"]
+    assert ours == result["largest"]["bytes"] == result["growth"]["bytes"]["128"]
+    assert result["passes"][5]["bytes"] == 4 * (1000 * 129 + 3 * 128 * 128 + 3 * 128 * 1000)
+    assert "| 128 | published |" in (tmp_path / "frozen_pass.md").read_text()
