@@ -37,6 +37,7 @@ def passes(resolution: int, published: bool) -> dict[str, tuple[nn.Module, Calla
     """Each pass by name, as a module and what is called."""
     size = (resolution, resolution)
     ours, plain = FrozenEncoder(config(), size), build_encoder(config(), size).eval().requires_grad_(False)
+    cast(Any, plain).reset_classifier(0)
     made: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {"FPT+": (ours, ours)}
     made["plain"] = (plain, torch.no_grad()(cast(Any, plain).forward_features))
     if published:
@@ -123,8 +124,8 @@ def report(result: Mapping[str, Any]) -> str:
         f"| {found['bytes_exponent']:.2f} |",
         f"| s | {' | '.join(seconds.get(side, '') for side in PREDICTED)} | {found['seconds_exponent']:.2f} |",
         "",
-        "Exponents are fitted to the upper half of the sizes; the arithmetic of attention grows with the fourth power of "
-        "the resolution.",
+        "Exponents are fitted to the upper half of the sizes; the arithmetic of attention grows with the fourth power "
+        "of the resolution.",
         "",
     ]
     return "\n".join(lines)

@@ -212,6 +212,21 @@ def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path
     assert FeatureStore.open(str(tmp_path / "store.zarr")).done.sum() == 140
 
 
+def test_two_processes_preload_half_each(config: Path, tmp_path: Path, image_root: Path) -> None:
+    write_images(image_root, {"a": 30, "b": 10, "c": 10})  # four shards
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("preload", "--config", config, "--data.store", tmp_path / "one.zarr")
+    command = [sys.executable, "-m", "fpt_lightning", "preload", "--config", str(config)]
+    settings = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run([*command, *settings], check=True, timeout=300, capture_output=True, text=True)
+    assert "on 2 device(s)" in done.stdout + done.stderr
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("one.zarr", "store.zarr"))
+    assert one.ids == two.ids
+    assert two.done.all()
+    for name in one.sample_arrays:
+        assert np.array_equal(*(store.read(range(50), name) for store in (one, two)))
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_store_of_one_and_test_every_image_once(config: Path, tmp_path: Path) -> None:
     change(config, "data", mean=[0.4], std=[0.2])

@@ -272,6 +272,7 @@ class FrozenEncoder(nn.Module):
         self.selected = number_of_tokens(self.tokens, config.token_ratio)
         self.model = build_encoder(config, resolution)
         self.digest = "" if next(self.model.parameters()).is_meta else weights_digest(self.model)
+        cast(Any, self.model).reset_classifier(0)  # of 21,843 classes, it would be a fifth of a ViT-B
         self.requires_grad_(False)
         self.eval()
         self._tap = _AttentionTap(config, self.selected)

@@ -8,12 +8,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ from fpt_lightning.selection import parts
 
 Precision = Literal["32-true", "bf16-mixed"]
 Attention = Literal["fused", "eager"]
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -210,9 +211,9 @@ def predict_training_memory(
     if live and isinstance(module, FeatureModule):
         encoder = _encoder_on_meta(module.encoder_config, resolution)
     with _fake():
-        module.to_empty(device="cpu")
+        _allocate(module)
         if encoder is not None:
-            cast(FeatureModule, module).use_encoder(encoder.to_empty(device="cpu"))
+            cast(FeatureModule, module).use_encoder(_allocate(encoder))
         batch = example_batch(module, resolution, batch_size, codec=codec, live=encoder is not None)
         return TrainingStep(module, batch, precision, attention).live_bytes()
 
@@ -247,7 +248,7 @@ def predict_encoding_memory(encoder: EncoderConfig, resolution: tuple[int, int],
     """
     frozen = _encoder_on_meta(encoder, resolution)
     with _fake():
-        return encoding_bytes(frozen.to_empty(device="cpu"), torch.zeros(batch_size, 3, *resolution))
+        return encoding_bytes(_allocate(frozen), torch.zeros(batch_size, 3, *resolution))
 
 
 @contextlib.contextmanager
@@ -255,8 +256,23 @@ def _fake() -> Iterator[None]:
     """Fake tensors; of what is done piece by piece in the same memory (attention maps, fusion), the first alone."""
     maps = mock.patch("fpt_lightning.selection.parts", lambda count, size: parts(count, size)[:1])
     fusion = mock.patch("fpt_lightning.fusion.pieces", lambda query, coded: islice(pieces(query, coded), 1))
-    with maps, fusion, FakeTensorMode(allow_non_fake_inputs=True):  # the tensors on "meta", which to_empty replaces
+    with maps, fusion, FakeTensorMode(allow_non_fake_inputs=True):  # shapes of the tensors on "meta"
         yield
+
+
+def _allocate(module: _Module) -> _Module:
+    """Put tensors on the CPU, fake within ``_fake``, in place of those on "meta"; ``Module.to_empty`` may fail to."""
+    made: dict[int, Tensor] = {}  # what is shared stays shared
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    learnable = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if learnable else empty
+                if tensor is not None:
+                    cast(dict[str, Any], tensors)[name] = made[id(tensor)]
+    return module
 
 
 def _encoder_on_meta(config: EncoderConfig, resolution: tuple[int, int]) -> FrozenEncoder:
