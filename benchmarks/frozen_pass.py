@@ -13,16 +13,16 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from environment import RESULTS, environment, write_result
-from torch import Tensor, nn
+from torch import nn
 from training_step import exponent, in_turns
 
 from fpt_lightning.encoder import EncoderConfig, FrozenEncoder, build_encoder
-from fpt_lightning.memory import LiveTensorBytes, encoding_bytes, predict_encoding_memory
+from fpt_lightning.memory import encoding_bytes, predict_encoding_memory
 
 ENCODER, MIB = "vit_base_patch16_224.augreg_in21k", 2**20
 RESOLUTIONS, LARGEST = (512, 1024), 2048
@@ -33,34 +33,23 @@ def config() -> EncoderConfig:
     return EncoderConfig(ENCODER, pretrained=False)
 
 
-def passes(resolution: int, published: bool) -> dict[str, tuple[nn.Module, Callable[[Tensor], Any]]]:
-    """Each pass by name, as a module and what is called."""
+def passes(resolution: int, published: bool) -> dict[str, nn.Module]:
+    """Each pass by name; nothing in them learns."""
     size = (resolution, resolution)
     ours, plain = FrozenEncoder(config(), size), build_encoder(config(), size).eval().requires_grad_(False)
     cast(Any, plain).reset_classifier(0)
-    made: dict[str, tuple[nn.Module, Callable[[Tensor], Any]]] = {"FPT+": (ours, ours)}
-    made["plain"] = (plain, torch.no_grad()(cast(Any, plain).forward_features))
+    made: dict[str, nn.Module] = {"FPT+": ours, "plain": plain}
     if published:
-        theirs = importlib.import_module("published_encoder").PublishedEncoder(resolution=resolution).eval()
-        made["published"] = (theirs, theirs)
+        made["published"] = importlib.import_module("published_encoder").PublishedEncoder(resolution=resolution).eval()
     return made
-
-
-def live_bytes(module: nn.Module, function: Callable[[Tensor], Any], images: Tensor) -> int:
-    """Peak live tensor bytes, weights and images included."""
-    with LiveTensorBytes() as live:
-        live.count([list(module.parameters()), list(module.buffers()), images])
-        function(images)
-    peak: int = live.peak
-    return peak
 
 
 def compared(resolution: int, rounds: int, published: bool) -> list[dict[str, Any]]:
     """Bytes and seconds of every pass over one image."""
     made, images = passes(resolution, published), torch.randn(1, 3, resolution, resolution)
-    seconds = in_turns({name: lambda f=f: f(images) for name, (_, f) in made.items()}, rounds)  # type: ignore[misc]
+    seconds = in_turns({name: lambda m=m: m(images) for name, m in made.items()}, rounds)  # type: ignore[misc]
     rows = [
-        {"pass": name, "resolution": resolution, "bytes": live_bytes(*each, images), "seconds": seconds[name]}
+        {"pass": name, "resolution": resolution, "bytes": encoding_bytes(each, images), "seconds": seconds[name]}
         for name, each in made.items()
     ]
     for row in rows:

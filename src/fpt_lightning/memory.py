@@ -218,11 +218,11 @@ def predict_training_memory(
         return TrainingStep(module, batch, precision, attention).live_bytes()
 
 
-def encoding_bytes(encoder: FrozenEncoder, images: Tensor) -> int:
+def encoding_bytes(encoder: nn.Module, images: Tensor) -> int:
     """Peak live tensor bytes of the frozen pass over a batch, weights and images included.
 
     Args:
-        encoder: the frozen encoder.
+        encoder: the frozen encoder, or another one, frozen too.
         images: (B, 3, height, width), fp32, normalised.
     """
     with LiveTensorBytes() as live:

@@ -53,6 +53,11 @@ class Setting:
         """The method."""
         return self.method(**self.arguments)
 
+    @property
+    def stores(self) -> bool:
+        """Whether the method learns from a store."""
+        return self.codec is not None and issubclass(self.method, FeatureModule)
+
     def training_bytes(self) -> int:
         """Predicted peak live tensor bytes of a training step."""
         return predict_training_memory(
@@ -66,10 +71,9 @@ class Setting:
 
     def encoding_bytes(self) -> int:
         """Predicted peak live tensor bytes of the frozen pass into the store; 0 for a method that needs none."""
-        module = self.make()
-        if self.codec is None or not isinstance(module, FeatureModule):
+        if not self.stores:
             return 0
-        return predict_encoding_memory(module.encoder_config, self.resolution, self.preload_batch_size)
+        return predict_encoding_memory(self.make().encoder_config, self.resolution, self.preload_batch_size)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,6 @@ def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
     """
     module = build_on_meta(setting.make, setting.resolution)
     check_resolution("data.resolution", setting.resolution, module.encoder_shape.patch_size, module.encoder_shape.name)
-    stored = setting.codec is not None and isinstance(module, FeatureModule)
     shape = feature_shape(module.encoder_config, setting.resolution)
     batch = resolution = None
     if gpu_memory is not None:
@@ -126,8 +129,10 @@ def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
         learnable_parameters=module.learnable_parameters,
         learnable_ratio=module.learnable_ratio,
         training_bytes=setting.training_bytes(),
-        sample_bytes=bytes_per_sample(setting.codec, shape, setting.image_size) if stored and setting.codec else None,
-        encoding_bytes=setting.encoding_bytes() if stored else None,
+        sample_bytes=bytes_per_sample(setting.codec, shape, setting.image_size)
+        if setting.stores and setting.codec
+        else None,
+        encoding_bytes=setting.encoding_bytes() if setting.stores else None,
         largest_batch=batch,
         largest_resolution=resolution,
     )
