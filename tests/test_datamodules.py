@@ -597,6 +597,18 @@ def test_worker_processes_give_what_the_thread_gives(
     assert same(expected, batches_of(data, start_method))
 
 
+@pytest.mark.parametrize("start_method", [None, "spawn"])
+def test_a_store_far_away_is_read_through_copies(
+    start_method: str | None, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
+) -> None:
+    tiny_data(side_resolution=32).preload(tiny_model(), quiet_trainer(tmp_path))
+    expected = batches_of(tiny_data(side_resolution=32))
+    far = {"store": f"file://{tmp_path / 'store.zarr'}", "cache": str(tmp_path / "cache")}
+    data = tiny_data(side_resolution=32, num_workers=int(start_method is not None), **far)
+    assert same(expected, batches_of(data, start_method))
+    assert {path.name.split(".")[0] for path in (tmp_path / "cache").rglob("*-*")} >= {"features", "images"}
+
+
 def test_a_store_in_memory_is_read_once(tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path) -> None:
     data = tiny_data(side_resolution=32, in_memory=True)
     data.preload(tiny_model(), quiet_trainer(tmp_path))

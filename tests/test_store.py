@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 from numpy.typing import NDArray
 
 from conftest import write_images
@@ -414,6 +416,108 @@ def test_a_remote_store_is_not_deleted(make: Callable[..., FeatureStore]) -> Non
     with pytest.raises(StoreError, match=f"{url} is remote"):
         FeatureStore.delete(url)
     assert FeatureStore.exists(url)
+
+
+# Far away, with copies near by
+
+SHARD_PATH = "features/c/{}/0/0/0/0/0"
+
+
+@pytest.fixture
+def far(make: Callable[..., FeatureStore]) -> Iterator[str]:
+    """URL of a complete store in fsspec's memory."""
+    memory = fsspec.filesystem("memory")
+    memory.put(make().url, "/far.zarr", recursive=True)
+    yield "memory://far.zarr"
+    memory.rm("/far.zarr", recursive=True)
+
+
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that are copied from now on."""
+    paths: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def counting(self: MemoryFileSystem, source: str, *rest: Any, **named: Any) -> None:
+        paths.append(source)
+        get_file(self, source, *rest, **named)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counting)
+    return paths
+
+
+def overwrite_byte(url: str, shard: str) -> None:
+    path = f"{url.removeprefix('memory:/')}/{shard}"
+    memory = fsspec.filesystem("memory")
+    content = bytearray(memory.cat_file(path))
+    content[3] ^= 1
+    memory.pipe_file(path, bytes(content))
+
+
+def test_a_remote_store_gives_what_a_local_one_does(far: str) -> None:
+    assert_rows(FeatureStore.open(far), range(20))
+
+
+def test_copies_are_made_once(far: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = fetched(monkeypatch)
+    for _ in range(2):  # the second store finds the copies of the first
+        assert_rows(FeatureStore.open(far, cache=str(tmp_path / "cache")), range(20))
+    assert len(paths) == len(set(paths)) == 2 * len(SAMPLE_ARRAYS)
+
+
+def test_a_copy_of_a_shard_that_was_written_again_is_replaced(far: str, tmp_path: Path) -> None:
+    cache, memory = tmp_path / "cache", fsspec.filesystem("memory")
+    FeatureStore.open(far, cache=str(cache)).read([0], "features")
+    (first,) = cache.rglob("features*")
+    memory.copy(f"/far.zarr/{SHARD_PATH.format(1)}", f"/far.zarr/{SHARD_PATH.format(0)}")
+    found = FeatureStore.open(far, cache=str(cache)).read([0], "features")
+    np.testing.assert_array_equal(found, content([16])["features"])
+    (second,) = cache.rglob("features*")
+    assert first != second
+
+
+def test_a_damaged_copy_is_made_again(far: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    FeatureStore.open(far, cache=str(cache)).read([0], "features")
+    (copy,) = cache.rglob("features*")
+    damaged = bytearray(copy.read_bytes())
+    damaged[3] ^= 1
+    copy.write_bytes(damaged)
+    assert_rows(FeatureStore.open(far, cache=str(cache)), [0])
+
+
+def test_damage_at_the_source_is_named(far: str, tmp_path: Path) -> None:
+    overwrite_byte(far, SHARD_PATH.format(0))
+    with pytest.raises(StoreError, match=rf"{far} cannot give the features of a/000.png"):
+        FeatureStore.open(far, cache=str(tmp_path / "cache")).read([0], "features")
+
+
+def test_a_copy_that_was_cut_off_is_none(far: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+
+    def half(self: MemoryFileSystem, source: str, target: str, **named: Any) -> None:
+        Path(target).write_bytes(self.cat_file(source)[:100])
+        raise OSError("No space left on device")
+
+    store = FeatureStore.open(far, cache=str(cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", half)
+        with pytest.raises(StoreError, match=r"features/c/0.*cannot be copied to .*\(data.cache\).*No space left"):
+            store.read([0], "features")
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    assert_rows(store, [0])
+
+
+def test_a_shard_that_vanished_is_named(far: str, tmp_path: Path) -> None:
+    store = FeatureStore.open(far, cache=str(tmp_path / "cache"))
+    fsspec.filesystem("memory").rm("/far.zarr/pooled/c/1", recursive=True)
+    with pytest.raises(StoreError, match=r"pooled/c/1/0 of the feature store memory://far.zarr cannot be copied"):
+        store.read([17], "pooled")
+
+
+def test_copies_cannot_be_kept_in_a_file(far: str, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(StoreError, match=r"copies of memory://far.zarr cannot be kept in .*cache \(data.cache\)"):
+        FeatureStore.open(far, cache=str(tmp_path / "cache"))
 
 
 # Specifications

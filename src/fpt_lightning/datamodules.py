@@ -341,6 +341,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: local path or fsspec URL of the feature store.
         codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
         preload_batch_size: images encoded at once by ``preload``.
+        cache: folder on a fast local disk for copies of what training reads of a store that is far away; without one,
+            every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
             process (rank) has its own.
         **kwargs: see ``ImageDataModule``.
@@ -354,13 +356,14 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
         preload_batch_size: int = 4,
+        cache: str | None = None,
         in_memory: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
         check_codec(codec)
         self.url, self.codec = store, codec
-        self.preload_batch_size, self.in_memory = preload_batch_size, in_memory
+        self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
         self.store: FeatureStore | None = None
 
     def preload(
@@ -413,7 +416,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 f"there is no feature store at {self.url} (data.store): make it with `fpt-lightning preload`, or in "
                 "Python with `data.preload(model)`."
             )
-        before, self.store = self.store, FeatureStore.open(self.url)
+        before, self.store = self.store, FeatureStore.open(self.url, cache=self.cache)
         encoder = self._declared("encoder_config")
         if encoder is not None:
             self.store.require(self.asked(encoder, self.codec), self.rebuild)

@@ -1,24 +1,34 @@
-"""Fast reading of a local store: samples as they lie in their shards, straight into reused buffers.
+"""Fast reading of a store: samples as they lie in their shards, straight into reused buffers.
 
 A shard (Zarr v3, sharding codec) is a file of chunks, each the raw bytes of a sample and their crc32c, with an index of
 (offset, length) and its crc32c at the end. Any Zarr reader gives the same numbers; zarr-python takes three to ten times
-as long.
+as long. Shards that are far away are copied whole, once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import fsspec
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from fpt_lightning.errors import StoreError
+
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
 _CRC_BYTES = 4
+AT_ONCE = 16  # requests to a remote storage
+_VERSION = ("size", "etag", "e_tag", "mtime", "lastmodified", "last_modified", "updated", "created", "generation")
 
 
 @dataclass
@@ -105,6 +115,82 @@ class ShardReader:
             tail = os.pread(file, length, status.st_size - length)
             index = self._indices[path] = ShardIndex.parse(tail, status.st_size, self.samples, identity)
         return index
+
+
+class ShardCache:
+    """Local copies of a store's shards, each fetched whole when it is first needed.
+
+    A copy serves as long as the storage reports the size and the time or ETag that the shard had, which every process
+    asks once. Processes may share the folder: a copy appears under its name when it is complete.
+
+    Args:
+        url: of the store, any that fsspec knows.
+        folder: of the copies; stores of several URLs may share it.
+
+    Raises:
+        StoreError: the folder cannot be made.
+    """
+
+    def __init__(self, url: str, folder: str) -> None:
+        self.url = url
+        self.folder = Path(folder).expanduser().absolute() / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self._copies: dict[str, Path] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"copies of {url} cannot be kept in {folder} (data.cache): {error}.") from error
+
+    def fetch(self, shards: Sequence[str]) -> None:
+        """Copy what is not there yet, several at once.
+
+        Args:
+            shards: their paths in the store.
+
+        Raises:
+            StoreError: a shard that cannot be copied.
+        """
+        unknown = sorted({shard for shard in shards if shard not in self._copies})
+        if unknown:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                self._copies.update(zip(unknown, pool.map(self._copy, unknown), strict=True))
+
+    def path(self, shard: str) -> str:
+        """Of the copy of a shard; see ``fetch``."""
+        self.fetch([shard])
+        return str(self._copies[shard])
+
+    def discard(self, shard: str) -> None:
+        """Remove a copy that is damaged."""
+        self._copies.pop(shard).unlink(missing_ok=True)
+
+    def _copy(self, shard: str) -> Path:
+        try:
+            filesystem, root = fsspec.core.url_to_fs(self.url)  # here, as an instance does not outlive a fork
+            information = filesystem.info(f"{root}/{shard}")
+            name = shard.replace("/", ".")
+            copy = self.folder / f"{name}-{_version(information)}"
+            if not copy.is_file():
+                part = self.folder / f".{copy.name}-{os.getpid()}-{threading.get_ident()}"
+                try:
+                    filesystem.get_file(f"{root}/{shard}", str(part))
+                    part.replace(copy)
+                finally:
+                    part.unlink(missing_ok=True)
+                for old in self.folder.glob(f"{name}-*"):
+                    if old != copy:
+                        old.unlink(missing_ok=True)
+            return copy
+        except Exception as error:  # each storage has its own errors
+            raise StoreError(
+                f"the shard {shard} of the feature store {self.url} cannot be copied to {self.folder} (data.cache): "
+                f"{type(error).__name__}: {error}."
+            ) from error
+
+
+def _version(information: Mapping[str, Any]) -> str:
+    """What tells a file from what it was before, among what its storage says of it."""
+    known = sorted((key.lower(), str(value)) for key, value in information.items() if key.lower() in _VERSION)
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
 class BufferPool:

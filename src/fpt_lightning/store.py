@@ -21,6 +21,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +38,7 @@ from zarr.codecs import Crc32cCodec
 from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
 from fpt_lightning.errors import StaleStoreError, StoreError
 from fpt_lightning.images import INTERPOLATION
-from fpt_lightning.reader import BufferPool, ShardIndex, ShardReader, index_bytes
+from fpt_lightning.reader import AT_ONCE, BufferPool, ShardCache, ShardIndex, ShardReader, index_bytes
 
 FORMAT = 3  # of the layout above and of what the numbers in it mean
 SHARD = 16  # samples
@@ -184,7 +185,7 @@ class FeatureStore:
         ids: sample ids in the order of the rows.
     """
 
-    def __init__(self, url: str, group: zarr.Group) -> None:
+    def __init__(self, url: str, group: zarr.Group, cache: str | None = None) -> None:
         self.url = url
         self._group = group
         try:
@@ -208,6 +209,7 @@ class FeatureStore:
             )
         self.rows = {id: row for row, id in enumerate(self.ids)}
         self._folder = None if "://" in url else url  # of a local store
+        self._cache = None if cache is None else ShardCache(url, cache)
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
         self._memory: dict[str, Tensor] = {}  # arrays that were loaded whole
         self.done = self._record("done").astype(bool)
@@ -247,11 +249,16 @@ class FeatureStore:
         return cls(url, group)
 
     @classmethod
-    def open(cls, url: str, writable: bool = False) -> FeatureStore:
+    def open(cls, url: str, writable: bool = False, cache: str | None = None) -> FeatureStore:
         """Open an existing store.
 
+        Args:
+            url: where.
+            writable: whether samples are to be written.
+            cache: folder of local copies of the shards that are read (``fpt_lightning.reader.ShardCache``).
+
         Raises:
-            StoreError: there is none, or it is of another format or damaged.
+            StoreError: there is none, or it is of another format or damaged, or the cache's folder cannot be made.
         """
         try:
             group = zarr.open_group(url, mode="r+" if writable else "r")
@@ -259,7 +266,7 @@ class FeatureStore:
             raise StoreError(f"there is no feature store at {url}.") from error
         except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
             raise StoreError(f"the feature store {url} cannot be opened: {type(error).__name__}: {error}.") from error
-        return cls(url, group)
+        return cls(url, group, cache)
 
     @staticmethod
     def exists(url: str) -> bool:
@@ -388,12 +395,11 @@ class FeatureStore:
         if name in self._memory:
             np.take(self._memory[name].numpy(), rows, 0, out=buffer, mode="clip")  # "raise" would buffer the output
             return buffer
+        if self._cache is not None:
+            self._cache.fetch([self._shard(name, row // SHARD) for row in rows])
         for row, sample in zip(rows, buffer, strict=True):
             try:
-                if self._folder is None:
-                    sample[...] = self._arrays[name][row]
-                else:
-                    self._reader.read(self._shard(self._folder, name, row // SHARD), row % SHARD, sample)
+                self._read_sample(row, name, sample)
             except Exception as error:  # zarr raises differently for each kind of damage
                 raise StoreError(
                     f"the feature store {self.url} cannot give the {name} of {self.ids[row]}: "
@@ -401,8 +407,22 @@ class FeatureStore:
                 ) from error
         return buffer
 
-    def _shard(self, folder: str, name: str, shard: int) -> str:
-        return f"{folder}/{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
+    def _read_sample(self, row: int, name: str, sample: NDArray[Any]) -> None:
+        shard = self._shard(name, row // SHARD)
+        if self._cache is not None:
+            try:
+                self._reader.read(self._cache.path(shard), row % SHARD, sample)
+            except ValueError:  # the copy may be damaged where the shard is not
+                self._cache.discard(shard)
+                self._reader.read(self._cache.path(shard), row % SHARD, sample)
+        elif self._folder is not None:
+            self._reader.read(f"{self._folder}/{shard}", row % SHARD, sample)
+        else:
+            sample[...] = self._arrays[name][row]
+
+    def _shard(self, name: str, shard: int) -> str:
+        """Path in the store of a shard's file."""
+        return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
 
     def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
         """Those of the samples that are complete, but whose image file below ``root`` has another size by now."""
@@ -427,18 +447,22 @@ class FeatureStore:
             StoreError: naming the first sample whose data are gone.
         """
         filesystem, path = fsspec.core.url_to_fs(self.url)
-        for name in self.sample_arrays:
-            for shard in range(-(-len(self.ids) // SHARD)):
-                rows = np.arange(shard * SHARD, min((shard + 1) * SHARD, len(self.ids)))
-                rows = rows[self.done[rows]]
-                if len(rows):
-                    present = _shard_entries(filesystem, self._shard(path, name, shard))
-                    lost = rows[~present[rows % SHARD]]
-                    if len(lost):
-                        raise StoreError(
-                            f"the feature store {self.url} has lost the {name} of {self.ids[lost[0]]} (shard {shard}): "
-                            "rebuild it."
-                        )
+        rows = np.flatnonzero(self.done)
+        shards = [(name, int(shard)) for name in self.sample_arrays for shard in np.unique(rows // SHARD)]
+
+        def lost(given: tuple[str, int]) -> NDArray[Any]:
+            name, shard = given
+            present = _shard_entries(filesystem, f"{path}/{self._shard(name, shard)}")
+            own = rows[rows // SHARD == shard]
+            return own[~present[own % SHARD]]
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for (name, shard), absent in zip(shards, pool.map(lost, shards), strict=True):
+                if len(absent):
+                    raise StoreError(
+                        f"the feature store {self.url} has lost the {name} of {self.ids[absent[0]]} (shard {shard}): "
+                        "rebuild it."
+                    )
 
     def _array(self, name: str) -> Any:
         array: Any = self._group[name]
