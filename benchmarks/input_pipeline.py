@@ -59,7 +59,7 @@ def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> Prelo
             Image.new("RGB", (8, 8)).save(path / f"{index:05d}.png")
     manifest = data.read_manifest()
     if not FeatureStore.exists(url):
-        specification = replace(data.asked(ENCODER, codec), weights_digest="none")
+        specification = replace(data.asked_store(ENCODER), weights_digest="none")
         shape = feature_shape(ENCODER, data.resolution)
         store = FeatureStore.create(url, specification, shape, {}).extend([sample.id for sample in manifest.samples])
         rng = np.random.default_rng(0)

@@ -54,11 +54,18 @@ class Setting:
     seeds: int
     resolution: int = RESOLUTION
 
-    def data(self, store: Path, codec: str) -> PreloadedFeatureDataModule:
-        return PreloadedFeatureDataModule(
+    def data(
+        self,
+        store: Path,
+        codec: str,
+        kind: type[PreloadedFeatureDataModule] = PreloadedFeatureDataModule,
+        mirrored: bool = False,
+    ) -> PreloadedFeatureDataModule:
+        return kind(
             self.root,
             str(store),
             codec=codec,  # type: ignore[arg-type]
+            mirrored=mirrored,
             manifest=self.manifest,
             resolution=self.resolution,
             mean=[0.5],
@@ -207,7 +214,7 @@ def measured(setting: Setting, label: str, train_on_each: bool) -> list[dict[str
             row["refused"] = str(refused)
             continue
         result = evaluated(model, setting.data(stores[codec], codec))
-        row["bytes"] = store.bytes_per_sample
+        row["bytes"] = store.bytes_per_row
         row["prompts"], row["logits"] = (error(result[part], exact[part]) for part in ("prompts", "logits"))
         row["changed"] = int((result["logits"].argmax(1) != exact["logits"].argmax(1)).sum())
         row["auc"] = auc(result, model.num_classes)

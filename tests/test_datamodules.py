@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -563,6 +564,70 @@ def test_the_input_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(rate["median"] > 0 for rate in result["rates"].values())
     assert len(result["growth"]["opening_seconds"]) == 2
     assert "| int8, prefetching thread |" in (tmp_path / "input_pipeline.md").read_text()
+
+
+def test_the_views_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("training_views")
+    for module in ("environment", "training_views"):
+        monkeypatch.setattr(f"{module}.RESULTS", tmp_path)
+    monkeypatch.setattr("store_codecs.NATIVE", 64)
+    monkeypatch.setitem(benchmark.ENCODERS, benchmark.LABEL, "test_vit")
+    write_images(tmp_path / "images", {"a": 12, "b": 12})
+    small = ["--resolution", "64", "--epochs", "1", "--tuning-epochs", "1", "--seeds", "2"]
+    benchmark.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *small])
+    ways = json.loads((tmp_path / "training_views.json").read_text())["ways"]
+    assert {way: len(rows) for way, rows in ways.items()} == dict.fromkeys(benchmark.WAYS, 2)
+    assert "| mirrored | " in (tmp_path / "training_views.md").read_text()
+
+
+# Mirror images
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Images that get brighter to the right, and their mirror images."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    rng = np.random.default_rng(0)
+    for id in [f"{name}/{number:03d}.png" for name in "abc" for number in range(10)]:
+        (folder / "images" / id).parent.mkdir(parents=True, exist_ok=True)
+        ramp = np.linspace(20, 200, 96) + rng.integers(0, 40, (80, 96))
+        Image.fromarray(ramp.astype(np.uint8)).save(folder / "images" / id)
+
+    def make(**changes: Any) -> ImageDataModule:
+        settings = {"mirrored": True, **SETTINGS, **changes}
+        url = folder / f"mirrored-{settings['mirrored']}.zarr"
+        return PreloadedFeatureDataModule(str(folder / "images"), str(url), **settings)
+
+    for data in make(), make(mirrored=False):
+        assert isinstance(data, PreloadedFeatureDataModule)
+        data.preload(ENCODER)
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_and_side_image_are_of_the_view_that_was_drawn(mirrored: Maker, workers: int) -> None:
+    data = ready(mirrored(num_workers=workers))
+    assert isinstance(data, PreloadedFeatureDataModule)
+    store, loader = data.store, data.train_dataloader()
+    assert store is not None
+    drawn = Counter[tuple[str, bool]]()
+    for number in range(4):
+        loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
+        for batch in loader:
+            for id, features, view in zip(batch["ids"], batch["features"], batch["side_images"], strict=True):
+                falls = bool(view[0, :, 0].mean() > view[0, :, -1].mean())
+                np.testing.assert_array_equal(features, store.read([store.rows[id] + falls], "features")[0])
+                drawn[id, falls] += 1
+    assert len({id for id, _ in drawn}) == 21
+    assert len(drawn) > 30  # most samples were seen from both sides
+    assert 25 < sum(count for (_, falls), count in drawn.items() if falls) < 59  # of 84
+
+
+def test_evaluation_and_plain_training_take_the_images_themselves(mirrored: Maker) -> None:
+    one, other = (ready(mirrored(mirrored=choice, augmentation="none")) for choice in (True, False))
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        assert equal(list(getattr(one, name)()), list(getattr(other, name)()))
 
 
 # Where the store is in memory, and where worker processes start in different ways

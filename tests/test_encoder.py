@@ -7,7 +7,7 @@ import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -325,6 +325,25 @@ def test_autocast_does_not_touch_the_frozen_pass() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = encoder(images)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["global", "class_token"])
+def test_bf16_is_close_to_fp32(criterion: str) -> None:
+    images = images_for((96, 96))
+    config = EncoderConfig("test_vit", False, LAYERS, token_ratio=0.5, criterion=criterion)
+    exact, rounded = (FrozenEncoder(replace(config, precision=p), (96, 96))(images) for p in ("fp32", "bf16"))
+    assert {part.dtype for part in (rounded.features, rounded.pooled)} == {torch.float32}
+    assert 0 < (rounded.pooled - exact.pooled).norm() / exact.pooled.norm() < 0.02
+    same = [
+        len(set(a.tolist()) & set(b.tolist())) / len(a)
+        for a, b in zip(exact.indices.flatten(0, 2), rounded.indices.flatten(0, 2), strict=True)
+    ]
+    assert sum(same) / len(same) > 0.9
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ConfigurationError, match="encoder_precision is 'fp8': choose one of fp32, bf16"):
+        EncoderConfig("test_vit", False, precision="fp8")
 
 
 def test_the_tap_works_where_fused_attention_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

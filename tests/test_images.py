@@ -351,6 +351,11 @@ def test_default_views_are_the_published_ones() -> None:
     assert 1.15 < gains.max() < 1.5
 
 
+def test_views_of_what_is_mirrored_elsewhere_are_never_flipped() -> None:
+    assert {spans(shown(ViewTransform(64, mirror=False)(ramps(), seed)))[2] for seed in range(20)} == {False}
+    assert {spans(shown(ViewTransform(64)(ramps(), seed)))[2] for seed in range(20)} == {False, True}
+
+
 def test_bilinear_shrinks_to_half_as_area_does() -> None:
     assert images._shrinking((256, 200, 3), (128, 128)) == cv2.INTER_LINEAR
     assert images._shrinking((256, 258, 3), (128, 128)) == cv2.INTER_AREA
@@ -361,7 +366,7 @@ def test_bilinear_shrinks_to_half_as_area_does() -> None:
 
 def test_default_crops_cover_at_least_four_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without jitter, the share of the image in a view; 3 % is lost between the centres of the outermost pixels."""
-    compose: Any = images._albumentations((64, 64), "default", cv2.INTER_AREA)
+    compose: Any = images._albumentations((64, 64), "default", True, cv2.INTER_AREA)
     monkeypatch.setattr(compose.transforms[-1], "p", 0.0)
     areas = []
     for seed in range(200):

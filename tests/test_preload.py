@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -468,7 +469,7 @@ def test_the_announcement(tiny_data: MakeData, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 20.0)
     url = str(tmp_path / "store.zarr")
     store = tiny_data(image_size=256).preload(ENCODER)
-    megabytes = 30 * store.bytes_per_sample / 1e6
+    megabytes = 30 * store.bytes_per_row / 1e6
     (line,) = lines
     assert line.startswith(f"preload: 30 of 30 images through test_vit at 64 x 64 into {url}: {megabytes:.0f} MB ")
     assert "10 min on 1 device" in line
@@ -490,7 +491,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_size: int) -> None:
     write_images(image_root, {"a": 25, "b": 25})
     data = tiny_data()
-    arguments = (data.read_manifest(), ENCODER, data.asked(ENCODER, "fp16"), data.url, 5, 0, False, "")
+    arguments = (data.read_manifest(), ENCODER, replace(data.asked(ENCODER), codec="fp16"), data.url, 5, 0, False, "")
     FrozenPass(*arguments).prepare_data()
     shares = []
     for rank in range(world_size):
@@ -537,3 +538,93 @@ def test_the_frozen_pass_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert ours == result["largest"]["bytes"] == result["growth"]["bytes"]["128"]
     assert result["passes"][5]["bytes"] == 4 * (1000 * 129 + 3 * 128 * 128 + 3 * 128 * 1000)
     assert "| 128 | published |" in (tmp_path / "frozen_pass.md").read_text()
+
+
+# Mirror images, and another precision
+
+
+def flipped(root: Path, to: Path) -> Path:
+    for path in root.rglob("*.png"):
+        (to / path.parent.relative_to(root)).mkdir(parents=True, exist_ok=True)
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(to / path.relative_to(root))
+    return to
+
+
+def test_a_mirrored_store_holds_both_views(
+    tiny_data: MakeData, image_root: Path, tmp_path: Path, reference: dict[str, np.ndarray]
+) -> None:
+    data = tiny_data(mirrored=True)
+    store = data.preload(ENCODER)
+    both = arrays(data.url)
+    assert len(both["done"]) == 60
+    other = tiny_data(root=str(flipped(image_root, tmp_path / "flipped")), store=str(tmp_path / "other.zarr"))
+    other.preload(ENCODER)
+    mirror = arrays(other.url)
+    for name in set(both) - {"file_sizes"}:  # batches of other images round differently
+        np.testing.assert_allclose(both[name][0::2], reference[name], rtol=1e-5, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(both[name][1::2], mirror[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    np.testing.assert_array_equal(both["file_sizes"], np.repeat(reference["file_sizes"], 2))
+    assert [store.source(row) for row in (0, 1, 59)] == [(IDS[0], False), (IDS[0], True), (IDS[29], True)]
+    assert store.rows[IDS[3]] == 6
+
+
+def test_an_image_is_read_once_for_both_views(tiny_data: MakeData, reads: Counter[str]) -> None:
+    tiny_data(mirrored=True).preload(ENCODER)
+    assert reads == Counter(IDS)
+
+
+def test_a_mirrored_preload_goes_on_where_it_stopped(
+    tiny_data: MakeData, image_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = tiny_data(mirrored=True, store=str(tmp_path / "whole.zarr"))
+    whole.preload(ENCODER)
+    data = tiny_data(mirrored=True, preload_batch_size=3)  # a batch ends between the two views of a sample
+    forward, batches = FrozenEncoder.forward, iter(range(100))
+
+    def interrupted(self: FrozenEncoder, images: Tensor) -> Any:
+        if next(batches) == 7:
+            raise OSError("the computer is on fire")
+        return forward(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenEncoder, "forward", interrupted)
+        with pytest.raises(OSError, match="fire"):
+            data.preload(ENCODER)
+    stopped = FeatureStore.open(data.url)
+    assert 0 < stopped.done.sum() < 60
+    assert stopped.done.sum() % 2 == 1, "the test wants a sample with one view only"
+    first = int(np.flatnonzero(~stopped.done)[0]) // 2
+    assert stopped.missing(IDS) == IDS[first:]
+    data.preload(ENCODER)
+    for name, array in arrays(whole.url).items():  # batches of other images round differently
+        np.testing.assert_allclose(arrays(data.url)[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_a_mirror_image_that_was_lost_is_named(tiny_data: MakeData) -> None:
+    data = tiny_data(mirrored=True)
+    store = data.preload(ENCODER)
+    shutil.rmtree(Path(data.url) / "pooled/c/3")
+    with pytest.raises(StoreError, match=r"lost the pooled of c/004.png \(shard 3\)"):
+        store.check_present()
+    with pytest.raises(StoreError, match=r"cannot give the pooled of the mirror image of c/005.png"):
+        store.read([51], "pooled")
+
+
+def test_a_store_without_mirror_images_is_stale(tiny_data: MakeData) -> None:
+    tiny_data().preload(ENCODER)
+    with pytest.raises(StaleStoreError, match="mirrored: False, asked for True"):
+        tiny_data(mirrored=True).preload(ENCODER)
+
+
+def test_a_store_of_another_precision_is_stale_and_close(
+    tiny_data: MakeData, reference: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    bf16 = replace(ENCODER, precision="bf16")
+    tiny_data().preload(ENCODER)
+    with pytest.raises(StaleStoreError, match="precision: 'fp32', asked for 'bf16'"):
+        tiny_data().preload(bf16)
+    data = tiny_data(store=str(tmp_path / "bf16.zarr"))
+    data.preload(bf16)
+    pooled = arrays(data.url)["pooled"]
+    difference = np.abs(pooled - reference["pooled"]).max() / np.abs(reference["pooled"]).max()
+    assert 0 < difference < 0.05

@@ -26,7 +26,7 @@ from fpt_lightning.store import (
     SHARD,
     FeatureSpecification,
     FeatureStore,
-    bytes_per_sample,
+    bytes_per_row,
     encode,
     sample_arrays,
 )
@@ -62,6 +62,8 @@ CHANGES: dict[str, Any] = {
     "statistics": "auto over 7 images 0123",
     "image_size": 256,
     "codec": "fp32",
+    "precision": "bf16",
+    "mirrored": True,
     "weights_digest": "4567",
     "interpolation": "bilinear",
     "format": 98,
@@ -211,8 +213,8 @@ def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., F
 )
 def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureStore], codec: str, size: int) -> None:
     store = make(codec, ids=IDS[:SHARD], rows=range(SHARD))
-    announced = bytes_per_sample(codec, SHAPE, SIZE)
-    assert announced == store.bytes_per_sample == size + 2 * 3 * 4 * 4 + 18 * 4 + SIZE * SIZE * 3 + 9
+    announced = bytes_per_row(codec, SHAPE, SIZE)
+    assert announced == store.bytes_per_row == size + 2 * 3 * 4 * 4 + 18 * 4 + SIZE * SIZE * 3 + 9
     files = [file for file in Path(store.url).rglob("*") if file.is_file() and file.name != "zarr.json"]
     arrays = len(store.sample_arrays)
     overhead = arrays * SHARD * 4 + arrays * (16 * SHARD + 4)  # checksums, and the shards' indices
@@ -622,8 +624,8 @@ def test_values_within_range_are_encoded(codec: str, values: list[float]) -> Non
     [
         ("fp16", 70000.0, ["fp16", "70000", "use codec fp32"]),
         ("fp16", -1e6, ["fp16", "1e+06", "use codec fp32"]),
-        ("int8", 1e7, ["int8", "1e+07", "use codec fp32 or fp16"]),
-        ("int4", 1e6, ["int4", "1e+06", "use codec fp32 or fp16 or int8"]),
+        ("int8", 1e7, ["int8", "1e+07", "use codec fp32."]),
+        ("int4", 1e6, ["int4", "1e+06", "use codec fp32 or int8."]),
         ("fp16", float("nan"), ["NaN or Inf"]),
         ("fp32", float("nan"), ["NaN or Inf"]),
         ("fp32", float("inf"), ["NaN or Inf"]),

@@ -113,6 +113,7 @@ def _setting(model: ClassificationModule, data: ImageDataModule, precision: str)
         batch_size=data.batch_size,
         precision="32-true" if precision == "32-true" else "bf16-mixed",
         codec=None if stored is None else stored.codec,
+        mirrored=stored is not None and stored.mirrored,
         image_size=data.image_size,
         preload_batch_size=1 if stored is None else stored.preload_batch_size,
     )

@@ -102,6 +102,10 @@ class Codec:
             arrays["value_scales"] = ((layers, heads, *values), np.dtype("float16"))
         return arrays
 
+    def holds(self, errors: Tensor) -> bool:
+        """Whether these ``relative_error`` are all small enough; not where any is not finite."""
+        return bool((errors <= self.largest_error).all())
+
     def encode(self, features: Tensor) -> Features:
         """Code keys and values.
 

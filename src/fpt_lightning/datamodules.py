@@ -209,7 +209,7 @@ class ImageDataModule(L.LightningDataModule):
         """Training images of each class."""
         return self.labelled.class_counts("train")
 
-    def asked(self, encoder: EncoderConfig, codec: str = "fp32") -> FeatureSpecification:
+    def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
         auto = "auto"
         if self.manifest is not None:
@@ -226,7 +226,8 @@ class ImageDataModule(L.LightningDataModule):
             std=self.std,
             statistics="given" if self.mean else auto,
             image_size=self.image_size,
-            codec=codec,
+            codec="fp32",
+            precision=encoder.precision,
         )
 
     # Inside
@@ -290,10 +291,12 @@ class ImageDataModule(L.LightningDataModule):
         declared: frozenset[str] | None = self._declared("INPUTS")
         return frozenset({"side_images", "features"}) if declared is None else declared
 
-    def _side_views(self, augmentation: str, mean: tuple[float, ...], std: tuple[float, ...]) -> _Views | None:
+    def _side_views(
+        self, augmentation: str, mean: tuple[float, ...], std: tuple[float, ...], mirror: bool = True
+    ) -> _Views | None:
         if "side_images" not in self._inputs():
             return None
-        return _Views(ViewTransform(self._side_resolution(), augmentation), mean, std, self.seed or 0)
+        return _Views(ViewTransform(self._side_resolution(), augmentation, mirror), mean, std, self.seed or 0)
 
     def _image_dataset(self, manifest: Manifest, samples: Sequence[Sample], augmentation: str) -> _Samples:
         mean, std = self._statistics()
@@ -340,6 +343,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
         root: see ``ImageDataModule``.
         store: local path or fsspec URL of the feature store.
         codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
+        mirrored: whether the store holds every image's mirror image too: augmented training then draws one of the two,
+            for tokens and side image alike, where it else mirrors side images alone (paper, section 3.3). Twice the
+            bytes and the frozen pass.
         preload_batch_size: images encoded at once by ``preload``.
         cache: folder on a fast local disk for copies of what training reads of a store that is far away; without one,
             every epoch reads it from there.
@@ -355,6 +361,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         root: str,
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
+        mirrored: bool = False,
         preload_batch_size: int = 4,
         cache: str | None = None,
         in_memory: bool = False,
@@ -362,7 +369,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         check_codec(codec)
-        self.url, self.codec = store, codec
+        self.url, self.codec, self.mirrored = store, codec, mirrored
         self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
         self.store: FeatureStore | None = None
 
@@ -392,7 +399,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         return preload(
             self.read_manifest(),
             encoder,
-            self.asked(encoder, self.codec),
+            self.asked_store(encoder),
             self.url,
             batch_size=self.preload_batch_size,
             num_workers=self.num_workers,
@@ -400,6 +407,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
             overwrite=overwrite,
             rebuild=self.rebuild,
         )
+
+    def asked_store(self, encoder: EncoderConfig) -> FeatureSpecification:
+        """The specification that the store must have."""
+        return replace(self.asked(encoder), codec=self.codec, mirrored=self.mirrored)
 
     @staticmethod
     def uses_store(model: Any) -> bool:
@@ -419,7 +430,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         before, self.store = self.store, FeatureStore.open(self.url, cache=self.cache)
         encoder = self._declared("encoder_config")
         if encoder is not None:
-            self.store.require(self.asked(encoder, self.codec), self.rebuild)
+            self.store.require(self.asked_store(encoder), self.rebuild)
         self._check_complete(self.store)
         self.specification = self.store.specification
         if self.in_memory:
@@ -445,10 +456,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
         if not stored:
             return super()._dataset(split, augmentation)
         assert self.store is not None
-        side_views = self._side_views(augmentation, self.store.specification.mean, self.store.specification.std)
-        return _StoredSamples(
-            self.labelled, self.labelled.split(split), side_views, self.store, self.store.arrays_of(sorted(stored))
-        )
+        spec = self.store.specification
+        side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
+        samples, arrays = self.labelled.split(split), self.store.arrays_of(sorted(stored))
+        seed = self.seed if spec.mirrored and augmentation != "none" else None
+        return _StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed)
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -551,17 +563,24 @@ class _StoredSamples(_Samples):
         samples: Sequence[Sample],
         side_views: _Views | None,
         store: FeatureStore,
-        inputs: Sequence[str],
+        arrays: Sequence[str],
+        mirror_seed: int | None,
     ) -> None:
         super().__init__(manifest, samples, side_views)
-        self.store, self.inputs = store, inputs
+        self.store, self.arrays, self.mirror_seed = store, arrays, mirror_seed
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.store.rows[sample.id] for sample in samples]
-        batch: dict[str, Tensor] = {name: torch.from_numpy(self.store.read(rows, name)) for name in self.inputs}
+        rows = [self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, keys, strict=True)]
+        batch: dict[str, Tensor] = {name: torch.from_numpy(self.store.read(rows, name)) for name in self.arrays}
         if self.side_views is not None:
             batch["side_images"] = self.side_views.draw(self.store.read(rows, "images"), keys)
         return cast(Batch, batch)
+
+    def _mirrored(self, key: tuple[int, int]) -> bool:
+        """Whether the mirror image is drawn."""
+        if self.mirror_seed is None:
+            return False
+        return bool(np.random.SeedSequence([self.mirror_seed, *key, 1]).generate_state(1)[0] & 1)
 
 
 def _collated(batch: Any) -> Any:

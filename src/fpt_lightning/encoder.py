@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import timm
 import torch
@@ -29,6 +29,9 @@ from fpt_lightning.selection import (
     number_of_tokens,
     select_tokens,
 )
+
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
@@ -160,9 +163,11 @@ class EncoderConfig:
         layers: tapped blocks, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper: 0.2).
         criterion: ``global`` (attention column mean over all tokens, the paper's) or ``class_token``.
+        precision: of the encoder's linear layers: ``fp32``, or ``bf16`` (autocast). Attention maps, their means and
+            norms are fp32 in both.
 
     Raises:
-        ConfigurationError: a layer, ratio or criterion that does not exist.
+        ConfigurationError: a layer, ratio, criterion or precision that does not exist.
         EncoderError: not a plain ViT of timm, or a weights file of an unknown kind.
     """
 
@@ -171,6 +176,7 @@ class EncoderConfig:
     layers: tuple[int, ...] | None = None
     token_ratio: float = 0.2
     criterion: str = "global"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -183,6 +189,8 @@ class EncoderConfig:
             )
         if self.criterion not in CRITERIA:
             raise ConfigurationError(f"criterion is {self.criterion!r}: choose one of {', '.join(CRITERIA)}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigurationError(f"encoder_precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}.")
         if self.criterion == "class_token" and not shape.class_token:
             raise ConfigurationError(
                 f"criterion is 'class_token', but {self.name} has no class token: use criterion 'global'."
@@ -290,7 +298,7 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Encoded:
-        """The frozen pass, in fp32 whatever autocast says.
+        """The frozen pass, in the configuration's precision whatever autocast says.
 
         Args:
             images: (B, 3, height, width), normalised, at this encoder's resolution.
@@ -304,7 +312,8 @@ class FrozenEncoder(nn.Module):
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, but the encoder was built for the "
                 f"resolution {self.resolution[0]} x {self.resolution[1]}."
             )
-        with torch.autocast(images.device.type, enabled=False), self._tap, contextlib.suppress(_LastTap):
+        bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with bf16, self._tap, contextlib.suppress(_LastTap):
             cast(Any, self.model).forward_features(images.float())
         return self._tap.collect()
 
@@ -352,7 +361,8 @@ class _AttentionTap(TorchFunctionMode):
 
     def collect(self) -> Encoded:
         assert self.pooled is not None
-        encoded = Encoded(torch.stack(self.keys_values, 2), torch.stack(self.indices, 1), self.pooled)
+        features, indices = torch.stack(self.keys_values, 2).float(), torch.stack(self.indices, 1)
+        encoded = Encoded(features, indices, self.pooled.float())
         self.block, self.keys_values, self.indices, self.pooled = None, [], [], None
         return encoded
 

@@ -142,16 +142,17 @@ class ViewTransform:
     Args:
         size: (height, width) of a view in pixels, or its side.
         augmentation: ``default``, ``strong`` or ``none``.
+        mirror: whether half of the views are flipped horizontally.
 
     Raises:
         ConfigurationError: an unknown augmentation.
     """
 
-    def __init__(self, size: int | tuple[int, int], augmentation: str = "default") -> None:
+    def __init__(self, size: int | tuple[int, int], augmentation: str = "default", mirror: bool = True) -> None:
         if augmentation not in AUGMENTATIONS:
             raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.size = (size, size) if isinstance(size, int) else size
-        self.augmentation = augmentation
+        self.augmentation, self.mirror = augmentation, mirror
         self._compose: dict[int, Any] = {}  # by interpolation
 
     def __call__(self, image: NDArray[np.uint8] | NDArray[np.uint16], seed: int) -> Tensor:
@@ -168,7 +169,7 @@ class ViewTransform:
             return unit_pixels(image, self.size)
         interpolation = _shrinking(image.shape, self.size)
         if interpolation not in self._compose:
-            self._compose[interpolation] = _albumentations(self.size, self.augmentation, interpolation)
+            self._compose[interpolation] = _albumentations(self.size, self.augmentation, self.mirror, interpolation)
         compose = self._compose[interpolation]
         compose.set_random_seed(seed)
         deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
@@ -191,14 +192,14 @@ def _shrinking(shape: tuple[int, ...], size: tuple[int, int]) -> int:
     return int(cv2.INTER_LINEAR if halved else cv2.INTER_AREA)
 
 
-def _albumentations(size: tuple[int, int], augmentation: str, interpolation: int) -> Any:
+def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, interpolation: int) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
     import albumentations as A
     import cv2
 
     steps = [
         A.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=interpolation),
-        A.HorizontalFlip(p=0.5),
+        *([A.HorizontalFlip(p=0.5)] if mirror else []),
     ]
     if augmentation == "strong":
         steps += [

@@ -17,7 +17,7 @@ from fpt_lightning.memory import Precision, build_on_meta, predict_encoding_memo
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.preload import feature_shape
-from fpt_lightning.store import bytes_per_sample
+from fpt_lightning.store import bytes_per_row
 
 LARGEST_BATCH, LARGEST_RESOLUTION = 1024, 4096  # looked for; in images, and pixels a side
 CONTEXT_BYTES = 2**30
@@ -36,6 +36,7 @@ class Setting:
         batch_size: of training.
         precision: Lightning's ``32-true`` or ``bf16-mixed``.
         codec: of the stored keys and values; None where there is no store, and the encoder runs in every step.
+        mirrored: whether mirror images are stored too.
         image_size: side of the stored low-resolution copies in pixels.
         preload_batch_size: images encoded at once.
     """
@@ -46,6 +47,7 @@ class Setting:
     batch_size: int = 16
     precision: Precision = "32-true"
     codec: str | None = "int8"
+    mirrored: bool = False
     image_size: int = 256
     preload_batch_size: int = 4
 
@@ -129,7 +131,7 @@ def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
         learnable_parameters=module.learnable_parameters,
         learnable_ratio=module.learnable_ratio,
         training_bytes=setting.training_bytes(),
-        sample_bytes=bytes_per_sample(setting.codec, shape, setting.image_size)
+        sample_bytes=(1 + setting.mirrored) * bytes_per_row(setting.codec, shape, setting.image_size)
         if setting.stores and setting.codec
         else None,
         encoding_bytes=setting.encoding_bytes() if setting.stores else None,

@@ -26,7 +26,7 @@ from fpt_lightning.images import channel_statistics, normalise, read_image, stor
 from fpt_lightning.manifest import Manifest
 from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.selection import number_of_tokens
-from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_sample, encode
+from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_row, encode
 
 
 def feature_shape(encoder: EncoderConfig, resolution: tuple[int, int]) -> FeatureShape:
@@ -132,7 +132,7 @@ class FrozenPass(L.LightningModule):
         check_codec(self.specification.codec, shape.head_dim)
         ids = [sample.id for sample in self.manifest.samples]
         asked = replace(self.specification, weights_digest=self._build().digest)
-        size = bytes_per_sample(asked.codec, shape, asked.image_size)
+        size = asked.views * bytes_per_row(asked.codec, shape, asked.image_size)
         if self.overwrite and FeatureStore.exists(self.url):
             FeatureStore.delete(self.url)
         if FeatureStore.exists(self.url):
@@ -157,8 +157,7 @@ class FrozenPass(L.LightningModule):
     def predict_dataloader(self) -> PrefetchingLoader:
         """This process's share of the missing samples, whole shards of them, in the order of their rows."""
         assert self.store is not None
-        ids = self.store.missing([sample.id for sample in self.manifest.samples])
-        rows = sorted(self.store.rows[id] for id in ids)
+        rows = self.store.missing_rows([sample.id for sample in self.manifest.samples])
         shards = [list(shard) for _, shard in groupby(rows, lambda row: row // SHARD)]
         mine = shards[self.trainer.global_rank :: self.trainer.world_size]
         batches = [
@@ -170,12 +169,13 @@ class FrozenPass(L.LightningModule):
     def on_predict_start(self) -> None:
         """Say what is about to be done: images, bytes and time."""
         assert self.store is not None
-        missing = self.store.missing([sample.id for sample in self.manifest.samples])
+        missing = self.store.missing_rows([sample.id for sample in self.manifest.samples])
         spec = self.specification
-        size = self.store.bytes_per_sample
-        seconds = self._seconds_per_image(missing[0]) * len(missing) / self.trainer.world_size
+        size = self.store.bytes_per_row
+        seconds = self._seconds_per_image(self.store.source(missing[0])[0]) * len(missing) / self.trainer.world_size
         rank_zero_info(
-            f"preload: {len(missing):,} of {len(self.manifest.samples):,} images through {spec.encoder} at "
+            f"preload: {len(missing):,} of {spec.views * len(self.manifest.samples):,} images"
+            f"{' and mirror images' if spec.mirrored else ''} through {spec.encoder} at "
             f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: {len(missing) * size / 1e6:,.0f} MB "
             f"({size / 1e6:.2f} MB an image), about {_duration(seconds)} on {self.trainer.world_size} device(s)"
         )
@@ -211,15 +211,21 @@ class _PreloadImages(Dataset[Any]):
     """From rows of the store to (rows, images (B, 3, height, width), low-resolution copies, file sizes)."""
 
     def __init__(self, manifest: Manifest, store: FeatureStore, specification: FeatureSpecification) -> None:
-        self.root, self.ids, self.specification = manifest.root, store.ids, specification
+        self.root, self.source, self.specification = manifest.root, store.source, specification
 
     def __getitem__(self, rows: list[int]) -> tuple[list[int], Tensor, NDArray[np.uint8], list[int]]:
         spec = self.specification
-        paths = [self.root / self.ids[row] for row in rows]
-        images = [read_image(path) for path in paths]
+        sources = [self.source(row) for row in rows]
+        read = {id: read_image(self.root / id) for id in dict.fromkeys(id for id, _ in sources)}
+        images = [read[id][:, ::-1] if mirrored else read[id] for id, mirrored in sources]
         pixels = torch.stack([unit_pixels(image, spec.resolution) for image in images])
         copies = np.stack([stored_copy(image, spec.image_size) for image in images])
-        return rows, normalise(pixels, spec.mean, spec.std), copies, [path.stat().st_size for path in paths]
+        return (
+            rows,
+            normalise(pixels, spec.mean, spec.std),
+            copies,
+            [(self.root / id).stat().st_size for id, _ in sources],
+        )
 
 
 class _StoreWriter(L.Callback):
@@ -236,7 +242,7 @@ class _StoreWriter(L.Callback):
         rows, _images, copies, sizes = batch
         if self.pending and self.pending[0][0] // SHARD != rows[0] // SHARD:
             self._flush(pl_module.store)
-        names = [str(pl_module.manifest.root / pl_module.store.ids[row]) for row in rows]
+        names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in rows]
         content = {
             **encode(outputs.features, pl_module.specification, names),
             "indices": outputs.indices.to("cpu", torch.int32).numpy(),

@@ -1,17 +1,18 @@
 """The feature store: keys and values of the selected tokens, in Zarr (paper, section 3.6); the only importer of zarr.
 
-Layout (Zarr v3, one sample a chunk, whole shards of samples, every chunk with a crc32c checksum):
+Layout (Zarr v3, one row a chunk, whole shards of rows, every chunk with a crc32c checksum):
 
-    features    (samples, 2, L, H, T, head_dim)   keys and values, as the codec has them (fpt_lightning.codecs)
-    ..._scales  (samples, L, H, ...)              their scales and offsets, of the codecs that have any
-    indices     (samples, L, H, T)                their tokens, int32, most important first
-    pooled      (samples, D)                      the pooled feature after the last tapped block, fp32
-    images      (samples, size, size, 3)          the low-resolution copies, uint8
-    file_sizes  (samples,)                        bytes of each image file, int64
-    done        (samples,)                        1 once all of the above is written, uint8
+    features    (rows, 2, L, H, T, head_dim)   keys and values, as the codec has them (fpt_lightning.codecs)
+    ..._scales  (rows, L, H, ...)              their scales and offsets, of the codecs that have any
+    indices     (rows, L, H, T)                their tokens, int32, most important first
+    pooled      (rows, D)                      the pooled feature after the last tapped block, fp32
+    images      (rows, size, size, 3)          the low-resolution copies, uint8
+    file_sizes  (rows,)                        bytes of the image file, int64
+    done        (rows,)                        1 once all of the above is written, uint8
 
-The group's attributes hold the specification, its fingerprint and the sample ids in the order of the rows. A shard has
-one writer; ``done`` is written last, so whatever stops a writer leaves only complete samples and absent ones.
+A sample has one row, or two where the store is mirrored: its image's, then the mirror image's. The group's attributes
+hold the specification, its fingerprint and the sample ids in the order of the rows. A shard has one writer; ``done`` is
+written last, so whatever stops a writer leaves only complete rows and absent ones.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from fpt_lightning.errors import StaleStoreError, StoreError
 from fpt_lightning.images import INTERPOLATION
 from fpt_lightning.reader import AT_ONCE, BufferPool, ShardCache, ShardIndex, ShardReader, index_bytes
 
-FORMAT = 3  # of the layout above and of what the numbers in it mean
-SHARD = 16  # samples
+FORMAT = 4  # of the layout above and of what the numbers in it mean
+SHARD = 16  # rows
 _RECORD_BYTES = 8 + 1  # file_sizes and done
 
 
@@ -62,6 +63,8 @@ class FeatureSpecification:
         statistics: ``given``, or which training images mean and std were computed over.
         image_size: side of the low-resolution copies in pixels.
         codec: a row of ``fpt_lightning.codecs.CODECS``.
+        precision: of the frozen pass.
+        mirrored: whether each sample has the features of its mirror image too.
         interpolation: how images are resized.
         format: version of the store's layout.
     """
@@ -77,6 +80,8 @@ class FeatureSpecification:
     statistics: str
     image_size: int
     codec: str
+    precision: str = "fp32"
+    mirrored: bool = False
     weights_digest: str = ""
     interpolation: str = INTERPOLATION
     format: int = FORMAT
@@ -102,6 +107,11 @@ class FeatureSpecification:
         """SHA-256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def views(self) -> int:
+        """Rows of a sample in a store."""
+        return 2 if self.mirrored else 1
+
     def differences(self, asked: FeatureSpecification, ignore: Sequence[str] = ()) -> list[str]:
         """How this specification differs from what is asked, field by field, for people.
 
@@ -119,7 +129,7 @@ class FeatureSpecification:
 
 
 def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and dtype of each array that a sample has; the codec's come first."""
+    """Shape and dtype of what each array has for a row; the codec's arrays come first."""
     return {
         **CODECS[codec].arrays(shape),
         "indices": ((shape.layers, shape.heads, shape.tokens), np.dtype("int32")),
@@ -128,8 +138,8 @@ def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str,
     }
 
 
-def bytes_per_sample(codec: str, shape: FeatureShape, image_size: int) -> int:
-    """Stored bytes of one sample, without Zarr's metadata."""
+def bytes_per_row(codec: str, shape: FeatureShape, image_size: int) -> int:
+    """Stored bytes of one row, without Zarr's metadata."""
     arrays = sample_arrays(codec, shape, image_size).values()
     return sum(math.prod(size) * dtype.itemsize for size, dtype in arrays) + _RECORD_BYTES
 
@@ -148,7 +158,7 @@ def encode(features: Tensor, specification: FeatureSpecification, names: Sequenc
     codec = CODECS[specification.codec]
     coded = codec.encode(features)
     errors = relative_error(features, coded)  # (B, 2, L, H)
-    if not bool((errors <= codec.largest_error).all()):
+    if not codec.holds(errors):
         _refuse(features, errors, specification, names)
     return {name: part.cpu().numpy() for name, part in coded._asdict().items() if part is not None}
 
@@ -159,9 +169,10 @@ def _refuse(features: Tensor, errors: Tensor, specification: FeatureSpecificatio
     worst = errors[image].nan_to_num(torch.inf, torch.inf).argmax()
     part, layer, head = (int(i) for i in torch.unravel_index(worst, errors.shape[1:]))
     largest = features[image, part, layer, head].abs().max().item()
+    one = features[image : image + 1]
+    others = [name for name, other in CODECS.items() if other.holds(relative_error(one, other.encode(one)))]
     if math.isfinite(largest):
-        wider = [other for other in CODECS if CODECS[other].bits > codec.bits]
-        remedy = f"use codec {' or '.join(wider)}" if wider else "no codec holds them"
+        remedy = f"use codec {' or '.join(others)}" if others else "no codec holds them"
     else:
         remedy = "the encoder gives NaN or Inf"
     raise StoreError(
@@ -181,8 +192,10 @@ class FeatureStore:
         url: where it is.
         specification: what made it.
         shape: of one sample's features.
-        sample_arrays: shape and dtype of each array that a sample has.
+        sample_arrays: shape and dtype of what each array has for a row.
         ids: sample ids in the order of the rows.
+        rows: the first (or only) row of each sample, by its id.
+        done: whether each row is complete.
     """
 
     def __init__(self, url: str, group: zarr.Group, cache: str | None = None) -> None:
@@ -207,7 +220,8 @@ class FeatureStore:
             raise StoreError(
                 f"the specification of the feature store {url} does not match its fingerprint: rebuild it."
             )
-        self.rows = {id: row for row, id in enumerate(self.ids)}
+        self.views = self.specification.views
+        self.rows = {id: position * self.views for position, id in enumerate(self.ids)}
         self._folder = None if "://" in url else url  # of a local store
         self._cache = None if cache is None else ShardCache(url, cache)
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
@@ -292,9 +306,13 @@ class FeatureStore:
         shutil.rmtree(Path(url))
 
     @property
-    def bytes_per_sample(self) -> int:
-        """Stored bytes of one sample, without Zarr's metadata."""
-        return bytes_per_sample(self.specification.codec, self.shape, self.specification.image_size)
+    def bytes_per_row(self) -> int:
+        """Stored bytes of one row, without Zarr's metadata."""
+        return bytes_per_row(self.specification.codec, self.shape, self.specification.image_size)
+
+    def source(self, row: int) -> tuple[str, bool]:
+        """The id of a row's sample, and whether the row is of its mirror image."""
+        return self.ids[row // self.views], row % self.views == 1
 
     def arrays_of(self, inputs: Sequence[str]) -> list[str]:
         """The arrays that hold what a method takes: those of the codec for ``features``."""
@@ -321,19 +339,26 @@ class FeatureStore:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the samples that are not complete in the store."""
-        return [id for id in ids if id not in self.rows or not self.done[self.rows[id]]]
+        return [id for id in ids if id not in self.rows or not all(self.done[row] for row in self._rows_of([id]))]
+
+    def missing_rows(self, ids: Sequence[str]) -> list[int]:
+        """Ascending, the incomplete rows of samples that the store has."""
+        return sorted(row for row in self._rows_of(ids) if not self.done[row])
+
+    def _rows_of(self, ids: Sequence[str]) -> list[int]:
+        return [self.rows[id] + view for id in ids for view in range(self.views)]
 
     def extend(self, ids: Sequence[str]) -> FeatureStore:
         """The store with rows for new samples at its end; known ones keep theirs. One process does this."""
         new = [id for id in ids if id not in self.rows]
-        total = len(self.ids) + len(new)
+        total = self.views * (len(self.ids) + len(new))
         for array in self._arrays.values():
             array.resize((total, *array.shape[1:]))
         self._group.attrs.update({"ids": [*self.ids, *new]})
         return FeatureStore.open(self.url, writable=True)
 
     def write(self, rows: Sequence[int], content: Mapping[str, NDArray[Any]], file_sizes: Sequence[int]) -> None:
-        """Write complete samples of one shard; other samples of the shard are left as they are.
+        """Write complete rows of one shard; others of the shard are left as they are.
 
         Args:
             rows: ascending, all within one shard, which no other process writes.
@@ -358,7 +383,7 @@ class FeatureStore:
             StoreError: they do not fit the memory that is free, or their bytes are damaged, naming the sample.
         """
         absent = {name: self.sample_arrays[name] for name in names if name not in self._memory}
-        needed = sum(len(self.ids) * math.prod(size) * dtype.itemsize for size, dtype in absent.values())
+        needed = sum(len(self.done) * math.prod(size) * dtype.itemsize for size, dtype in absent.values())
         free = available_memory(shared)
         if free is not None and needed > free:
             raise StoreError(
@@ -367,11 +392,11 @@ class FeatureStore:
                 f"{', data.num_workers to 0' if shared else ''}, or choose a smaller token_ratio, resolution or codec."
             )
         for name, (size, dtype) in absent.items():
-            whole = torch.zeros((len(self.ids), *size), dtype=getattr(torch, dtype.name))
+            whole = torch.zeros((len(self.done), *size), dtype=getattr(torch, dtype.name))
             if shared:
                 whole = whole.share_memory_()  # type: ignore[no-untyped-call]
-            for start in range(0, len(self.ids), SHARD):
-                rows = [row for row in range(start, min(start + SHARD, len(self.ids))) if self.done[row]]
+            for start in range(0, len(self.done), SHARD):
+                rows = [row for row in range(start, min(start + SHARD, len(self.done))) if self.done[row]]
                 whole[rows] = torch.from_numpy(self.read(rows, name))
             self._memory[name] = whole
 
@@ -382,7 +407,7 @@ class FeatureStore:
             self._memory = other._memory
 
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
-        """The rows of samples in one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
+        """Rows of one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
 
         Returns:
             (len(rows), ...), in the array's shape and dtype.
@@ -402,7 +427,7 @@ class FeatureStore:
                 self._read_sample(row, name, sample)
             except Exception as error:  # zarr raises differently for each kind of damage
                 raise StoreError(
-                    f"the feature store {self.url} cannot give the {name} of {self.ids[row]}: "
+                    f"the feature store {self.url} cannot give the {name} of {self._name(row)}: "
                     f"{type(error).__name__}: {error}."
                 ) from error
         return buffer
@@ -420,28 +445,34 @@ class FeatureStore:
         else:
             sample[...] = self._arrays[name][row]
 
+    def _name(self, row: int) -> str:
+        id, mirrored = self.source(row)
+        return f"the mirror image of {id}" if mirrored else id
+
     def _shard(self, name: str, shard: int) -> str:
         """Path in the store of a shard's file."""
         return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
 
     def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
-        """Those of the samples that are complete, but whose image file below ``root`` has another size by now."""
+        """Those of the samples that are stored, but whose image file below ``root`` has another size by now."""
         sizes = self._record("file_sizes").tolist()
         found = []
         for id in ids:
-            row, path = self.rows.get(id), root / id
-            if row is not None and self.done[row] and path.is_file() and path.stat().st_size != sizes[row]:
+            path = root / id
+            rows = self._rows_of([id]) if id in self.rows else []
+            stored = {sizes[row] for row in rows if self.done[row]}
+            if stored and path.is_file() and {path.stat().st_size} != stored:
                 found.append(id)
         return found
 
     def forget(self, ids: Sequence[str]) -> None:
         """Count samples as absent, so that the next preload computes them again."""
-        for id in ids:
-            self._arrays["done"][self.rows[id]] = 0
-            self.done[self.rows[id]] = False
+        for row in self._rows_of(ids):
+            self._arrays["done"][row] = 0
+            self.done[row] = False
 
     def check_present(self) -> None:
-        """Make sure that every complete sample has its chunks, as Zarr reads an absent chunk as zeros.
+        """Make sure that every complete row has its chunks, as Zarr reads an absent chunk as zeros.
 
         Raises:
             StoreError: naming the first sample whose data are gone.
@@ -454,13 +485,14 @@ class FeatureStore:
             name, shard = given
             present = _shard_entries(filesystem, f"{path}/{self._shard(name, shard)}")
             own = rows[rows // SHARD == shard]
-            return own[~present[own % SHARD]]
+            absent: NDArray[Any] = own[~present[own % SHARD]]
+            return absent
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for (name, shard), absent in zip(shards, pool.map(lost, shards), strict=True):
                 if len(absent):
                     raise StoreError(
-                        f"the feature store {self.url} has lost the {name} of {self.ids[absent[0]]} (shard {shard}): "
+                        f"the feature store {self.url} has lost the {name} of {self._name(absent[0])} (shard {shard}): "
                         "rebuild it."
                     )
 
@@ -471,7 +503,7 @@ class FeatureStore:
     def _record(self, name: str) -> NDArray[Any]:
         """One number a sample."""
         try:
-            return np.asarray(self._arrays[name][: len(self.ids)])
+            return np.asarray(self._arrays[name][: self.views * len(self.ids)])
         except Exception as error:  # zarr raises differently for each kind of damage
             raise StoreError(
                 f"the record {name!r} of the feature store {self.url} is damaged ({type(error).__name__}): rebuild it."

@@ -226,7 +226,9 @@ class ClassificationModule(L.LightningModule, ABC):
                 f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}."
             )
         if trained and self.specification is not None and specification is not None:
-            differences = self.specification.differences(specification, ignore=("codec", "format"))
+            differences = self.specification.differences(
+                specification, ignore=("codec", "precision", "mirrored", "format")
+            )
             differences = [line for line in differences if not line.startswith("statistics")]
             if differences:
                 raise CheckpointError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.codecs import Features, as_features
-from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder, encoder_shape
+from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder, Precision, encoder_shape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.selection import Criterion
@@ -26,6 +26,7 @@ class FeatureModule(ClassificationModule):
         layers: tapped blocks of the encoder, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper, section 3.5).
         criterion: of a token's importance: ``global`` (the paper's) or ``class_token``.
+        encoder_precision: of the frozen encoder's linear layers: ``fp32`` or ``bf16``.
         **kwargs: see ``ClassificationModule``.
 
     Raises:
@@ -44,6 +45,7 @@ class FeatureModule(ClassificationModule):
         layers: list[int] | None = None,
         token_ratio: float = 0.2,
         criterion: Criterion = "global",
+        encoder_precision: Precision = "fp32",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
@@ -57,6 +59,7 @@ class FeatureModule(ClassificationModule):
             layers=None if layers is None else tuple(layers),
             token_ratio=token_ratio,
             criterion=criterion,
+            precision=encoder_precision,
         )
         self._frozen: dict[tuple[int, ...], FrozenEncoder] = {}  # a dict, so that it is no submodule
 
