@@ -15,6 +15,15 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
+_COMMIT = _git("rev-parse", "HEAD") + (" with changes" if _git("status", "--porcelain", "src") else "")
+"""Of the code that was imported; a long run may end after the next commit."""
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions and commit."""
     return {
@@ -32,7 +41,7 @@ def environment() -> dict[str, Any]:
                 for name in ("fpt-lightning", "torch", "lightning", "timm", "zarr", "albumentations")
             },
         },
-        "commit": _git("rev-parse", "HEAD") + ("" if not _git("status", "--porcelain", "src") else " with changes"),
+        "commit": _COMMIT,
     }
 
 
@@ -42,11 +51,6 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**environment(), **result}, indent=2) + "\n")
     return path
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip()
 
 
 def _processor() -> str:
