@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 import pickle
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import write_images
 from fpt_lightning import encoder as encoder_module
 from fpt_lightning import selection
 from fpt_lightning.encoder import EncoderConfig, FrozenEncoder, encoder_shape
@@ -339,6 +343,24 @@ def test_bf16_is_close_to_fp32(criterion: str) -> None:
         for a, b in zip(exact.indices.flatten(0, 2), rounded.indices.flatten(0, 2), strict=True)
     ]
     assert sum(same) / len(same) > 0.9
+
+
+def test_the_precision_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("encoder_precision")
+    for module in ("environment", "encoder_precision"):
+        monkeypatch.setattr(f"{module}.RESULTS", tmp_path)
+    monkeypatch.setattr("store_codecs.NATIVE", 64)
+    monkeypatch.setattr(benchmark, "ENCODERS", {"tiny, untrained": "test_vit"})
+    monkeypatch.setattr("store_codecs.ENCODERS", benchmark.ENCODERS)
+    write_images(tmp_path / "images", {"a": 12, "b": 12})
+    small = ["--resolution", "64", "--images", "4", "--rounds", "1"]
+    benchmark.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *small])
+    (row,) = json.loads((tmp_path / "encoder_precision.json").read_text())["rows"]
+    assert 0 < row["keys"] < 0.02
+    assert 0 < row["values"] < 0.02
+    assert all(0 <= share < 0.5 for share in row["other_tokens"])
+    assert "| tiny, untrained | " in (tmp_path / "encoder_precision.md").read_text()
 
 
 def test_an_unknown_precision() -> None:

@@ -1,0 +1,104 @@
+"""What ``encoder_precision: bf16`` changes in the frozen pass: tokens selected, their keys and values, time.
+
+    python benchmarks/encoder_precision.py --data FOLDER --manifest labels.csv --out runs/codecs   # 5 minutes
+
+The encoders are those of ``store_codecs.py``, whose folder of weights ``--out`` may be. Each encodes the first test
+images twice, with its linear layers in fp32 and under bf16 autocast; attention maps and norms are fp32 in both. Writes
+``results/encoder_precision.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import RESULTS, environment, write_result
+from store_codecs import ENCODERS, RESOLUTION, Setting, weights
+from torch import Tensor
+from training_step import in_turns
+
+from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
+from fpt_lightning.images import normalise, read_image, unit_pixels
+
+
+def spread(encoded: Encoded, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values at their tokens' places (B, L, H, N, 2, head_dim), and where they are (B, L, H, N)."""
+    features = encoded.features.permute(0, 2, 3, 4, 1, 5)  # (B, L, H, T, 2, head_dim)
+    places = encoded.indices[..., None, None].expand(features.shape)
+    shape = (*features.shape[:3], tokens, *features.shape[4:])
+    present = torch.zeros(shape[:4], dtype=torch.bool).scatter(3, encoded.indices, True)
+    return torch.zeros(shape).scatter(3, places, features), present
+
+
+def compared(exact: Encoded, rounded: Encoded, tokens: int) -> dict[str, Any]:
+    """Share of the selected tokens that are others, by tapped layer, and relative RMS errors of what is common."""
+    (one, kept), (other, also) = spread(exact, tokens), spread(rounded, tokens)
+    both = kept & also
+    one, other = one[both], other[both]
+    keys, values = ((one - other).square().mean((0, 2)) / one.square().mean((0, 2))).sqrt().tolist()
+    pooled = float((exact.pooled - rounded.pooled).norm() / exact.pooled.norm())
+    others = 1 - both.sum((0, 2, 3)) / kept.sum((0, 2, 3))
+    return {"other_tokens": others.tolist(), "keys": keys, "values": values, "pooled": pooled}
+
+
+@torch.no_grad()
+def measured(setting: Setting, label: str, images: int, rounds: int) -> dict[str, Any]:
+    """One encoder."""
+    config = EncoderConfig(ENCODERS[label], weights(setting, label))
+    size = (setting.resolution, setting.resolution)
+    manifest = setting.data(setting.out / "none", "fp32").read_manifest()
+    paths = [manifest.path(sample) for sample in manifest.split("test")[:images]]
+    pixels = torch.stack([normalise(unit_pixels(read_image(path), size), [0.5] * 3, [0.25] * 3) for path in paths])
+    encoders = {name: FrozenEncoder(replace(config, precision=name), size) for name in ("fp32", "bf16")}
+    exact, rounded = (encoder(pixels) for encoder in encoders.values())
+    seconds = in_turns({name: lambda e=e: e(pixels[:1]) for name, e in encoders.items()}, rounds)  # type: ignore[misc]
+    found = compared(exact, rounded, encoders["fp32"].tokens)
+    row = {"encoder": label, **found, "seconds": {name: taken["fastest"] for name, taken in seconds.items()}}
+    print(row, flush=True)
+    return row
+
+
+def report(rows: Sequence[dict[str, Any]], images: int, resolution: int) -> str:
+    """The table."""
+    machine = environment()["machine"]
+    lines = [
+        f"{images} images at {resolution} pixels; {machine['processor']}, {machine['cores']} cores. In percent: "
+        "selected tokens that bf16 replaces by others (mean, and in the first and last tapped layer), and errors "
+        "relative to fp32 of the keys and values of tokens that both select, and of the pooled feature. Seconds an "
+        "image. Made by `benchmarks/encoder_precision.py`.",
+        "",
+        "| encoder | other tokens | first | last | keys | values | pooled | s, fp32 | s, bf16 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        others = row["other_tokens"]
+        percent = [sum(others) / len(others), others[0], others[-1], row["keys"], row["values"], row["pooled"]]
+        cells = [f"{100 * value:.2f}" for value in percent] + [f"{s:.2f}" for s in row["seconds"].values()]
+        lines.append(f"| {row['encoder']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", required=True, help="folder of the images")
+    parser.add_argument("--manifest", help="CSV file instead of class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of weights")
+    parser.add_argument("--tuning-epochs", type=int, default=8, help="of the encoder that is fine-tuned")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--resolution", type=int, default=RESOLUTION)
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    setting = Setting(args.data, args.manifest, args.out, 0, args.tuning_epochs, 0, args.resolution)
+    rows = [measured(setting, label, args.images, args.rounds) for label in ENCODERS]
+    path = write_result("encoder_precision", {"images": args.images, "resolution": args.resolution, "rows": rows})
+    (RESULTS / "encoder_precision.md").write_text(report(rows, args.images, args.resolution) + "\n")
+    print(f"results are in {path} and .md beside it")
+
+
+if __name__ == "__main__":
+    main()
