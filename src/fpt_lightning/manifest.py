@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.files import read_rows
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
@@ -184,7 +184,7 @@ def _from_table(
     group_column: str | None,
 ) -> list[tuple[Sample, str]]:
     path = root / Path(table).expanduser()
-    rows = _read_rows(path)
+    rows = read_rows(path, "manifest")
     split_column = _column(rows, path, split_column, "split")
     group_column = _column(rows, path, group_column, "group")
     for column in (image_column, label_column):
@@ -202,22 +202,6 @@ def _from_table(
         labelled.append((Sample(id, split=split, group=row[group_column].strip() if group_column else ""), label))
     _check_files(root, path, [sample.id for sample, _ in labelled])
     return labelled
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise DataError(f"the manifest {path} does not exist.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"the manifest {path} is not a CSV file in UTF-8: {error}.") from error
-    if not rows:
-        raise DataError(f"the manifest {path} holds no row below its header.")
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():  # more fields, or fewer
-            raise DataError(f"{path}, line {number}: the number of fields differs from the header's.")
-    return rows
 
 
 def _column(rows: list[dict[str, str]], path: Path, asked: str | None, default: str) -> str | None:
