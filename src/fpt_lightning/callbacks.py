@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import resource
 import sys
 import time
@@ -19,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fpt_lightning.files import write_rows, write_text
 from fpt_lightning.manifest import UNLABELLED
 from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
@@ -175,7 +173,7 @@ class ResultsWriter(L.Callback):
             folder = self._folder(trainer, "test")
             found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
             self.metrics[self.checkpoint] = {k: v if v == v else None for k, v in found.items()}  # NaN is no JSON
-            _write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+            write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
             write_predictions(folder / "predictions.csv", rows, _class_names(pl_module))
             write_confusion(folder, rows, _class_names(pl_module))
             rank_zero_info(f"metrics, predictions and confusion matrix are in {folder}")
@@ -221,7 +219,7 @@ def write_predictions(path: Path, rows: Sequence[tuple[str, int, list[float]]], 
     lines = [["path", "label", *(f"prob_{name}" for name in classes)]]
     for id, label, probabilities in rows:
         lines.append([id, "" if label == UNLABELLED else classes[label], *(f"{p:.6f}" for p in probabilities)])
-    _write_csv(path, lines)
+    write_rows(path, lines)
 
 
 def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], classes: Sequence[str]) -> None:
@@ -231,7 +229,7 @@ def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], 
         counts[label][probabilities.index(max(probabilities))] += 1
     table: list[list[Any]] = [["true \\ predicted", *classes]]
     table += [[name, *row] for name, row in zip(classes, counts, strict=True)]
-    _write_csv(folder / "confusion_matrix.csv", table)
+    write_rows(folder / "confusion_matrix.csv", table)
     figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
     axes = figure.subplots()
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
@@ -243,15 +241,3 @@ def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], 
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true")
     figure.savefig(folder / "confusion_matrix.png", dpi=150)
-
-
-def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
