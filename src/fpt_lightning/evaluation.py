@@ -43,7 +43,8 @@ LABELS = {
 """What people call the metrics."""
 
 _CHUNK = 2**21  # resampled weights held at once: 16 MiB, and several times that in passing
-_SMALLEST = 5e-7  # of a probability; half of the last decimal of a predictions file
+SMALLEST_PROBABILITY = 5e-7
+"""Half of the last decimal of a predictions file: logits are of probabilities from here on."""
 _TEMPERATURES = (0.05, 20.0)
 
 Values = dict[tuple[str, str], NDArray[np.float64]]  # of R resamples, by class (empty of all) and metric
@@ -457,7 +458,7 @@ def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
 def _logits(predictions: Predictions) -> NDArray[np.float64]:
     if predictions.kind == "regression":
         raise ConfigurationError("a temperature is for probabilities: these predictions are of regression.")
-    clipped = predictions.scores.clip(_SMALLEST, 1 - _SMALLEST)
+    clipped = predictions.scores.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
     return np.log(clipped) if predictions.kind == "single-label" else np.asarray(logit(clipped))
 
 

@@ -188,8 +188,13 @@ def read_manifest(
     return manifest
 
 
-def list_images(root: str | Path) -> Manifest:
+def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1) -> Manifest:
     """Every image below a folder, unlabelled, for prediction.
+
+    Args:
+        root: the folder.
+        kind: of the labels that there are not.
+        targets: how many an image would have, if several labels or a number.
 
     Raises:
         DataError: no such folder, or no image in it.
@@ -200,7 +205,8 @@ def list_images(root: str | Path) -> Manifest:
     ids = sorted(_image_ids(folder, folder))
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
-    return Manifest(folder, tuple(Sample(id) for id in ids), ())
+    unknown = () if kind == "single-label" else (math.nan,) * targets
+    return Manifest(folder, tuple(Sample(id, targets=unknown) for id in ids), (), kind)
 
 
 def _image_ids(folder: Path, root: Path) -> list[str]:

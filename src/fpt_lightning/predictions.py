@@ -106,7 +106,7 @@ class Predictions:
     def _written(self, label: Any) -> list[str]:
         if self.kind == "single-label":
             return ["" if label == UNLABELLED else self.classes[label]]
-        return ["" if math.isnan(value) else f"{value:.10g}" for value in np.atleast_1d(label)]
+        return ["" if math.isnan(value) else f"{value:.7g}" for value in np.atleast_1d(label)]
 
     @classmethod
     def read(cls, path: str | Path) -> Predictions:
