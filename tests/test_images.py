@@ -189,7 +189,7 @@ def test_a_folder_of_that_name(tmp_path: Path) -> None:
 def test_several_pages(tmp_path: Path, suffix: str) -> None:
     pages = [Image.fromarray(noise(seed=seed)) for seed in range(3)]
     pages[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pages[1:])
-    refused(tmp_path / f"a.{suffix}", "3 pages", "save the one wanted alone")
+    refused(tmp_path / f"a.{suffix}", "3 pages", f"a.{suffix}#1", "save the one wanted alone")
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

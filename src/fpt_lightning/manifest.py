@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.pages import file_and_page
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
 UNLABELLED = -1
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -25,7 +26,8 @@ class Sample:
     """One image.
 
     Attributes:
-        id: its path relative to the data root, with forward slashes; the key of its features.
+        id: its path relative to the data root, with forward slashes, and ``#12`` behind it where it is page or frame 12
+            of that file; the key of its features.
         label: index of its class, or ``UNLABELLED``.
         split: ``train``, ``val`` or ``test``; empty where there is none.
         group: what must stay on one side of a split, such as a patient; empty where unknown.
@@ -239,7 +241,7 @@ def _check_files(root: Path, path: Path, ids: list[str]) -> None:
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(f"the manifest {path} lists {len(twice)} images more than once: {_some(twice)}.")
-    missing = [id for id in ids if not (root / id).is_file()]
+    missing = [id for id in ids if not os.path.isfile(file_and_page(root / id)[0])]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: {_some(missing)}."
