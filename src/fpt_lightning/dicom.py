@@ -82,7 +82,8 @@ def _decoded(file: BinaryIO, path: Path, header: Dataset, index: int) -> NDArray
     except Exception as error:  # pydicom and its plug-ins raise errors of many kinds
         remedy = f" If it is whole, install another decoder: {packages}." if packages else ""
         raise ImageError(
-            f"{what} cannot be decoded, the file may be damaged or cut off: {type(error).__name__}: {' '.join(str(error).split())}.{remedy}"
+            f"{what} cannot be decoded, the file may be damaged or cut off: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}.{remedy}"
         ) from error
     if stored.dtype.kind == "f":
         raise ImageError(f"the DICOM file {path} has floating-point pixels, whose scale is unknown.")

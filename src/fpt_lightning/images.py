@@ -155,7 +155,7 @@ def bright_box(image: NDArray[np.uint8] | NDArray[np.uint16]) -> tuple[slice, sl
     height, width = image.shape[:2]
     scale = min(1, 512 / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(image.max(axis=2), size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).max(axis=2)
     bright = (small > np.percentile(small, 99) / 10).astype(np.uint8)
     _, _, parts, _ = cv2.connectedComponentsWithStats(bright)
     parts = parts[1:]  # the first is the background
