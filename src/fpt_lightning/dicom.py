@@ -16,7 +16,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, get_decoder, pixel_array
 
 from fpt_lightning.errors import ImageError
-from fpt_lightning.pages import page_index
+from fpt_lightning.pages import page_index, too_large
 
 _MODALITY = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
 _VOI = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
@@ -50,6 +50,8 @@ def read_dicom(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8
     if "Rows" not in header:
         kind = header.SOPClassUID.name if "SOPClassUID" in header else "of no stated kind"
         raise ImageError(f"the DICOM file {path} ({kind}) holds no image, or is truncated: leave it out.")
+    if too_large(header.Rows, header.Columns):
+        raise ImageError(f"the DICOM file {path} says that it has {header.Rows} x {header.Columns} pixels: too many.")
     index = page_index(path, int(header.get("NumberOfFrames") or 1), page)
     stored = _decoded(file, path, header, index)
     photometric = header.PhotometricInterpretation

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from fpt_lightning.errors import ConfigurationError, ImageError
-from fpt_lightning.pages import file_and_page, page_index
+from fpt_lightning.pages import file_and_page, page_index, too_large
 
 Augmentation = Literal["default", "strong", "none"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
@@ -123,11 +123,9 @@ class ImageReader:
         if self.fit == "squash":
             return image
         rows, columns = _padding(image.shape[:2], self.aspect)
-        size = (image.shape[0] + sum(rows)) * (image.shape[1] + sum(columns))
-        if Image.MAX_IMAGE_PIXELS and size > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ImageError(
-                f"the image {path} of {image.shape[0]} x {image.shape[1]} pixels is too thin to letterbox."
-            )
+        height, width = image.shape[:2]
+        if too_large(height + sum(rows), width + sum(columns)):
+            raise ImageError(f"the image {path} of {height} x {width} pixels is too thin to letterbox.")
         padded: NDArray[Any] = np.pad(image, (rows, columns, (0, 0)))
         return padded
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.pages import file_and_page
@@ -105,9 +108,7 @@ def read_manifest(
     Raises:
         DataError: anything missing, empty, duplicated or inconsistent, by name.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    folder = _data_root(root)
     if table is None:
         labelled = _from_folders(folder)
     else:
@@ -128,19 +129,25 @@ def list_images(root: str | Path) -> Manifest:
     Raises:
         DataError: no such folder, or no image in it.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    folder = _data_root(root)
     ids = sorted(_image_ids(folder, folder))
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
     return Manifest(folder, tuple(Sample(id) for id in ids), ())
 
 
+def _data_root(root: str | Path) -> Path:
+    folder = Path(os.path.expanduser(root))
+    if not os.path.isdir(folder):
+        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    return folder
+
+
 def _image_ids(folder: Path, root: Path) -> list[str]:
     found = []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        _check_links(Path(directory), folders)
         relative = Path(directory).relative_to(root)
         found += [
             (relative / name).as_posix()
@@ -148,6 +155,17 @@ def _image_ids(folder: Path, root: Path) -> list[str]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
     return found
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _check_links(directory: Path, folders: Iterable[str]) -> None:
+    above = {os.path.realpath(path) for path in (directory, *directory.parents)}
+    for path in (directory / name for name in folders):
+        if path.is_symlink() and os.path.realpath(path) in above:
+            raise DataError(f"{path} is a link to a folder that it lies in: remove it.")
 
 
 def _from_folders(root: Path) -> list[tuple[Sample, str]]:
@@ -187,13 +205,14 @@ def _from_table(
 ) -> list[tuple[Sample, str]]:
     path = root / Path(table).expanduser()
     rows = _read_rows(path)
-    split_column = _column(rows, path, split_column, "split")
-    group_column = _column(rows, path, group_column, "group")
+    header = rows[0][1]
+    split_column = _column(header, path, split_column, "split")
+    group_column = _column(header, path, group_column, "group")
     for column in (image_column, label_column):
-        if column not in rows[0]:
-            raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(rows[0])}.")
+        if column not in header:
+            raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(header)}.")
     labelled = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         split = _SPLIT_FOLDERS.get(row[split_column].strip().lower(), "") if split_column else ""
         if split_column and not split:
             raise DataError(f"{path}, line {number}: the split is {row[split_column]!r}, not train, val or test.")
@@ -206,27 +225,35 @@ def _from_table(
     return labelled
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
+def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Rows by column, each with the number of its (last) line."""
+    if not os.path.isfile(path):
         raise DataError(f"the manifest {path} does not exist.")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it holds NUL characters")  # UTF-16 without a mark at its start, or not text at all
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise DataError(f"the manifest {path} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"the manifest {path} is not a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise DataError(f"the manifest {path} holds no row below its header.")
-    for number, row in enumerate(rows, start=2):
+    if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
+        raise DataError(f"the manifest {path} has several columns named {_some(twice)}.")
+    for number, row in rows:
         if None in row or None in row.values():  # more fields, or fewer
             raise DataError(f"{path}, line {number}: the number of fields differs from the header's.")
     return rows
 
 
-def _column(rows: list[dict[str, str]], path: Path, asked: str | None, default: str) -> str | None:
+def _column(header: Iterable[str], path: Path, asked: str | None, default: str) -> str | None:
     if asked is None:
-        return default if default in rows[0] else None
-    if asked not in rows[0]:
-        raise DataError(f"the manifest {path} has no column {asked!r}; it has {', '.join(rows[0])}.")
+        return default if default in header else None
+    if asked not in header:
+        raise DataError(f"the manifest {path} has no column {asked!r}; it has {', '.join(header)}.")
     return asked
 
 
@@ -243,8 +270,12 @@ def _check_files(root: Path, path: Path, ids: list[str]) -> None:
         raise DataError(f"the manifest {path} lists {len(twice)} images more than once: {_some(twice)}.")
     missing = [id for id in ids if not os.path.isfile(file_and_page(root / id)[0])]
     if missing:
+        hint = ""
+        if any(os.path.isfile(root / unicodedata.normalize(form, id)) for id in missing for form in ("NFC", "NFD")):
+            hint = " Some do in another Unicode form (NFC or NFD) of their names: rewrite the manifest in the files'."
         raise DataError(
-            f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: {_some(missing)}."
+            f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: "
+            f"{_some(missing)}.{hint}"
         )
 
 
@@ -258,6 +289,14 @@ def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[st
         return tuple(asked)
     if len(found) < 2:
         raise DataError(f"the data set has one class only, {sorted(found)[0]!r}: a classifier needs at least two.")
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(found):
+        spellings[unicodedata.normalize("NFC", name).casefold()].append(name)
+    if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+        raise DataError(
+            f"classes differ in upper and lower case or Unicode form alone: {_some(alike)}. Unify the labels, or name "
+            "every class in data.classes."
+        )
     numeric = all(name.isdecimal() for name in found)
     return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
 

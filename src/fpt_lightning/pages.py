@@ -1,9 +1,11 @@
-"""One page or frame of an image file that has several: ``scan.dcm#12``."""
+"""Which page or frame of an image file is meant (``scan.dcm#12``), and how large it may be."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from PIL import Image
 
 from fpt_lightning.errors import ImageError
 
@@ -34,3 +36,8 @@ def page_index(path: str | Path, pages: int, page: int | None) -> int:
     if page is not None and not 1 <= page <= pages:
         raise ImageError(f"the image {path} has {pages} pages or frames, counted from 1: it has no {page}.")
     return 0 if page is None else page - 1
+
+
+def too_large(height: int, width: int) -> bool:
+    """Whether an image has more pixels than Pillow reads: its guard against small files that fill the memory."""
+    return Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
