@@ -58,6 +58,7 @@ def picture(folder: Path, name: str) -> Path:
     return folder / name
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's and pydicom's, before they give up
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.05, 0.2, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_cut_off(tmp_path: Path, name: str, share: float) -> None:
@@ -81,6 +82,7 @@ def dicom(folder: Path, name: str) -> Path:
 DICOM = ["plain", "run-length", "deflated", "MR_small_jp2klossless.dcm", "SC_rgb_dcmtk_+eb+cr.dcm"]
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's and pydicom's, before they give up
 @pytest.mark.parametrize("share", [0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95])
 @pytest.mark.parametrize("name", DICOM)
 def test_a_dicom_file_cut_off(tmp_path: Path, name: str, share: float) -> None:

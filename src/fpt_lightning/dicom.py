@@ -37,7 +37,7 @@ def read_dicom(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8
         page: the frame, counted from 1; None for a file of one frame.
 
     Returns:
-        (height, width, 3) at full scale: uint8 for up to 8 stored bits, else uint16.
+        (height, width, 3) at full scale: uint8 for up to 8 stored bits (of a palette's entries), else uint16.
 
     Raises:
         ImageError: not DICOM, without pixels, of several frames, or of pixels that cannot be decoded. What pydicom
@@ -46,7 +46,7 @@ def read_dicom(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8
     try:
         header: Dataset = dcmread(file, stop_before_pixels=True)
     except InvalidDicomError as error:
-        raise ImageError(f"the image {path} is not DICOM, although named so: byte 128 is not DICM.") from error
+        raise ImageError(f"the image {path} is not DICOM, although named so: DICM is not at byte 128.") from error
     if "Rows" not in header:
         kind = header.SOPClassUID.name if "SOPClassUID" in header else "of no stated kind"
         raise ImageError(f"the DICOM file {path} ({kind}) holds no image, or is truncated: leave it out.")
