@@ -28,7 +28,15 @@ from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datamodules import EpochSampler
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import ConfigurationError, DataError, StaleStoreError, StoreError
-from fpt_lightning.images import ViewTransform, channel_statistics, normalise, read_image, stored_copy, unit_pixels
+from fpt_lightning.images import (
+    ImageReader,
+    ViewTransform,
+    channel_statistics,
+    normalise,
+    read_image,
+    stored_copy,
+    unit_pixels,
+)
 from fpt_lightning.store import FeatureStore
 
 ENCODER = EncoderConfig("test_vit", pretrained=False)
@@ -161,6 +169,23 @@ def test_stored_and_live_views_are_the_same(stored: Maker, live: Maker) -> None:
     first, second = (by_id(list(ready(make()).train_dataloader())) for make in (stored, live))
     assert list(first) == list(second)
     assert all(torch.equal(first[id], second[id]) for id in first)
+
+
+@pytest.mark.parametrize("fit", ["squash", "letterbox"])
+def test_stored_and_live_views_are_cropped_and_fitted_alike(tmp_path: Path, fit: str) -> None:
+    root = write_images(tmp_path / "images", {"a": 10, "b": 10, "c": 10})
+    for path in root.rglob("*.png"):
+        Image.fromarray(np.pad(np.asarray(Image.open(path)), ((20, 30), (10, 0), (0, 0)))).save(path)
+    settings = {**SETTINGS, "root": str(root), "fit": fit, "crop_border": True}
+    stored = PreloadedFeatureDataModule(store=str(tmp_path / "store.zarr"), **settings)
+    stored.preload(ENCODER)
+    first, second = (list(ready(data).train_dataloader()) for data in (stored, ImageDataModule(**settings)))
+    views, live_views = by_id(first), by_id(second)
+    assert all(torch.equal(views[id], live_views[id]) for id in views)
+    for id, image in by_id(second, "images").items():
+        read = ImageReader((64, 64), fit, crop_border=True)(root / id)
+        assert read.shape[:2] == ((80, 96) if fit == "squash" else (96, 96))
+        assert torch.equal(image, normalise(unit_pixels(read, (64, 64)), MEAN, STD))
 
 
 @pytest.mark.parametrize("number", [0, 5])

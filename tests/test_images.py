@@ -20,7 +20,9 @@ from torch import Tensor
 from fpt_lightning import images
 from fpt_lightning.errors import ConfigurationError, ImageError
 from fpt_lightning.images import (
+    ImageReader,
     ViewTransform,
+    bright_box,
     channel_statistics,
     normalise,
     read_image,
@@ -189,7 +191,7 @@ def test_a_folder_of_that_name(tmp_path: Path) -> None:
 def test_several_pages(tmp_path: Path, suffix: str) -> None:
     pages = [Image.fromarray(noise(seed=seed)) for seed in range(3)]
     pages[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=pages[1:])
-    refused(tmp_path / f"a.{suffix}", "3 pages", "save the one wanted alone")
+    refused(tmp_path / f"a.{suffix}", "3 pages", f"a.{suffix}#1", "save the one wanted alone")
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -250,6 +252,128 @@ def test_normalise() -> None:
         torch.testing.assert_close(normalise(pixels, mean, std)[:, channel], wanted)
 
 
+# Letterbox
+
+
+@pytest.mark.parametrize(
+    ("shape", "aspect", "rows", "columns"),
+    [
+        ((40, 60), (64, 64), (10, 10), (0, 0)),
+        ((60, 40), (64, 64), (0, 0), (10, 10)),
+        ((41, 60), (64, 64), (9, 10), (0, 0)),  # an odd row goes below
+        ((40, 60), (64, 128), (0, 0), (10, 10)),
+        ((40, 60), (20, 30), (0, 0), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_letterbox_pads_to_the_aspect_with_black(
+    tmp_path: Path,
+    shape: tuple[int, int],
+    aspect: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    dtype: type,
+) -> None:
+    path = save(tmp_path / "a.png", np.full(shape, 200, dtype))
+    image = ImageReader(aspect, "letterbox")(path)
+    assert image.dtype == dtype
+    np.testing.assert_array_equal(image, np.pad(read_image(path), (rows, columns, (0, 0))))
+
+
+def test_squashing_leaves_an_image_as_it_is(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", smooth())
+    np.testing.assert_array_equal(ImageReader((64, 64))(path), smooth())
+
+
+def test_a_letterbox_keeps_circles_round(tmp_path: Path) -> None:
+    circle = np.zeros((60, 120, 3), np.uint8)
+    cv2.circle(circle, (60, 30), 20, (255, 255, 255), -1)
+    path = save(tmp_path / "a.png", circle)
+    heights = {}
+    for fit in ("squash", "letterbox"):
+        seen = stored_copy(ImageReader((64, 64), fit)(path), 64)[..., 0] > 127
+        heights[fit] = seen.any(1).sum() / seen.any(0).sum()
+    assert heights["letterbox"] == pytest.approx(1, abs=0.1)
+    assert heights["squash"] == pytest.approx(2, abs=0.2)
+
+
+def test_an_unknown_fit() -> None:
+    with pytest.raises(ConfigurationError, match=r"data.fit is 'stretch': choose one of squash, letterbox"):
+        ImageReader((64, 64), "stretch")
+
+
+def test_an_image_too_thin_to_letterbox(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.zeros((1, 20000), np.uint8))
+    assert ImageReader((64, 64))(path).shape == (1, 20000, 3)
+    with pytest.raises(ImageError, match=r"a.png of 1 x 20000 pixels is too thin to letterbox"):
+        ImageReader((64, 64), "letterbox")(path)
+
+
+# Dark border
+
+
+def fundus(height: int = 300, width: int = 420, dark: int = 6, noise_of: float = 3, radius: int = 120) -> NDArray[Any]:
+    """A disc that fades to a quarter at its rim, on a background that is not quite black."""
+    rows, columns = np.mgrid[:height, :width]
+    distance = np.hypot(rows - height // 2, columns - width // 2) / radius
+    disc = (distance < 1) * (1 - 0.75 * distance**2)
+    colour = disc[..., None] * [190, 90, 40] + dark
+    return (colour + np.random.default_rng(0).normal(0, noise_of, colour.shape)).clip(0, 255).astype(np.uint8)
+
+
+def assert_box(image: NDArray[Any], top: int, bottom: int, left: int, right: int, within: int = 3) -> None:
+    rows, columns = bright_box(image)
+    found = np.asarray([rows.start, rows.stop, columns.start, columns.stop])
+    assert np.abs(found - [top, bottom, left, right]).max() <= within, found
+
+
+def test_the_border_of_a_fundus_image_is_cut_off(tmp_path: Path) -> None:
+    assert_box(fundus(), 30, 270, 90, 330)
+    assert_box(fundus(dark=0, noise_of=0), 30, 270, 90, 330, within=1)
+    assert_box(fundus().astype(np.uint16) * 16, 30, 270, 90, 330)  # 12 bits in 16
+    path = save(tmp_path / "a.jpg", fundus(), quality=30)  # ringing
+    assert_box(read_image(path), 30, 270, 90, 330, within=8)
+    assert ImageReader((64, 64), crop_border=True)(path).shape[0] == pytest.approx(240, abs=16)
+
+
+def test_the_border_of_a_large_image_is_found_on_a_small_copy() -> None:
+    assert_box(fundus(1500, 2100, noise_of=6, radius=600), 150, 1350, 450, 1650, within=8)
+
+
+def test_burnt_in_letters_do_not_count() -> None:
+    image = fundus()
+    cv2.putText(image, "R CC", (20, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 2)
+    assert_box(image, 30, 270, 90, 330)
+
+
+def test_two_large_parts_are_kept() -> None:
+    image = np.zeros((200, 400, 3), np.uint8)
+    image[50:150, 30:130] = image[60:140, 300:380] = 150
+    assert_box(image, 50, 150, 30, 380, within=0)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((60, 80, 3), np.uint8),
+        np.full((60, 80, 3), 9, np.uint16),
+        np.random.default_rng(0).integers(60, 200, (60, 80, 3), np.uint8),
+        np.pad(np.full((4, 4, 3), 255, np.uint8), ((20, 36), (20, 56), (0, 0))),  # a label alone
+        np.full((1, 9000, 3), 100, np.uint8),
+    ],
+    ids=["black", "one grey", "no border", "all but black", "thin"],
+)
+def test_an_image_without_a_dark_border_stays_as_it_is(image: NDArray[Any]) -> None:
+    assert image[bright_box(image)].shape == image.shape
+
+
+def test_the_border_is_cut_off_before_the_letterbox(tmp_path: Path) -> None:
+    image = ImageReader((64, 128), "letterbox", crop_border=True)(save(tmp_path / "a.png", fundus()))
+    assert image.shape[1] == 2 * image.shape[0]
+    assert image.shape[0] == pytest.approx(240, abs=6)
+    assert not image[:, :100].any()
+
+
 # Mean and std
 
 
@@ -262,6 +386,14 @@ def test_channel_statistics_are_those_of_all_pixels(tmp_path: Path, workers: int
     np.testing.assert_allclose(mean, everything.mean(0), atol=6e-5)
     np.testing.assert_allclose(std, everything.std(0), atol=6e-5)
     assert (*mean, *std) == tuple(round(value, 4) for value in (*mean, *std))
+
+
+def test_the_dark_border_counts_unless_it_is_cropped(tmp_path: Path) -> None:
+    image = np.pad(noise(40, 40), ((0, 0), (20, 20), (0, 0)))
+    path = save(tmp_path / "a.png", image)
+    assert channel_statistics([path], (40, 80))[0] == pytest.approx(image.mean((0, 1)) / 255, abs=6e-5)
+    cropped = channel_statistics([path], (40, 40), crop_border=True)[0]
+    assert cropped == pytest.approx(noise(40, 40).mean((0, 1)) / 255, abs=6e-5)
 
 
 def test_channel_statistics_are_taken_at_the_resolution(tmp_path: Path) -> None:

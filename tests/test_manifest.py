@@ -99,7 +99,7 @@ def test_the_same_stem_in_classes_and_splits_stays_apart(tmp_path: Path) -> None
         (["10", "9", "0"], ("0", "9", "10")),
         (["1", "01", "001"], ("001", "01", "1")),  # equal numbers: not the order of a set
         (["10", "9", "x"], ("10", "9", "x")),
-        (["b", "B", "a"], ("B", "a", "b")),
+        (["b", "C", "a"], ("C", "a", "b")),
     ],
 )
 def test_the_order_of_classes(tmp_path: Path, names: list[str], order: tuple[str, ...]) -> None:

@@ -87,7 +87,7 @@ HEAD = "path,label,prob_a,prob_b\n"
     [
         ("", "holds no row"),
         (HEAD, "holds no row below its header"),
-        ("path,label,prob_a,prob_b,prob_a\n1,a,0,1,0\n", "the column 'prob_a' more than once"),
+        ("path,label,prob_a,prob_b,prob_a\n1,a,0,1,0\n", "several columns named prob_a"),
         ("label,prob_a,prob_b\na,0,1\n", "has the columns label, prob_a, prob_b: it needs path"),
         ("path,label\n1,a\n", "it needs path"),
         ("path\n1\n", "it needs path"),

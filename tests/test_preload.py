@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conftest import quiet_trainer, write_images
-from fpt_lightning import PreloadedFeatureDataModule, preload
+from fpt_lightning import PreloadedFeatureDataModule, images, preload
 from fpt_lightning.codecs import CODECS
 from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ImageError, StaleStoreError, StoreError
@@ -76,7 +76,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Iterator[Counter
         counts[path.relative_to(image_root).as_posix()] += 1
         return read_image(path)
 
-    monkeypatch.setattr(preload, "read_image", counted)
+    monkeypatch.setattr(images, "read_image", counted)
     monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 1.0)
     return counts
 

@@ -66,6 +66,8 @@ CHANGES: dict[str, Any] = {
     "mirrored": True,
     "weights_digest": "4567",
     "interpolation": "bilinear",
+    "fit": "letterbox",
+    "crop_border": True,
     "format": 98,
 }
 

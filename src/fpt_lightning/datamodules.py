@@ -21,10 +21,11 @@ from fpt_lightning.encoder import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, DataError, StoreError
 from fpt_lightning.images import (
     Augmentation,
+    Fit,
+    ImageReader,
     ViewTransform,
     channel_statistics,
     normalise,
-    read_image,
     stored_copy,
 )
 from fpt_lightning.manifest import SPLITS, Fill, Kind, Manifest, Sample, check_classes, list_images, read_manifest
@@ -86,6 +87,8 @@ class ImageDataModule(L.LightningDataModule):
         resolution: of the encoder's images in pixels: a side, or (height, width).
         mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
         std: like ``mean``.
+        fit: ``squash`` resizes images to the encoder's aspect, ``letterbox`` pads them to it with black first.
+        crop_border: whether the dark border of images (fundus, mammograms) is cut off (``images.bright_box``).
         image_size: side in pixels of the low-resolution copy that augmentation starts from.
         side_resolution: side of the side network's images in pixels; the model's own by default.
         augmentation: ``default`` (the published one), ``strong`` or ``none``.
@@ -116,6 +119,8 @@ class ImageDataModule(L.LightningDataModule):
         resolution: int | tuple[int, int] = 512,
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
+        fit: Fit = "squash",
+        crop_border: bool = False,
         image_size: int = 256,
         side_resolution: int | None = None,
         augmentation: Augmentation = "default",
@@ -140,6 +145,7 @@ class ImageDataModule(L.LightningDataModule):
         }
         self.external = external
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
+        self.reader = ImageReader(self.resolution, fit, crop_border)
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
@@ -254,6 +260,8 @@ class ImageDataModule(L.LightningDataModule):
             image_size=self.image_size,
             codec="fp32",
             precision=encoder.precision,
+            fit=self.reader.fit,
+            crop_border=self.reader.crop_border,
         )
 
     # Inside
@@ -262,7 +270,7 @@ class ImageDataModule(L.LightningDataModule):
         self._check_model()
         if stage == "fit" and not self.mean and not self.computed[0]:
             paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
-            self.computed = channel_statistics(paths, self.resolution, self.num_workers)
+            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader.crop_border)
             rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
         encoder = self._declared("encoder_config")
         if encoder is not None:
@@ -330,7 +338,8 @@ class ImageDataModule(L.LightningDataModule):
         if self._inputs() & {"images", *STORED}:
             transform = ViewTransform(self.resolution, augmentation if "images" in self._inputs() else "none")
             views = _Views(transform, mean, std, self.seed or 0)
-        return _ImageSamples(manifest, samples, self._side_views(augmentation, mean, std), views, self.image_size)
+        side_views = self._side_views(augmentation, mean, std)
+        return _ImageSamples(manifest, samples, side_views, views, self.reader, self.image_size)
 
     def _dataset(self, split: str, augmentation: str) -> _Samples:
         return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
@@ -572,13 +581,14 @@ class _ImageSamples(_Samples):
         samples: Sequence[Sample],
         side_views: _Views | None,
         views: _Views | None,
+        reader: ImageReader,
         image_size: int,
     ) -> None:
         super().__init__(manifest, samples, side_views)
-        self.views, self.image_size = views, image_size
+        self.views, self.reader, self.image_size = views, reader, image_size
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        images = [read_image(self.manifest.path(sample)) for sample in samples]
+        images = [self.reader(self.manifest.path(sample)) for sample in samples]
         batch: Batch = {}
         if self.views is not None:
             batch["images"] = self.views.draw(images, keys)

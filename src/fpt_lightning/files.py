@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,18 @@ from typing import Any
 from fpt_lightning.errors import DataError
 
 
-def read_rows(path: Path, kind: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, by column; the first of them is line 2.
+class Row(dict[str, str]):
+    """A row of a table by column.
+
+    Attributes:
+        line: of the file, counted from 1; the last one of a row of several lines.
+    """
+
+    line: int
+
+
+def read_rows(path: Path, kind: str) -> list[Row]:
+    """The rows of a CSV file.
 
     Args:
         path: of the file, in UTF-8.
@@ -22,23 +33,32 @@ def read_rows(path: Path, kind: str) -> list[dict[str, str]]:
     Raises:
         DataError: no such file, no CSV, no row, a column twice, or a row with more or fewer fields than the header.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"the {kind} {path} does not exist.")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            names, rows = list(reader.fieldnames or ()), list(reader)
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it holds NUL characters")  # UTF-16 without a mark at its start, or not text at all
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [_numbered(row, reader.line_num) for row in reader]
+    except OSError as error:
+        raise DataError(f"the {kind} {path} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"the {kind} {path} is not a CSV file in UTF-8: {error}.") from error
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"the {kind} {path} has the column {twice[0]!r} more than once.")
     if not rows:
         raise DataError(f"the {kind} {path} holds no row below its header.")
-    for number, row in enumerate(rows, start=2):
+    if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
+        raise DataError(f"the {kind} {path} has several columns named {', '.join(twice)}.")
+    for row in rows:
         if None in row or None in row.values():  # more fields, or fewer
-            raise DataError(f"{path}, line {number}: the number of fields differs from the header's.")
+            raise DataError(f"{path}, line {row.line}: the number of fields differs from the header's.")
     return rows
+
+
+def _numbered(fields: dict[str, str], line: int) -> Row:
+    row = Row(fields)
+    row.line = line
+    return row
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[Any]]) -> None:

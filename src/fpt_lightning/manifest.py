@@ -6,19 +6,21 @@ import hashlib
 import math
 import os
 import random
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, NoReturn
 
 from fpt_lightning.errors import ConfigurationError, DataError
-from fpt_lightning.files import read_rows, write_rows
+from fpt_lightning.files import Row, read_rows, write_rows
+from fpt_lightning.pages import file_and_page
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
 UNLABELLED = -1
 
 Kind = Literal["single-label", "multi-label", "regression"]
@@ -35,7 +37,8 @@ class Sample:
     """One image.
 
     Attributes:
-        id: its path relative to the data root, with forward slashes; the key of its features.
+        id: its path relative to the data root, with forward slashes, and ``#12`` behind it where it is page or frame 12
+            of that file; the key of its features.
         label: index of its class, or ``UNLABELLED``; not used in other data sets than single-label ones.
         targets: of a multi-label data set, 1, 0 or NaN (unknown) for each class; of a regression, its number.
         split: ``train``, ``val`` or ``test``; empty where there is none.
@@ -159,9 +162,7 @@ def read_manifest(
         DataError: anything missing, empty, duplicated or inconsistent, by name.
         ConfigurationError: a fold that there is not.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    folder = _data_root(root)
     if table is None:
         samples, names = _with_classes(_from_folders(folder, kind), classes)
     else:
@@ -199,9 +200,7 @@ def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1)
     Raises:
         DataError: no such folder, or no image in it.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    folder = _data_root(root)
     ids = sorted(_image_ids(folder, folder))
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
@@ -209,10 +208,18 @@ def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1)
     return Manifest(folder, tuple(Sample(id, targets=unknown) for id in ids), (), kind)
 
 
+def _data_root(root: str | Path) -> Path:
+    folder = Path(os.path.expanduser(root))
+    if not os.path.isdir(folder):
+        raise DataError(f"the data root {str(root)!r} is not a folder.")
+    return folder
+
+
 def _image_ids(folder: Path, root: Path) -> list[str]:
     found = []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        _check_links(Path(directory), folders)
         relative = Path(directory).relative_to(root)
         found += [
             (relative / name).as_posix()
@@ -220,6 +227,17 @@ def _image_ids(folder: Path, root: Path) -> list[str]:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
     return found
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _check_links(directory: Path, folders: Iterable[str]) -> None:
+    above = {os.path.realpath(path) for path in (directory, *directory.parents)}
+    for path in (directory / name for name in folders):
+        if path.is_symlink() and os.path.realpath(path) in above:
+            raise DataError(f"{path} is a link to a folder that it lies in: remove it.")
 
 
 def _from_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
@@ -254,7 +272,7 @@ def _from_classes(folder: Path, root: Path, split: str) -> list[tuple[Sample, st
 def _from_table(
     root: Path,
     path: Path,
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[Row],
     image_column: str,
     split_column: str | None,
     group_column: str | None,
@@ -264,11 +282,11 @@ def _from_table(
     split_column = _column(rows, path, split_column, "split")
     group_column = _column(rows, path, group_column, "group")
     samples = []
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
         split = _SPLIT_FOLDERS.get(row[split_column].strip().lower(), "") if split_column else ""
         if split_column and not split:
-            raise DataError(f"{path}, line {number}: the split is {row[split_column]!r}, not train, val or test.")
-        id = _sample_id(row[image_column].strip(), path, number)
+            raise DataError(f"{path}, line {row.line}: the split is {row[split_column]!r}, not train, val or test.")
+        id = _sample_id(row[image_column].strip(), path, row.line)
         samples.append(Sample(id, split=split, group=row[group_column].strip() if group_column else ""))
     _check_files(root, path, [sample.id for sample in samples])
     return samples
@@ -276,7 +294,7 @@ def _from_table(
 
 def _labelled(
     samples: Sequence[Sample],
-    rows: Sequence[dict[str, str]],
+    rows: Sequence[Row],
     path: Path,
     columns: Sequence[str],
     kind: Kind,
@@ -289,19 +307,19 @@ def _labelled(
         raise DataError(f"data.label_column names {len(columns)} columns, which is for the task 'multilabel'.")
     if kind == "single-label":
         labels = [row[columns[0]].strip() for row in rows]
-        for number, label in enumerate(labels, start=2):
+        for row, label in zip(rows, labels, strict=True):
             if not label:
-                raise DataError(f"{path}, line {number}: the label (column {columns[0]!r}) is empty.")
+                raise DataError(f"{path}, line {row.line}: the label (column {columns[0]!r}) is empty.")
         return _with_classes(list(zip(samples, labels, strict=True)), classes)
     if classes is not None:
         raise DataError(f"data.classes is {list(classes)}: the classes of a {kind} data set are its label columns.")
     allowed = (1.0, 0.0, _UNCERTAIN) if kind == "multi-label" else None
     targets = [
         tuple(
-            _number(row[column].strip(), allowed, f"{path}, line {number}: the label (column {column!r})")
+            _number(row[column].strip(), allowed, f"{path}, line {row.line}: the label (column {column!r})")
             for column in columns
         )
-        for number, row in enumerate(rows, start=2)
+        for row in rows
     ]
     return [replace(s, targets=t) for s, t in zip(samples, targets, strict=True)], tuple(columns)
 
@@ -328,22 +346,22 @@ def _filled(sample: Sample, missing: Fill, uncertain: Fill) -> Sample:
     return replace(sample, targets=tuple(stands.get(target, target) for target in sample.targets))
 
 
-def _require_column(rows: Sequence[dict[str, str]], path: Path, column: str) -> None:
+def _require_column(rows: Sequence[Row], path: Path, column: str) -> None:
     if column not in rows[0]:
         raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(rows[0])}.")
 
 
-def _column(rows: Sequence[dict[str, str]], path: Path, asked: str | None, default: str) -> str | None:
+def _column(rows: Sequence[Row], path: Path, asked: str | None, default: str) -> str | None:
     if asked is None:
         return default if default in rows[0] else None
     _require_column(rows, path, asked)
     return asked
 
 
-def _sample_id(text: str, path: Path, number: int) -> str:
+def _sample_id(text: str, path: Path, line: int) -> str:
     id = PurePosixPath(text.replace("\\", "/"))
     if not id.parts or id.is_absolute() or ".." in id.parts:
-        raise DataError(f"{path}, line {number}: the image {text!r} is not a path below the data root.")
+        raise DataError(f"{path}, line {line}: the image {text!r} is not a path below the data root.")
     return id.as_posix()
 
 
@@ -351,10 +369,14 @@ def _check_files(root: Path, path: Path, ids: list[str]) -> None:
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(f"the manifest {path} lists {len(twice)} images more than once: {_some(twice)}.")
-    missing = [id for id in ids if not (root / id).is_file()]
+    missing = [id for id in ids if not os.path.isfile(file_and_page(root / id)[0])]
     if missing:
+        hint = ""
+        if any(os.path.isfile(root / unicodedata.normalize(form, id)) for id in missing for form in ("NFC", "NFD")):
+            hint = " Some do in another Unicode form (NFC or NFD) of their names: rewrite the manifest in the files'."
         raise DataError(
-            f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: {_some(missing)}."
+            f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: "
+            f"{_some(missing)}.{hint}"
         )
 
 
@@ -374,6 +396,14 @@ def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[st
                 f"data.classes is {list(asked)}, but the labels are {sorted(found)}: name each of them once."
             )
         return tuple(asked)
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(found):
+        spellings[unicodedata.normalize("NFC", name).casefold()].append(name)
+    if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+        raise DataError(
+            f"classes differ in upper and lower case or Unicode form alone: {_some(alike)}. Unify the labels, or name "
+            "every class in data.classes."
+        )
     numeric = all(name.isdecimal() for name in found)
     return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
 
@@ -469,7 +499,8 @@ def _identical_files(manifest: Manifest) -> str:
         parts: defaultdict[object, list[Sample]] = defaultdict(list)
         for i, some in enumerate(alike):
             for sample in some:
-                parts[i, key(manifest.path(sample))].append(sample)
+                path, page = file_and_page(manifest.path(sample))
+                parts[i, page, key(path)].append(sample)
         alike = [some for some in parts.values() if len({sample.split for sample in some}) > 1]
     pairs = [f"{some[0].id} = {next(s.id for s in some if s.split != some[0].split)}" for some in alike]
     return f"{len(pairs)} images are also in another split, to the byte: {_some(pairs)}" if pairs else ""

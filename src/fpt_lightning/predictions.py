@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.errors import DataError
-from fpt_lightning.files import read_rows, write_rows
+from fpt_lightning.files import Row, read_rows, write_rows
 from fpt_lightning.manifest import UNLABELLED, Kind
 
 SUM_TOLERANCE = 0.02
@@ -121,7 +121,7 @@ class Predictions:
         table = _Table(path, rows)
         kind, classes = _layout(path, list(rows[0]))
         ids = table.texts("path")
-        empty = [number for number, id in enumerate(ids, start=2) if not id]
+        empty = [row.line for row in rows if not row["path"]]
         twice = [id for id, count in Counter(ids).items() if count > 1]
         if empty or twice:
             what = f"line {empty[0]}: the path is empty" if empty else f"the image {twice[0]!r} is there more than once"
@@ -162,7 +162,7 @@ class _Table:
     """The columns of a predictions file, checked."""
 
     path: Path
-    rows: Sequence[Mapping[str, str]]
+    rows: Sequence[Row]
 
     def texts(self, column: str) -> tuple[str, ...]:
         return tuple(row[column] for row in self.rows)
@@ -201,10 +201,13 @@ class _Table:
         return labels
 
     def check_sums(self, scores: NDArray[np.float64]) -> None:
-        for i in np.flatnonzero(np.abs(scores.sum(1) - 1) > SUM_TOLERANCE):
-            raise DataError(
-                f"{self.path}, line {i + 2}: the probabilities sum to {scores[i].sum():.6g}, not to 1; {_REMEDY}."
-            )
+        for row, total in zip(self.rows, scores.sum(1), strict=True):
+            if abs(total - 1) > SUM_TOLERANCE:
+                raise DataError(
+                    f"{self.path}, line {row.line}: the probabilities sum to {total:.6g}, not to 1; {_REMEDY}."
+                )
 
     def _refuse(self, i: int, column: str, needed: str) -> None:
-        raise DataError(f"{self.path}, line {i + 2}: {column} is {self.rows[i][column]!r}, which is not {needed}.")
+        raise DataError(
+            f"{self.path}, line {self.rows[i].line}: {column} is {self.rows[i][column]!r}, which is not {needed}."
+        )

@@ -22,8 +22,9 @@ from torch.utils.data import Dataset, DistributedSampler
 from fpt_lightning.codecs import FeatureShape, check_codec
 from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
 from fpt_lightning.errors import StoreError
-from fpt_lightning.images import channel_statistics, normalise, read_image, stored_copy, unit_pixels
+from fpt_lightning.images import channel_statistics, normalise, stored_copy, unit_pixels
 from fpt_lightning.manifest import Manifest
+from fpt_lightning.pages import file_and_page
 from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.selection import number_of_tokens
 from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_row, encode
@@ -144,7 +145,7 @@ class FrozenPass(L.LightningModule):
             _check_space(self.url, len(ids) * size)
             if not asked.mean:
                 paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
-                mean, std = channel_statistics(paths, asked.resolution, self.num_workers)
+                mean, std = channel_statistics(paths, asked.resolution, self.num_workers, asked.crop_border)
                 asked = replace(asked, mean=mean, std=std)
             store = FeatureStore.create(self.url, asked, shape, _made_with())
         store.extend(ids)
@@ -184,7 +185,7 @@ class FrozenPass(L.LightningModule):
         spec = self.specification
         for _ in range(2):  # the first run warms up
             start = time.perf_counter()
-            pixels = unit_pixels(read_image(self.manifest.root / id), spec.resolution)
+            pixels = unit_pixels(spec.reader(self.manifest.root / id), spec.resolution)
             self._build()(normalise(pixels, spec.mean, spec.std)[None].to(self.device)).features.cpu()
         return time.perf_counter() - start
 
@@ -216,7 +217,7 @@ class _PreloadImages(Dataset[Any]):
     def __getitem__(self, rows: list[int]) -> tuple[list[int], Tensor, NDArray[np.uint8], list[int]]:
         spec = self.specification
         sources = [self.source(row) for row in rows]
-        read = {id: read_image(self.root / id) for id in dict.fromkeys(id for id, _ in sources)}
+        read = {id: spec.reader(self.root / id) for id in dict.fromkeys(id for id, _ in sources)}
         images = [read[id][:, ::-1] if mirrored else read[id] for id, mirrored in sources]
         pixels = torch.stack([unit_pixels(image, spec.resolution) for image in images])
         copies = np.stack([stored_copy(image, spec.image_size) for image in images])
@@ -224,7 +225,7 @@ class _PreloadImages(Dataset[Any]):
             rows,
             normalise(pixels, spec.mean, spec.std),
             copies,
-            [(self.root / id).stat().st_size for id, _ in sources],
+            [file_and_page(self.root / id)[0].stat().st_size for id, _ in sources],
         )
 
 

@@ -38,7 +38,8 @@ from zarr.codecs import Crc32cCodec
 
 from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
 from fpt_lightning.errors import StaleStoreError, StoreError
-from fpt_lightning.images import INTERPOLATION
+from fpt_lightning.images import INTERPOLATION, ImageReader
+from fpt_lightning.pages import file_and_page
 from fpt_lightning.reader import AT_ONCE, BufferPool, ShardCache, ShardIndex, ShardReader, index_bytes
 
 FORMAT = 4  # of the layout above and of what the numbers in it mean
@@ -66,6 +67,8 @@ class FeatureSpecification:
         precision: of the frozen pass.
         mirrored: whether each sample has the features of its mirror image too.
         interpolation: how images are resized.
+        fit: how images come to the encoder's aspect (``fpt_lightning.images.ImageReader``).
+        crop_border: whether their dark border is cut off.
         format: version of the store's layout.
     """
 
@@ -84,6 +87,8 @@ class FeatureSpecification:
     mirrored: bool = False
     weights_digest: str = ""
     interpolation: str = INTERPOLATION
+    fit: str = "squash"
+    crop_border: bool = False
     format: int = FORMAT
 
     @classmethod
@@ -106,6 +111,11 @@ class FeatureSpecification:
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def reader(self) -> ImageReader:
+        """What reads the images."""
+        return ImageReader(self.resolution, self.fit, self.crop_border)
 
     @property
     def views(self) -> int:
@@ -458,7 +468,7 @@ class FeatureStore:
         sizes = self._record("file_sizes").tolist()
         found = []
         for id in ids:
-            path = root / id
+            path = file_and_page(root / id)[0]
             rows = self._rows_of([id]) if id in self.rows else []
             stored = {sizes[row] for row in rows if self.done[row]}
             if stored and path.is_file() and {path.stat().st_size} != stored:
