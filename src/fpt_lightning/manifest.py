@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import math
 import os
 import random
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from fpt_lightning.errors import ConfigurationError, DataError
 
@@ -16,6 +20,12 @@ SPLITS = ("train", "val", "test")
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 UNLABELLED = -1
+
+Kind = Literal["single-label", "multi-label", "regression"]
+Fill = Literal["ignore", "zeros", "ones"]
+_FILLS: Mapping[str, float] = {"ignore": math.nan, "zeros": 0.0, "ones": 1.0}
+_UNCERTAIN = -1.0  # as CheXpert and MIMIC-CXR write it
+_ENDS = 2**16  # bytes of a file that tell most files apart
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -26,13 +36,15 @@ class Sample:
 
     Attributes:
         id: its path relative to the data root, with forward slashes; the key of its features.
-        label: index of its class, or ``UNLABELLED``.
+        label: index of its class, or ``UNLABELLED``; not used in other data sets than single-label ones.
+        targets: of a multi-label data set, 1, 0 or NaN (unknown) for each class; of a regression, its number.
         split: ``train``, ``val`` or ``test``; empty where there is none.
         group: what must stay on one side of a split, such as a patient; empty where unknown.
     """
 
     id: str
     label: int = UNLABELLED
+    targets: tuple[float, ...] = ()
     split: str = ""
     group: str = ""
 
@@ -44,12 +56,17 @@ class Manifest:
     Attributes:
         root: the folder that sample ids are relative to.
         samples: in ascending order of their ids.
-        classes: names, in the order of the label indices; from the whole data set.
+        classes: names, in the order of the label indices; from the whole data set. Of a regression, the name of its
+            number.
+        kind: of the labels.
+        random: whether the split was drawn, and not given.
     """
 
     root: Path
     samples: tuple[Sample, ...]
     classes: tuple[str, ...]
+    kind: Kind = "single-label"
+    random: bool = False
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split, in ascending order of their ids."""
@@ -59,18 +76,44 @@ class Manifest:
         return self.root / sample.id
 
     def class_counts(self, split: str) -> list[int]:
-        """Images of each class in a split."""
-        counts = Counter(sample.label for sample in self.split(split))
-        return [counts[label] for label in range(len(self.classes))]
+        """Images of each class in a split: positive ones of a label, all in a regression."""
+        samples = self.split(split)
+        if self.kind == "single-label":
+            counts = Counter(sample.label for sample in samples)
+            return [counts[label] for label in range(len(self.classes))]
+        if self.kind == "regression":
+            return [len(samples)]
+        return [sum(sample.targets[i] == 1 for sample in samples) for i in range(len(self.classes))]
 
     def summary(self) -> str:
         """A table of images by split and class, for people."""
         width = max(map(len, (*self.classes, "class")))
         rows = [f"{'class':<{width}}" + "".join(f"{split:>8}" for split in SPLITS)]
+        if self.kind == "multi-label":
+            rows.append(f"{'images':<{width}}" + "".join(f"{len(self.split(split)):>8}" for split in SPLITS))
         counts = {split: self.class_counts(split) for split in SPLITS}
         for label, name in enumerate(self.classes):
             rows.append(f"{name:<{width}}" + "".join(f"{counts[split][label]:>8}" for split in SPLITS))
         return "\n".join(rows)
+
+    def split_digest(self) -> str:
+        """SHA-256 of which image is in which split."""
+        lines = "\n".join(f"{sample.split} {sample.id}" for sample in self.samples)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write a CSV file that ``read_manifest`` reads again with the same splits: image, labels, split, group."""
+        labels = ("label",) if self.kind == "single-label" else self.classes
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["image", *labels, "split", "group"])
+            for sample in self.samples:
+                own = (
+                    [self.classes[sample.label]] if self.kind == "single-label" else [f"{t:g}" for t in sample.targets]
+                )
+                writer.writerow([sample.id, *own, sample.split, sample.group])
+        os.replace(partial, path)
 
 
 def read_manifest(
@@ -78,11 +121,18 @@ def read_manifest(
     table: str | Path | None = None,
     *,
     image_column: str = "image",
-    label_column: str = "label",
+    label_column: str | Sequence[str] = "label",
     split_column: str | None = None,
     group_column: str | None = None,
     classes: Sequence[str] | None = None,
+    kind: Kind = "single-label",
+    missing_labels: Fill = "ignore",
+    uncertain_labels: Fill = "ignore",
     split_seed: int = 0,
+    fold: int | None = None,
+    folds: int = 5,
+    external: bool = False,
+    allow_overlap: bool = False,
 ) -> Manifest:
     """Read a labelled data set.
 
@@ -90,33 +140,55 @@ def read_manifest(
     split 70/10/20 at random, stratified by class. A ``table`` is a CSV file with one row an image; without a split
     column its images are split in the same way, groups kept whole.
 
+    With ``fold``, cross-validation: where splits are given, the test images stay, and the fold of the others validates;
+    otherwise the fold is the test split, and the next one validates. Folds are stratified and keep groups whole.
+
     Args:
         root: folder of the images.
         table: CSV file, absolute or relative to ``root``.
         image_column: column of image paths, relative to ``root``.
-        label_column: column of class names.
+        label_column: column of class names or numbers; the columns of 1, 0, -1 or nothing of a multi-label data set.
         split_column: column of ``train``, ``val``, ``test``; the column ``split``, if there is one, by default.
         group_column: column of groups, such as patients; the column ``group``, if there is one, by default.
         classes: class names in the order wanted (grades from low to high, say); sorted by default.
+        kind: of the labels.
+        missing_labels: what an empty field of a multi-label data set stands for.
+        uncertain_labels: what -1 stands for in its training images; in others it is ignored.
         split_seed: seed of a random split.
+        fold: which fold, from 1; None without cross-validation.
+        folds: how many.
+        external: whether all images are test images of a model trained elsewhere; splits are not read.
+        allow_overlap: whether groups, or identical files, may be in several splits, with a warning.
 
     Raises:
         DataError: anything missing, empty, duplicated or inconsistent, by name.
+        ConfigurationError: a fold that there is not.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"the data root {str(root)!r} is not a folder.")
     if table is None:
-        labelled = _from_folders(folder)
+        samples, names = _with_classes(_from_folders(folder, kind), classes)
     else:
-        labelled = _from_table(folder, table, image_column, label_column, split_column, group_column)
-    names = _class_names((label for _, label in labelled), classes)
-    index = {name: i for i, name in enumerate(names)}
-    samples = sorted((replace(s, label=index[label]) for s, label in labelled), key=lambda s: s.id)
-    if not samples[0].split:
-        samples = random_split(samples, split_seed)
-    manifest = Manifest(folder, tuple(samples), names)
-    _check_splits(manifest)
+        path = folder / Path(table).expanduser()
+        rows = _read_rows(path)
+        samples = _from_table(folder, path, rows, image_column, None if external else split_column, group_column)
+        columns = [label_column] if isinstance(label_column, str) else list(label_column)
+        samples, names = _labelled(samples, rows, path, columns, kind, classes)
+    samples = sorted(samples, key=lambda sample: sample.id)
+    drawn = not external and not samples[0].split
+    if external:
+        samples = [replace(sample, split="test") for sample in samples]
+    elif fold is not None:
+        samples = fold_split(samples, fold, folds, split_seed, kind)
+    elif drawn:
+        samples = random_split(samples, split_seed, kind)
+    samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
+    manifest = Manifest(folder, tuple(samples), names, kind, random=not external and (drawn or fold is not None))
+    if not external:
+        if kind == "single-label" and len(names) < 2:
+            raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
+        _check_splits(manifest, allow_overlap)
     return manifest
 
 
@@ -148,7 +220,9 @@ def _image_ids(folder: Path, root: Path) -> list[str]:
     return found
 
 
-def _from_folders(root: Path) -> list[tuple[Sample, str]]:
+def _from_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
+    if kind != "single-label":
+        raise DataError(f"a {kind} data set needs a CSV manifest (data.manifest): folders name one class an image.")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     splits = {p: _SPLIT_FOLDERS[p.name.lower()] for p in folders if p.name.lower() in _SPLIT_FOLDERS}
     if not splits:
@@ -177,31 +251,81 @@ def _from_classes(folder: Path, root: Path, split: str) -> list[tuple[Sample, st
 
 def _from_table(
     root: Path,
-    table: str | Path,
+    path: Path,
+    rows: Sequence[dict[str, str]],
     image_column: str,
-    label_column: str,
     split_column: str | None,
     group_column: str | None,
-) -> list[tuple[Sample, str]]:
-    path = root / Path(table).expanduser()
-    rows = _read_rows(path)
+) -> list[Sample]:
+    """The rows' samples, still without labels."""
+    _require_column(rows, path, image_column)
     split_column = _column(rows, path, split_column, "split")
     group_column = _column(rows, path, group_column, "group")
-    for column in (image_column, label_column):
-        if column not in rows[0]:
-            raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(rows[0])}.")
-    labelled = []
+    samples = []
     for number, row in enumerate(rows, start=2):
         split = _SPLIT_FOLDERS.get(row[split_column].strip().lower(), "") if split_column else ""
         if split_column and not split:
             raise DataError(f"{path}, line {number}: the split is {row[split_column]!r}, not train, val or test.")
-        label = row[label_column].strip()
-        if not label:
-            raise DataError(f"{path}, line {number}: the label (column {label_column!r}) is empty.")
         id = _sample_id(row[image_column].strip(), path, number)
-        labelled.append((Sample(id, split=split, group=row[group_column].strip() if group_column else ""), label))
-    _check_files(root, path, [sample.id for sample, _ in labelled])
-    return labelled
+        samples.append(Sample(id, split=split, group=row[group_column].strip() if group_column else ""))
+    _check_files(root, path, [sample.id for sample in samples])
+    return samples
+
+
+def _labelled(
+    samples: Sequence[Sample],
+    rows: Sequence[dict[str, str]],
+    path: Path,
+    columns: Sequence[str],
+    kind: Kind,
+    classes: Sequence[str] | None,
+) -> tuple[list[Sample], tuple[str, ...]]:
+    """The samples with the labels of their rows, and the names of the classes."""
+    for column in columns:
+        _require_column(rows, path, column)
+    if kind != "multi-label" and len(columns) != 1:
+        raise DataError(f"data.label_column names {len(columns)} columns, which is for the task 'multilabel'.")
+    if kind == "single-label":
+        labels = [row[columns[0]].strip() for row in rows]
+        for number, label in enumerate(labels, start=2):
+            if not label:
+                raise DataError(f"{path}, line {number}: the label (column {columns[0]!r}) is empty.")
+        return _with_classes(list(zip(samples, labels, strict=True)), classes)
+    if classes is not None:
+        raise DataError(f"data.classes is {list(classes)}: the classes of a {kind} data set are its label columns.")
+    allowed = (1.0, 0.0, _UNCERTAIN) if kind == "multi-label" else None
+    targets = [
+        tuple(
+            _number(row[column].strip(), allowed, f"{path}, line {number}: the label (column {column!r})")
+            for column in columns
+        )
+        for number, row in enumerate(rows, start=2)
+    ]
+    return [replace(s, targets=t) for s, t in zip(samples, targets, strict=True)], tuple(columns)
+
+
+def _number(text: str, allowed: Sequence[float] | None, where: str) -> float:
+    """A label; an infinite one stands for an empty field, NaN for one that is unknown in any case."""
+    if not text and allowed is not None:
+        return math.inf
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.inf
+    if allowed is None and math.isfinite(number):
+        return number
+    if allowed is not None and (number in allowed or math.isnan(number)):
+        return number
+    expected = "a number" if allowed is None else "1, 0, -1 (uncertain) or nothing"
+    raise DataError(f"{where} is {text!r}, not {expected}.")
+
+
+def _filled(sample: Sample, missing: Fill, uncertain: Fill) -> Sample:
+    """The sample with what its empty and uncertain labels stand for."""
+    stands = {math.inf: _FILLS[missing], _UNCERTAIN: _FILLS[uncertain if sample.split == "train" else "ignore"]}
+    if len(sample.targets) < 1 or not any(target in stands for target in sample.targets):
+        return sample
+    return replace(sample, targets=tuple(stands.get(target, target) for target in sample.targets))
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
@@ -220,11 +344,15 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _column(rows: list[dict[str, str]], path: Path, asked: str | None, default: str) -> str | None:
+def _require_column(rows: Sequence[dict[str, str]], path: Path, column: str) -> None:
+    if column not in rows[0]:
+        raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(rows[0])}.")
+
+
+def _column(rows: Sequence[dict[str, str]], path: Path, asked: str | None, default: str) -> str | None:
     if asked is None:
         return default if default in rows[0] else None
-    if asked not in rows[0]:
-        raise DataError(f"the manifest {path} has no column {asked!r}; it has {', '.join(rows[0])}.")
+    _require_column(rows, path, asked)
     return asked
 
 
@@ -246,57 +374,138 @@ def _check_files(root: Path, path: Path, ids: list[str]) -> None:
         )
 
 
+def _with_classes(
+    labelled: Sequence[tuple[Sample, str]], classes: Sequence[str] | None
+) -> tuple[list[Sample], tuple[str, ...]]:
+    names = _class_names((label for _, label in labelled), classes)
+    index = {name: i for i, name in enumerate(names)}
+    return [replace(sample, label=index[label]) for sample, label in labelled], names
+
+
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:
     found = set(labels)
     if asked is not None:
-        if len(asked) < 2 or len(set(asked)) != len(asked) or not found <= set(asked):
+        if len(set(asked)) != len(asked) or not found <= set(asked):
             raise DataError(
                 f"data.classes is {list(asked)}, but the labels are {sorted(found)}: name each of them once."
             )
         return tuple(asked)
-    if len(found) < 2:
-        raise DataError(f"the data set has one class only, {sorted(found)[0]!r}: a classifier needs at least two.")
     numeric = all(name.isdecimal() for name in found)
     return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
 
 
-def random_split(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """Split 70/10/20 at random, stratified by class; a group stays whole.
+def random_split(samples: Sequence[Sample], seed: int, kind: Kind = "single-label") -> list[Sample]:
+    """Split 70/10/20 at random, stratified; a group stays whole."""
+    dealt = _deal(samples, FRACTIONS, seed, kind)
+    return [replace(sample, split=SPLITS[part]) for sample, part in zip(samples, dealt, strict=True)]
 
-    Groups are dealt, large ones first, to the split that lacks most images of the group's classes.
+
+def fold_split(
+    samples: Sequence[Sample], fold: int, folds: int, seed: int, kind: Kind = "single-label"
+) -> list[Sample]:
+    """The splits of one fold of a cross-validation; see ``read_manifest``.
+
+    Raises:
+        ConfigurationError: there is no such fold.
     """
-    groups: defaultdict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.group or f"\0{sample.id}"].append(sample)
+    given = bool(samples[0].split)
+    if folds < (2 if given else 3) or not 1 <= fold <= folds:
+        raise ConfigurationError(
+            f"data.fold is {fold} of data.folds {folds}: give a fold from 1 to {folds}, and at least "
+            f"{'2 folds' if given else '3 folds, of which one tests and one validates'}."
+        )
+    pool = [sample for sample in samples if not given or sample.split != "test"]
+    dealt = dict(zip((s.id for s in pool), _deal(pool, [1 / folds] * folds, seed, kind), strict=True))
+    special = {fold - 1: "val"} if given else {fold - 1: "test", fold % folds: "val"}
+    return [replace(s, split=special.get(dealt[s.id], "train")) if s.id in dealt else s for s in samples]
+
+
+def _deal(samples: Sequence[Sample], fractions: Sequence[float], seed: int, kind: Kind) -> list[int]:
+    """Which part each sample is dealt to, at random, so that each part has its fraction of each stratum.
+
+    Groups stay whole: they are dealt, large ones first, to the part that lacks most images of the group's strata.
+    """
+    strata = _strata(samples, kind)
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for position, sample in enumerate(samples):
+        groups[sample.group or f"\0{sample.id}"].append(position)
     order = sorted(groups)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda name: len(groups[name]), reverse=True)
-    totals = Counter(sample.label for sample in samples)
-    lacking = {label: [total * fraction for fraction in FRACTIONS] for label, total in totals.items()}
-    split_of = {}
+    totals = Counter(stratum for own in strata for stratum in own)
+    lacking = {stratum: [total * fraction for fraction in fractions] for stratum, total in totals.items()}
+    part_of = [0] * len(samples)
     for name in order:
-        counts = Counter(sample.label for sample in groups[name])
-        chosen = max(range(len(SPLITS)), key=lambda i: sum(lacking[label][i] * n for label, n in counts.items()))
-        for label, n in counts.items():
-            lacking[label][chosen] -= n
-        split_of[name] = SPLITS[chosen]
-    return [replace(sample, split=split_of[sample.group or f"\0{sample.id}"]) for sample in samples]
+        counts = Counter(stratum for position in groups[name] for stratum in strata[position])
+        chosen = max(range(len(fractions)), key=lambda i: sum(lacking[s][i] * n for s, n in counts.items()))
+        for stratum, n in counts.items():
+            lacking[stratum][chosen] -= n
+        for position in groups[name]:
+            part_of[position] = chosen
+    return part_of
 
 
-def _check_splits(manifest: Manifest) -> None:
+def _strata(samples: Sequence[Sample], kind: Kind) -> list[tuple[int, ...]]:
+    """What each sample counts as: its class; its positive labels, or -1 without any; its number's fifth of all."""
+    if kind == "single-label":
+        return [(sample.label,) for sample in samples]
+    if kind == "multi-label":
+        return [tuple(i for i, t in enumerate(sample.targets) if t == 1) or (-1,) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: samples[i].targets)
+    return [(5 * rank // len(samples),) for _, rank in sorted(zip(order, range(len(samples)), strict=True))]
+
+
+def _check_splits(manifest: Manifest, allow_overlap: bool) -> None:
     empty = [split for split in SPLITS if not manifest.split(split)]
     if empty:
         raise DataError(
             f"the data set {manifest.root} ({len(manifest.samples)} images) leaves the split {', '.join(empty)} empty: "
             "give it more images, or a CSV manifest with a split column."
         )
+    for overlap in (_crossing_groups(manifest), _identical_files(manifest)):
+        if overlap and not allow_overlap:
+            raise DataError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
+        if overlap:
+            warnings.warn(f"{overlap}: test figures are too good.", stacklevel=2)
+
+
+def _crossing_groups(manifest: Manifest) -> str:
     splits: defaultdict[str, set[str]] = defaultdict(set)
     for sample in manifest.samples:
         if sample.group:
             splits[sample.group].add(sample.split)
     crossing = sorted(group for group, used in splits.items() if len(used) > 1)
-    if crossing:
-        raise DataError(f"{len(crossing)} groups have images in more than one split: {_some(crossing)}.")
+    return f"{len(crossing)} groups have images in more than one split: {_some(crossing)}" if crossing else ""
+
+
+def _identical_files(manifest: Manifest) -> str:
+    """Images with the same bytes in several splits; only files of the same size and ends are read whole."""
+    alike = [list(manifest.samples)]
+    for key in (_size, _ends, file_digest):
+        parts: defaultdict[object, list[Sample]] = defaultdict(list)
+        for i, some in enumerate(alike):
+            for sample in some:
+                parts[i, key(manifest.path(sample))].append(sample)
+        alike = [some for some in parts.values() if len({sample.split for sample in some}) > 1]
+    pairs = [f"{some[0].id} = {next(s.id for s in some if s.split != some[0].split)}" for some in alike]
+    return f"{len(pairs)} images are also in another split, to the byte: {_some(pairs)}" if pairs else ""
+
+
+def _size(path: Path) -> object:
+    return path.stat().st_size or path  # empty files are alike in nothing but their damage
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(-min(_ENDS, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(start + file.read()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
