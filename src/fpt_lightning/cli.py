@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with the subcommands ``preload`` and ``plan``; commands without a Trainer beside it."""
+"""The command line: LightningCLI with the subcommands ``preload`` and ``plan``, beside commands without a Trainer."""
 
 from __future__ import annotations
 

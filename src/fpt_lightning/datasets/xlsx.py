@@ -42,8 +42,8 @@ def _rows(path: Path) -> list[dict[str, str]]:
         shared = []
         if "xl/sharedStrings.xml" in archive.namelist():
             shared = [_text(item) for item in _part(archive, "xl/sharedStrings.xml")]
-        rows = _part(archive, posixpath.join("/xl", target).removeprefix("/")).iter("{*}row")
-        return [{_column(cell): _value(cell, shared) for cell in row.iter("{*}c")} for row in rows]
+        rows = _part(archive, posixpath.join("/xl", target).removeprefix("/")).findall(".//{*}row")
+        return [{_column(cell): _value(cell, shared) for cell in row.findall("{*}c")} for row in rows]
 
 
 def _part(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
@@ -66,4 +66,4 @@ def _value(cell: ElementTree.Element, shared: Sequence[str]) -> str:
 
 
 def _text(element: ElementTree.Element) -> str:
-    return "".join(part.text or "" for part in element.iter("{*}t"))
+    return "".join(part.text or "" for part in element.findall(".//{*}t"))
