@@ -48,6 +48,7 @@ def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> Prelo
         resolution=RESOLUTION,
         mean=[0.5],
         std=[0.25],
+        allow_overlap=True,
         side_resolution=SIDE,
         batch_size=BATCH_SIZE,
         num_workers=workers,

@@ -98,6 +98,7 @@ def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: P
         "best.ckpt",
         "last.ckpt",
         "config.yaml",
+        "split.csv",
         "metrics.csv",
         "metrics.json",
         "predictions.csv",
@@ -184,7 +185,7 @@ class Stop(L.Callback):
         if trainer.current_epoch == {epoch}:
             raise KeyboardInterrupt
 checkpoints = cli._checkpoints
-cli._checkpoints = lambda root: [Stop(), *checkpoints(root)]
+cli._checkpoints = lambda *given: [Stop(), *checkpoints(*given)]
 cli.main(sys.argv[1:])
 """
 
@@ -289,8 +290,8 @@ def example_data(name: str, tmp_path: Path) -> list[str]:
         where += ["--trainer.logger.init_args.save_dir", str(tmp_path / "run")]
     store = ["--data.store", str(tmp_path / "store.zarr")]
     if name == "ddr.yaml":
-        for split in ("train", "val", "test"):
-            write_images(root / split, {str(grade): 4 for grade in range(5)})
+        for seed, split in enumerate(("train", "val", "test")):
+            write_images(root / split, {str(grade): 4 for grade in range(5)}, seed=seed)
     elif name == "table.yaml":
         write_images(root, {"x": 20, "y": 20, "z": 20})
         lines = [
@@ -507,3 +508,78 @@ def test_predict_on_a_folder_without_images(config: Path, capsys: pytest.Capture
     best = tmp_path / "run" / "best.ckpt"
     message = fails(capsys, "predict", "--config", config, "--ckpt_path", best, "--data.root", tmp_path / "empty")
     assert f"there is no image below {tmp_path / 'empty'}" in message
+
+
+# Splits, folds and images of elsewhere
+
+
+def test_the_split_of_a_run_can_be_given_back(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    again = ["--data.manifest", root / "split.csv", "--data.split_seed", 5]
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *again)
+    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+
+
+def test_another_random_split_is_not_tested(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("fit", "--config", config)
+    for other in (["--data.split_seed", 5], ["--data.fold", 2, "--data.folds", 5]):
+        message = fails(capsys, "test", "--config", config, "--ckpt_path", tmp_path / "run" / "best.ckpt", *other)
+        assert "split at random, and not as it was in training" in message
+        assert "data.external true" in message
+
+
+def test_folds_test_each_image_once(config: Path, tmp_path: Path) -> None:
+    tested: list[str] = []
+    for fold in (1, 2, 3):
+        root = tmp_path / f"fold{fold}"
+        folds = ["--data.fold", fold, "--data.folds", 3, "--data.mean", "[0.4]", "--data.std", "[0.2]"]
+        run("fit", "--config", config, *folds, "--trainer.default_root_dir", root, "--trainer.max_epochs", 1)
+        tested += [row["path"] for row in rows(root / "predictions.csv")]
+    assert sorted(tested) == [f"{name}/{i:03d}.png" for name in "abc" for i in range(10)]
+
+
+def elsewhere(tmp_path: Path, names: dict[str, str]) -> list[object]:
+    """Arguments of a test on other images, whose labels are ``names`` of their folders."""
+    root = write_images(tmp_path / "elsewhere", dict.fromkeys(names, 4), seed=7)
+    lines = [f"{path.relative_to(root)},{names[path.parent.name]}" for path in sorted(root.rglob("*.png"))]
+    (root / "other.csv").write_text("\n".join(["image,label", *lines]))
+    return ["--data.root", root, "--data.manifest", "other.csv", "--data.store", tmp_path / "other.zarr"]
+
+
+def test_a_model_is_tested_on_images_of_elsewhere(config: Path, tmp_path: Path) -> None:
+    """Which lack a class, so that the others have other numbers."""
+    change(config, "data", mean=[0.4], std=[0.2])
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    where = [*elsewhere(tmp_path, {"b": "b", "c": "c"}), "--data.external", "true"]
+    run("preload", "--config", config, *where)
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *where)
+    found = rows(root / "test" / "predictions.csv")
+    assert [row["label"] for row in found] == ["b"] * 4 + ["c"] * 4
+    assert list(found[0]) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+    metrics = json.loads((root / "test" / "metrics.json").read_text())["best"]
+    right = [max("abc", key=lambda name: float(row[f"prob_{name}"])) == row["label"] for row in found]
+    assert metrics["test_accuracy"] == pytest.approx(sum(right) / 8)
+    assert metrics["test_auc_classes"] == 2
+
+
+def test_classes_of_elsewhere_are_matched_by_name(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("fit", "--config", config)
+    where = [*elsewhere(tmp_path, {"b": "b", "c": "other"}), "--data.external", "true"]
+    run("preload", "--config", config, *where)
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", tmp_path / "run" / "best.ckpt", *where)
+    assert "trained with the classes ['a', 'b', 'c'], the data have ['b', 'other']" in message
+
+
+def test_images_of_elsewhere_are_not_trained_on(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(config, "data", external=True)
+    assert "there are no training images to compute them over" in fails(capsys, "preload", "--config", config)
+    change(config, "data", mean=[0.4], std=[0.2])
+    assert "data.external is true: all images are for test" in fails(capsys, "fit", "--config", config)

@@ -415,7 +415,7 @@ def test_every_method_trains_on_every_kind_of_encoder(name: str, family: str) ->
         options["reduction"] = 2
     module = built(name, resolution, encoder=FAMILIES[family], **options).train()
     batch = batch_for(module, resolution=resolution)
-    loss = module.loss(module(batch), batch["labels"])
+    loss = module.task.loss(module(batch), batch["labels"])
     loss.backward()
     dead = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
     assert not dead
@@ -515,7 +515,7 @@ def test_prompts_beside_a_position_bias(family: str) -> None:
 
 def gradients(module: ClassificationModule, batch: dict[str, Any]) -> dict[str, Tensor]:
     module.zero_grad()
-    module.loss(module(batch), batch["labels"]).backward()
+    module.task.loss(module(batch), batch["labels"]).backward()
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -176,9 +177,9 @@ def test_a_table_with_splits_and_groups(tmp_path: Path) -> None:
     rows = [(*row, group) for row, group in zip(GOOD, ("p1", "p2", "p3"), strict=True)]
     manifest = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label", "split", "group")))
     assert manifest.samples == (
-        Sample("x/1.png", 0, "train", "p1"),
-        Sample("x/2.png", 1, "val", "p2"),
-        Sample("x/3.png", 0, "test", "p3"),
+        Sample("x/1.png", 0, split="train", group="p1"),
+        Sample("x/2.png", 1, split="val", group="p2"),
+        Sample("x/3.png", 0, split="test", group="p3"),
     )
 
 
@@ -365,3 +366,203 @@ def test_a_number_of_classes_is_held_against_the_data() -> None:
     check_classes("model.num_classes", 3, manifest)
     with pytest.raises(ConfigurationError, match=r"model.num_classes is 5.*/data has 3 classes \(a, b, c\).*to 3"):
         check_classes("model.num_classes", 5, manifest)
+
+
+# Several labels, and numbers
+
+
+def labels_table(root: Path, rows: Sequence[Sequence[str]], splits: Sequence[str] = SPLITS) -> Path:
+    """Rows (a, b) of labels, each in every one of the splits."""
+    lines = [(f"{split}{i}.png", *row, split) for split in splits for i, row in enumerate(rows)]
+    return table_of(root, lines, ("image", "a", "b", "split"))
+
+
+def targets(root: Path, rows: Sequence[Sequence[str]], **arguments: Any) -> dict[str, list[tuple[float, ...]]]:
+    manifest = read_manifest(root, labels_table(root, rows), label_column=["a", "b"], kind="multi-label", **arguments)
+    assert manifest.classes == ("a", "b")
+    return {split: [sample.targets for sample in manifest.split(split)] for split in SPLITS}
+
+
+def equal(found: Sequence[tuple[float, ...]], expected: Sequence[tuple[float, ...]]) -> bool:
+    return [[-9.0 if math.isnan(t) else t for t in row] for row in found] == [
+        [-9.0 if math.isnan(t) else t for t in row] for row in expected
+    ]
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("fills", "train", "test"),
+    [
+        ({}, [(1, 0), (NAN, NAN), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+        ({"missing_labels": "zeros"}, [(1, 0), (0, NAN), (NAN, 1)], [(1, 0), (0, NAN), (NAN, 1)]),
+        ({"uncertain_labels": "ones"}, [(1, 0), (NAN, 1), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+        ({"uncertain_labels": "zeros"}, [(1, 0), (NAN, 0), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+    ],
+)
+def test_what_missing_and_uncertain_labels_stand_for(
+    tmp_path: Path, fills: dict[str, str], train: list[tuple[float, ...]], test: list[tuple[float, ...]]
+) -> None:
+    """Evaluation never takes an uncertain label for a true one; ``nan`` is unknown whatever is asked."""
+    found = targets(tmp_path, [("1", "0.0"), ("", "-1"), ("nan", "1.0")], **fills)
+    assert equal(found["train"], train)
+    assert equal(found["val"], test)
+    assert equal(found["test"], test)
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "0.5", "-2", "inf"])
+def test_labels_that_are_neither_true_nor_false(tmp_path: Path, value: str) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("0", value)])
+    asked: dict[str, Any] = {"label_column": ["a", "b"], "kind": "multi-label"}
+    refused(tmp_path, "line 3", "'b'", repr(value), "1, 0, -1 (uncertain) or nothing", table=path, **asked)
+
+
+@pytest.mark.parametrize("value", ["", "old", "nan", "inf"])
+def test_numbers_that_are_none(tmp_path: Path, value: str) -> None:
+    path = labels_table(tmp_path, [("1.5", "0"), (value, "0")])
+    refused(tmp_path, "line 3", "'a'", repr(value), "not a number", table=path, label_column="a", kind="regression")
+
+
+def test_numbers(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("61.5", ""), ("-3", ""), ("0", "")])
+    manifest = read_manifest(tmp_path, path, label_column="a", kind="regression")
+    assert [sample.targets for sample in manifest.split("test")] == [(61.5,), (-3,), (0,)]
+    assert (manifest.classes, manifest.class_counts("val")) == (("a",), [3])
+
+
+def test_counts_of_labels_are_of_positive_images(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("1", "-1"), ("", "1")])
+    manifest = read_manifest(tmp_path, path, label_column=["a", "b"], kind="multi-label")
+    assert manifest.class_counts("test") == [2, 1]
+    assert manifest.summary().splitlines()[1].split() == ["images", "3", "3", "3"]
+
+
+def test_what_several_columns_and_folders_are_not_for(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0")])
+    refused(tmp_path, "names 2 columns", "'multilabel'", table=path, label_column=["a", "b"])
+    refused(tmp_path, "data.classes", table=path, label_column=["a"], kind="multi-label", classes=["x"])
+    refused(tmp_path, "multi-label data set needs a CSV manifest", kind="multi-label")
+
+
+def shares(manifest: Manifest, column: int) -> list[float]:
+    return [manifest.class_counts(split)[column] / len(manifest.split(split)) for split in SPLITS]
+
+
+def test_random_splits_have_each_labels_share(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    rows = [(f"{i}.png", str(int(generator.random() < 0.1)), str(int(generator.random() < 0.4))) for i in range(600)]
+    path = table_of(tmp_path, rows, ("image", "a", "b"))
+    manifest = read_manifest(tmp_path, path, label_column=["a", "b"], kind="multi-label")
+    assert [len(manifest.split(split)) for split in SPLITS] == pytest.approx([420, 60, 120], abs=12)
+    for column in (0, 1):
+        assert max(shares(manifest, column)) - min(shares(manifest, column)) < 0.03
+
+
+def test_random_splits_of_numbers_have_the_same_range(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", str(i)) for i in range(200)]
+    manifest = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label")), kind="regression")
+    fifths = [Counter(int(s.targets[0]) // 40 for s in manifest.split(split)) for split in SPLITS]
+    assert [set(counts.values()) for counts in fifths] == [{28}, {4}, {8}]
+
+
+# Cross-validation
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_each_image_is_held_out_once(tmp_path: Path, given: bool) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i % 2], f"p{i // 4}", "test" if i >= 80 else "train") for i in range(100)]
+    header = ("image", "label", "group", "split" if given else "site")
+    path = table_of(tmp_path, rows, header)
+    held = "val" if given else "test"
+    folds = [read_manifest(tmp_path, path, fold=fold, folds=4) for fold in (1, 2, 3, 4)]
+    out = [sample.id for manifest in folds for sample in manifest.split(held)]
+    assert sorted(out) == [f"{i:03d}.png" for i in range(80 if given else 100)]
+    for fold, manifest in enumerate(folds):
+        assert len({(s.group, s.split) for s in manifest.samples}) == 25
+        assert all(abs(a - b) <= 2 for a, b in [manifest.class_counts(held)])
+        assert manifest.random
+        if given:
+            assert [s.id for s in manifest.split("test")] == [f"{i:03d}.png" for i in range(80, 100)]
+        else:
+            following = folds[(fold + 1) % 4].split("test")
+            assert [s.id for s in manifest.split("val")] == [s.id for s in following]
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(0, 5), (6, 5), (1, 2), (1, 1)])
+def test_there_is_no_such_fold(tmp_path: Path, fold: int, folds: int) -> None:
+    folder = tmp_path / "images"
+    folders(folder, {"a": 10, "b": 10})
+    with pytest.raises(ConfigurationError, match=f"data.fold is {fold} of data.folds {folds}: give a fold from 1"):
+        read_manifest(folder, fold=fold, folds=folds)
+
+
+# The split that was used, given back
+
+
+def test_a_drawn_split_can_be_given_back(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i % 2], f"p{i // 3}") for i in range(60)]
+    drawn = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label", "group")), split_seed=3)
+    drawn.write(tmp_path / "split.csv")
+    again = read_manifest(tmp_path, tmp_path / "split.csv")
+    assert (again.samples, again.classes) == (drawn.samples, drawn.classes)
+    assert again.split_digest() == drawn.split_digest()
+    assert (drawn.random, again.random) == (True, False)
+    assert read_manifest(tmp_path, tmp_path / "table.csv", split_seed=4).split_digest() != drawn.split_digest()
+
+
+def test_ignored_labels_stay_ignored_when_given_back(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("", "-1"), ("0", "1")])
+    asked: dict[str, Any] = {"label_column": ["a", "b"], "kind": "multi-label"}
+    first = read_manifest(tmp_path, path, **asked)
+    first.write(tmp_path / "split.csv")
+    again = read_manifest(tmp_path, "split.csv", missing_labels="ones", uncertain_labels="zeros", **asked)
+    assert equal([s.targets for s in again.samples], [s.targets for s in first.samples])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# Overlap of splits
+
+
+def test_an_identical_file_in_another_split(tmp_path: Path) -> None:
+    path = table_of(tmp_path, GOOD)
+    for name, content in {"1": b"same" * 50_000, "2": b"samE" * 50_000, "3": b"same" * 50_000}.items():
+        (tmp_path / f"x/{name}.png").write_bytes(content)
+    refused(tmp_path, "1 images are also in another split", "x/1.png = x/3.png", "data.allow_overlap", table=path)
+    with pytest.warns(UserWarning, match=r"x/1.png = x/3.png: test figures are too good"):
+        read_manifest(tmp_path, path, allow_overlap=True)
+
+
+def test_files_that_differ_in_the_middle_alone_are_not_identical(tmp_path: Path) -> None:
+    path = table_of(tmp_path, GOOD)
+    for middle, name in zip(b"abc", "123", strict=True):
+        content = bytearray(400_000)
+        content[200_000] = middle
+        (tmp_path / f"x/{name}.png").write_bytes(content)
+    assert len(read_manifest(tmp_path, path).samples) == 3
+
+
+def test_identical_files_within_a_split_are_no_overlap(tmp_path: Path) -> None:
+    rows = [*GOOD, ("x/4.png", "b", "train")]
+    path = table_of(tmp_path, rows)
+    for name in "14":
+        (tmp_path / f"x/{name}.png").write_bytes(b"same")
+    assert len(read_manifest(tmp_path, path).samples) == 4
+
+
+def test_groups_across_splits_can_be_allowed(tmp_path: Path) -> None:
+    rows = [(*row, "p1") for row in GOOD]
+    path = table_of(tmp_path, rows, ("image", "label", "split", "group"))
+    with pytest.warns(UserWarning, match="1 groups have images in more than one split: p1: test figures"):
+        read_manifest(tmp_path, path, allow_overlap=True)
+
+
+# Images of elsewhere
+
+
+@pytest.mark.parametrize("header", [("image", "label", "split"), ("image", "label", "site")])
+def test_all_images_of_elsewhere_are_test_images(tmp_path: Path, header: tuple[str, ...]) -> None:
+    path = table_of(tmp_path, [(image, "a", split) for image, _, split in GOOD], header)
+    manifest = read_manifest(tmp_path, path, external=True)
+    assert {sample.split for sample in manifest.samples} == {"test"}
+    assert (manifest.classes, manifest.random) == (("a",), False)

@@ -314,14 +314,13 @@ def test_optimiser_and_schedule(data: PreloadedFeatureDataModule, tmp_path: Path
 def test_class_weights(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
     weights = [1.0, 2.0, 3.0]
-    given = tiny_model(class_weights=weights).loss(logits, labels)
+    given = tiny_model(class_weights=weights).task.loss(logits, labels)
     torch.testing.assert_close(given, nn.functional.cross_entropy(logits, labels, torch.tensor(weights)))
     module = tiny_model(class_weights="balanced")
     quiet_trainer(tmp_path).fit(module, data)
-    assert module.loss_weights is not None
-    counts = data.class_counts
-    torch.testing.assert_close(module.loss_weights, torch.tensor([sum(counts) / (3 * count) for count in counts]))
-    assert "loss_weights" not in module.state_dict()
+    counts = data.labelled.class_counts("train")
+    torch.testing.assert_close(module.task.weights, torch.tensor([sum(counts) / (3 * count) for count in counts]))
+    assert not [name for name in module.state_dict() if name.startswith("task")]
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ class ResultsWriter(L.Callback):
             rank_zero_info(f"{len(rows)} predictions are in {folder / 'predictions.csv'}")
 
     def _collect(self, outputs: Any) -> None:
-        if isinstance(outputs, Mapping) and "probabilities" in outputs:
+        if isinstance(outputs, Mapping) and "scores" in outputs:
             self._outputs.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in outputs.items()})
 
     def _gather(self) -> list[tuple[str, int, list[float]]]:
@@ -196,7 +196,7 @@ class ResultsWriter(L.Callback):
         rows = [
             row
             for out in self._outputs
-            for row in zip(out["ids"], out["labels"].tolist(), out["probabilities"].tolist(), strict=True)
+            for row in zip(out["ids"], out["labels"].tolist(), out["scores"].tolist(), strict=True)
         ]
         self._outputs = []
         if torch.distributed.is_available() and torch.distributed.is_initialized():

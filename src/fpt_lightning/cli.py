@@ -26,6 +26,7 @@ from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemor
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datasets.preparation import list_datasets, prepare
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
+from fpt_lightning.manifest import Kind
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
 
@@ -100,7 +101,7 @@ class Trainer(L.Trainer):
                 if not all_methods:
                     raise
                 left_out.append(f"{method.LABEL} is left out: {error}")
-        images, uncounted = _count_images(datamodule)
+        images, uncounted = _count_images(datamodule, model.task.KIND)
         height, width = setting.resolution
         print(
             f"{model.encoder_shape.name} at {height} x {width} pixels, batch {setting.batch_size}, precision "
@@ -130,9 +131,9 @@ def _setting(model: ClassificationModule, data: ImageDataModule, precision: str)
     )
 
 
-def _count_images(data: ImageDataModule) -> tuple[int | None, list[str]]:
+def _count_images(data: ImageDataModule, kind: Kind) -> tuple[int | None, list[str]]:
     try:
-        return len(data.read_manifest().samples), []
+        return len(data.read_manifest(kind).samples), []
     except DataError as error:
         return None, [f"The images are not counted, so the store is of 1,000: {error}"]
 
@@ -163,7 +164,7 @@ class RunLogger(CSVLogger):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` in the run's folder when fit starts; a run that goes on keeps its own."""
+    """Saves ``config.yaml`` and ``split.csv`` in the run's folder when fit starts; a run that goes on keeps its own."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
@@ -173,6 +174,9 @@ class SaveRunConfig(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, folder / self.config_filename, overwrite=False, multifile=False)
+            data = getattr(trainer, "datamodule", None)
+            if isinstance(data, ImageDataModule):
+                data.labelled.write(folder / "split.csv")
 
 
 class CommandLine(LightningCLI):
@@ -228,7 +232,7 @@ class CommandLine(LightningCLI):
                 LearnableParameters(),
                 EpochSeconds(),
                 *([LearningRateMonitor("epoch")] if loggers else []),
-                *_checkpoints(root),
+                *_checkpoints(root, *self.model.task.MONITOR),
             ]
         else:
             kwargs["enable_checkpointing"] = False
@@ -299,10 +303,10 @@ class BestCheckpoint(ModelCheckpoint):
         return tied or super().check_monitor_top_k(trainer, current)
 
 
-def _checkpoints(root: str) -> list[ModelCheckpoint]:
-    """``best.ckpt`` (weights only) by validation AUC and ``last.ckpt`` (all that resuming needs) after each epoch."""
+def _checkpoints(root: str, metric: str, mode: str) -> list[ModelCheckpoint]:
+    """``best.ckpt`` (weights only) by a validation metric, ``last.ckpt`` (all that resuming needs) after each epoch."""
     best = BestCheckpoint(
-        root, "best", monitor="val_auc", mode="max", save_weights_only=True, enable_version_counter=False
+        root, "best", monitor=f"val_{metric}", mode=mode, save_weights_only=True, enable_version_counter=False
     )
     last = ModelCheckpoint(root, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     return [best, last]

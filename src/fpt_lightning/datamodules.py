@@ -27,7 +27,7 @@ from fpt_lightning.images import (
     read_image,
     stored_copy,
 )
-from fpt_lightning.manifest import SPLITS, Manifest, Sample, check_classes, list_images, read_manifest
+from fpt_lightning.manifest import SPLITS, Fill, Kind, Manifest, Sample, check_classes, list_images, read_manifest
 from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.preload import preload
 from fpt_lightning.store import FeatureSpecification, FeatureStore
@@ -38,7 +38,8 @@ class Batch(TypedDict, total=False):
 
     Attributes:
         ids: B sample ids.
-        labels: (B,), int64; -1 where unlabelled.
+        labels: (B,), int64, -1 where unlabelled; (B, classes), fp32, NaN where unknown, in a multi-label task; (B,),
+            fp32, in a regression.
         side_images: (B, 3, side, side), fp32, normalised, augmented in training.
         features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
         key_scales: of the codec, where it has any (``fpt_lightning.codecs.Features``).
@@ -71,11 +72,17 @@ class ImageDataModule(L.LightningDataModule):
         root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
         manifest: CSV file instead of class folders; absolute or relative to ``root``. Prediction does not read it.
         image_column: its column of image paths, relative to ``root``.
-        label_column: its column of class names.
+        label_column: its column of class names or numbers; its columns of a multi-label task.
         split_column: its column of ``train``, ``val``, ``test``; by default ``split``, if there is one.
         group_column: its column of groups that a split keeps whole, such as patients; by default ``group``, if any.
         classes: class names in the order wanted, such as grades from low to high; sorted by default.
+        missing_labels: what an empty field of a multi-label task stands for: ``ignore``, ``zeros`` or ``ones``.
+        uncertain_labels: what -1 stands for in training, likewise; validation and test ignore it.
         split_seed: seed of a random split; apart from the run's seed, so that runs share a split.
+        fold: of a cross-validation, from 1 (``fpt_lightning.manifest.read_manifest``); none by default.
+        folds: number of folds.
+        external: whether all images are test images of a model that was trained on others.
+        allow_overlap: whether groups and identical files may be in several splits, with a warning.
         resolution: of the encoder's images in pixels: a side, or (height, width).
         mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
         std: like ``mean``.
@@ -95,11 +102,17 @@ class ImageDataModule(L.LightningDataModule):
         root: str,
         manifest: str | None = None,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | list[str] = "label",
         split_column: str | None = None,
         group_column: str | None = None,
         classes: list[str] | None = None,
+        missing_labels: Fill = "ignore",
+        uncertain_labels: Fill = "ignore",
         split_seed: int = 0,
+        fold: int | None = None,
+        folds: int = 5,
+        external: bool = False,
+        allow_overlap: bool = False,
         resolution: int | tuple[int, int] = 512,
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
@@ -111,13 +124,21 @@ class ImageDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.root, self.table = root, manifest
-        self.columns: dict[str, Any] = {
+        self.reading: dict[str, Any] = {  # arguments of ``read_manifest``
             "image_column": image_column,
             "label_column": label_column,
             "split_column": split_column,
             "group_column": group_column,
+            "classes": classes,
+            "missing_labels": missing_labels,
+            "uncertain_labels": uncertain_labels,
+            "split_seed": split_seed,
+            "fold": fold,
+            "folds": folds,
+            "external": external,
+            "allow_overlap": allow_overlap,
         }
-        self.classes, self.split_seed = classes, split_seed
+        self.external = external
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
@@ -143,12 +164,15 @@ class ImageDataModule(L.LightningDataModule):
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
-        self.read_manifest()
+        if self.external and stage != "test":
+            raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
+        task = self._declared("task")
+        self.read_manifest("single-label" if task is None else task.KIND)
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         if stage == "fit":
             rank_zero_info(self.labelled.summary())
-        for split in SPLITS:
+        for split in ("test",) if self.external else SPLITS:
             absent = [
                 n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count
             ]
@@ -180,16 +204,17 @@ class ImageDataModule(L.LightningDataModule):
 
     # What others ask
 
-    def read_manifest(self) -> Manifest:
+    def read_manifest(self, kind: Kind = "single-label") -> Manifest:
         """The labelled data set, read once.
+
+        Args:
+            kind: of the labels; a model's is ``model.task.KIND``.
 
         Raises:
             DataError: see ``fpt_lightning.manifest.read_manifest``.
         """
-        if self.manifest is None:
-            self.manifest = read_manifest(
-                self.root, self.table, classes=self.classes, split_seed=self.split_seed, **self.columns
-            )
+        if self.manifest is None or self.manifest.kind != kind:
+            self.manifest = read_manifest(self.root, self.table, kind=kind, **self.reading)
         return self.manifest
 
     @property
@@ -205,9 +230,9 @@ class ImageDataModule(L.LightningDataModule):
         return self.labelled.classes
 
     @property
-    def class_counts(self) -> list[int]:
-        """Training images of each class."""
-        return self.labelled.class_counts("train")
+    def training_labels(self) -> Tensor:
+        """Labels of all training images, as in batches."""
+        return _labels(self.labelled, self.labelled.split("train"))
 
     def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
@@ -245,7 +270,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _check_model(self) -> None:
         num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
-        if num_classes is not None:
+        if num_classes is not None and not self.external:  # other hospitals may lack a class
             check_classes("model.num_classes", num_classes, self.labelled)
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
@@ -394,10 +419,15 @@ class PreloadedFeatureDataModule(ImageDataModule):
             )
         encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
         assert isinstance(encoder, EncoderConfig)
+        if self.external and not self.mean:
+            raise ConfigurationError(
+                "data.mean and data.std are 'auto', but data.external is true, so there are no training images to "
+                "compute them over: give those of the trained model (data.mean, data.std)."
+            )
         self.store = None  # what it holds in memory may change
         check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
         return preload(
-            self.read_manifest(),
+            self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label")),
             encoder,
             self.asked_store(encoder),
             self.url,
@@ -525,7 +555,7 @@ class _Samples(Dataset[Batch], ABC):
         samples = [self.samples[index] for _, index in keys]
         return {
             "ids": [sample.id for sample in samples],
-            "labels": torch.tensor([sample.label for sample in samples]),
+            "labels": _labels(self.manifest, samples),
             **self._fetch(samples, keys),
         }
 
@@ -581,6 +611,14 @@ class _StoredSamples(_Samples):
         if self.mirror_seed is None:
             return False
         return bool(np.random.SeedSequence([self.mirror_seed, *key, 1]).generate_state(1)[0] & 1)
+
+
+def _labels(manifest: Manifest, samples: Sequence[Sample]) -> Tensor:
+    """As a batch has them."""
+    if manifest.kind == "single-label":
+        return torch.tensor([sample.label for sample in samples])
+    targets = torch.tensor([sample.targets for sample in samples])
+    return targets if manifest.kind == "multi-label" else targets[:, 0]
 
 
 def _collated(batch: Any) -> Any:

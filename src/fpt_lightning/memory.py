@@ -105,7 +105,7 @@ def example_batch(
         for given in sorted({"images" if live and name in STORED else name for name in module.INPUTS})
         for name, (size, dtype) in arrays[given].items()
     }
-    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    labels = module.task.example_labels(batch_size).to(device)
     return {"ids": [""] * batch_size, "labels": labels, **tensors}
 
 

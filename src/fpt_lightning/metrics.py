@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
     MulticlassPrecision,
     MulticlassRecall,
+    MultilabelAUROC,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
 )
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers.abstract import WrapperMetric
 
@@ -45,6 +50,60 @@ class MacroAUROC(MulticlassAUROC):
         target = dim_zero_cat(self.target)
         counts = torch.bincount(target, minlength=self.num_classes)
         return per_class[(counts > 0) & (counts < counts.sum())].mean()
+
+
+class MacroLabelAUROC(MultilabelAUROC):
+    """Macro AUC over the labels that can be scored: those with a positive and a negative image.
+
+    Takes probabilities (B, classes) and labels (B, classes), -1 where unknown. NaN if no label can be scored.
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, average="none", ignore_index=-1, **kwargs)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Scalar."""
+        return _mean_over_scored(self, super().compute)
+
+
+class MacroLabelAveragePrecision(MultilabelAveragePrecision):
+    """Macro average precision over the labels that can be scored, like ``MacroLabelAUROC``."""
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, average="none", ignore_index=-1, **kwargs)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Scalar."""
+        return _mean_over_scored(self, super().compute)
+
+
+def _mean_over_scored(metric: Metric, per_label: Callable[[], Any]) -> Tensor:
+    if not metric.update_called:
+        return torch.tensor(float("nan"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
+        values = torch.as_tensor(per_label())
+    target = dim_zero_cat(cast(list[Tensor], metric.target))
+    return values[((target == 1).any(0)) & ((target == 0).any(0))].mean()
+
+
+class ScoredLabels(Metric):
+    """How many labels have an AUC: those with a positive and a negative image."""
+
+    full_state_update = False
+    higher_is_better = None
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(2, num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count labels (B, classes)."""
+        self.counts: Tensor = self.counts + torch.stack([(target == value).sum(0) for value in (0, 1)])
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        return (self.counts > 0).all(0).sum().float()
 
 
 class ScoredClasses(Metric):
@@ -184,3 +243,55 @@ def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
         prefix=prefix,
         compute_groups=False,
     )
+
+
+def multilabel_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """The metrics of a stage, from probabilities (B, classes) and labels (B, classes), -1 where unknown.
+
+    Args:
+        num_classes: number of labels.
+        prefix: of their names, such as ``val_``.
+
+    Returns:
+        ``auc`` and ``average_precision`` (macro), ``auc_classes`` (how many labels they are the mean of) and ``f1``
+        (macro, at 0.5).
+    """
+    return MetricCollection(
+        {
+            "auc": MacroLabelAUROC(num_classes),
+            "auc_classes": ScoredLabels(num_classes),
+            "average_precision": MacroLabelAveragePrecision(num_classes),
+            "f1": MultilabelF1Score(num_classes, average="macro", ignore_index=-1),
+        },
+        prefix=prefix,
+        compute_groups=False,
+    )
+
+
+def regression_metrics(prefix: str) -> MetricCollection:
+    """The metrics of a stage, from predicted and true numbers (B,), in their own unit.
+
+    Args:
+        prefix: of their names, such as ``val_``.
+
+    Returns:
+        ``mae``, ``rmse``, ``r2``, ``pearson`` and ``spearman``.
+    """
+    return MetricCollection(
+        {
+            "mae": MeanAbsoluteError(),
+            "rmse": MeanSquaredError(squared=False),
+            "r2": _R2(),
+            "pearson": PearsonCorrCoef(),
+            "spearman": SpearmanCorrCoef(),
+        },
+        prefix=prefix,
+        compute_groups=False,
+    )
+
+
+class _R2(R2Score):
+    """NaN of fewer than two numbers, where torchmetrics raises."""
+
+    def compute(self) -> Tensor:
+        return super().compute() if int(self.total) > 1 else torch.tensor(float("nan"))

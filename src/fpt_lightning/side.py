@@ -24,7 +24,7 @@ class SideViT(nn.Module):
         depth: number of blocks, one a tapped layer.
         patch_size: (height, width) in pixels, the frozen encoder's.
         resolution: (height, width) of the low-resolution image in pixels, a multiple of the patch size.
-        num_classes: outputs of the linear head on the class token.
+        outputs: of the linear head on the class token.
         gradient_checkpointing: whether the backward pass computes each block again, instead of keeping what is in it.
     """
 
@@ -35,7 +35,7 @@ class SideViT(nn.Module):
         depth: int,
         patch_size: tuple[int, int],
         resolution: tuple[int, int],
-        num_classes: int,
+        outputs: int,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SideViT(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, outputs)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)

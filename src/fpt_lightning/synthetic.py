@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fpt_lightning.datamodules import PreloadedFeatureDataModule
 from fpt_lightning.errors import ConfigurationError, DataError
-from fpt_lightning.manifest import Manifest
+from fpt_lightning.manifest import Kind, Manifest
 
 CLASSES: tuple[str, ...] = ("healthy", "granular", "striated")
 
@@ -323,7 +323,7 @@ class SyntheticFundusDataModule(PreloadedFeatureDataModule):
         super().__init__(root, store, **kwargs)
         self.count, self.image_seed, self.drawn_size = count, seed, size
 
-    def read_manifest(self) -> Manifest:
+    def read_manifest(self, kind: Kind = "single-label") -> Manifest:
         """The drawn data set."""
         write_fundus_images(self.root, self.count, self.image_seed, self.drawn_size)
-        return super().read_manifest()
+        return super().read_manifest(kind)

@@ -6,18 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fpt_lightning.encoder import EncoderConfig, EncoderShape
 from fpt_lightning.errors import CheckpointError, ConfigurationError
-from fpt_lightning.metrics import classification_metrics
+from fpt_lightning.manifest import Manifest
 from fpt_lightning.store import FeatureSpecification
+from fpt_lightning.tasks import TaskName, Weights, make_task
 
 _KEY = "fpt_lightning"  # of our part of a checkpoint
 
@@ -36,14 +36,17 @@ class ClassificationModule(L.LightningModule, ABC):
     are primitive, so that a checkpoint holds them and loads under ``weights_only``.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes; of labels in a multi-label task; 1 in a regression.
+        task: ``multiclass``, ``multilabel``, ``ordinal`` (grades as classes), ``coral`` (grades by ordered thresholds)
+            or ``regression``: the head, the loss, the metrics and what the best epoch is chosen by
+            (``fpt_lightning.tasks``).
         encoder: a plain ViT of timm, by name.
         pretrained: True for timm's published weights, False for a fixed random initialisation, or a local file.
         learning_rate: the highest.
         weight_decay: of AdamW, on all learnable parameters.
         betas: of AdamW.
         warmup_epochs: of linear increase from 0.
-        class_weights: None, ``balanced`` (inverse to the training images of a class) or one number a class.
+        class_weights: None, ``balanced`` or one number a class; in a multi-label task, of a class's positive images.
         label_smoothing: of the cross-entropy, in [0, 1).
 
     Raises:
@@ -57,7 +60,7 @@ class ClassificationModule(L.LightningModule, ABC):
     INPUTS: ClassVar[frozenset[str]]
     """What ``forward`` takes of a ``Batch``: of ``side_images``, ``features``, ``pooled`` and ``images``."""
 
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "encoder", "pretrained")
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
     """Arguments that a checkpoint must share with the module that loads it."""
 
     side_resolution: int | None = None
@@ -72,27 +75,22 @@ class ClassificationModule(L.LightningModule, ABC):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_epochs: int = 0,
-        class_weights: Literal["balanced"] | list[float] | None = None,
+        class_weights: Weights = None,
         label_smoothing: float = 0.0,
+        task: TaskName = "multiclass",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if num_classes < 2:
-            raise ConfigurationError(f"model.num_classes is {num_classes}: give at least 2.")
-        if isinstance(class_weights, list) and len(class_weights) != num_classes:
-            raise ConfigurationError(f"model.class_weights has {len(class_weights)} numbers for {num_classes} classes.")
         self.num_classes = num_classes
+        self.task = make_task(task, num_classes, class_weights, label_smoothing)
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, (betas[0], betas[1])
-        self.warmup_epochs, self.label_smoothing = warmup_epochs, label_smoothing
-        self.class_weights: str | list[float] | None = class_weights
-        self.loss_weights: Tensor | None
-        given = torch.tensor(class_weights) if isinstance(class_weights, list) else None
-        self.register_buffer("loss_weights", given, persistent=False)
-        self.val_metrics = classification_metrics(num_classes, "val_")
-        self.test_metrics = classification_metrics(num_classes, "test_")
+        self.warmup_epochs = warmup_epochs
+        self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
         self._digest = ""  # of the encoder's weights, once they are loaded
+        self._split_digest = ""  # of the split trained on, where it was drawn
+        self._columns: list[int] | None = None  # of the data's classes among this model's, where they differ
         self._seed: int | None = None
 
     @property
@@ -116,7 +114,7 @@ class ClassificationModule(L.LightningModule, ABC):
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits (B, classes) of a ``fpt_lightning.datamodules.Batch``."""
+        """Logits (B, ``task.outputs``) of a ``fpt_lightning.datamodules.Batch``."""
 
     def check_weights(self, digest: str) -> None:
         """Hold the weights of the encoder that was loaded against those that this model was trained with.
@@ -141,7 +139,7 @@ class ClassificationModule(L.LightningModule, ABC):
     # Steps
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        loss = self.loss(self(batch), batch["labels"])
+        loss = self.task.loss(self(batch).float(), batch["labels"])
         size = len(batch["labels"])
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
@@ -153,21 +151,28 @@ class ClassificationModule(L.LightningModule, ABC):
         return self._evaluate(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """``ids`` (B), ``labels`` (B,), -1 where unknown, and ``probabilities`` (B, classes), fp32."""
-        return {"ids": batch["ids"], "labels": batch["labels"], "probabilities": self(batch).float().softmax(-1)}
+        """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
+        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.task.scores(self(batch).float())}
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any) -> dict[str, Any]:
-        logits, labels = self(batch).float(), batch["labels"]
-        probabilities = logits.softmax(-1)
-        metrics.update(probabilities, labels)
-        self.log(f"{stage}_loss", self.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        logits, labels = self(batch).float(), self._own_labels(batch["labels"])
+        scores = self.task.scores(logits)
+        metrics.update(scores, self.task.targets(labels))
+        self.log(f"{stage}_loss", self.task.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        monitor = f"val_{self.task.MONITOR[0]}"
         for name, metric in metrics.items(keep_base=False, copy_state=False):
-            self.log(name, metric, prog_bar=name == "val_auc", on_step=False, on_epoch=True, batch_size=len(labels))
-        return {"ids": batch["ids"], "labels": labels, "probabilities": probabilities}
+            self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
+        return {"ids": batch["ids"], "labels": labels, "scores": scores}
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, classes) and labels (B,), in fp32."""
-        return F.cross_entropy(logits.float(), labels, self.loss_weights, label_smoothing=self.label_smoothing)
+    def _own_labels(self, labels: Tensor) -> Tensor:
+        """Labels of data whose classes are others, or in another order, than this model's."""
+        if self._columns is None:
+            return labels
+        if labels.ndim == 1:
+            return torch.tensor(self._columns, device=labels.device)[labels]
+        own = labels.new_full((len(labels), self.num_classes), torch.nan)
+        own[:, self._columns] = labels
+        return own
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is learnable, and a cosine decay to 0 by step after an optional linear warm-up."""
@@ -202,8 +207,14 @@ class ClassificationModule(L.LightningModule, ABC):
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**32
         self._meet_data(trained=self.trainer.ckpt_path is not None)
-        if self.class_weights == "balanced":
-            self.loss_weights = self._balanced_weights().to(self.device)
+        labels: Tensor | None = getattr(getattr(self.trainer, "datamodule", None), "training_labels", None)
+        if labels is not None:
+            self.task.adapt(labels.to(self.device))
+        elif self.task.adapts:
+            raise ConfigurationError(
+                f"model.task {self.hparams['task']!r} with class_weights {self.hparams['class_weights']!r} needs the "
+                "training labels: use a data module that has them as `training_labels`."
+            )
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn != "fit":
@@ -218,13 +229,13 @@ class ClassificationModule(L.LightningModule, ABC):
     def _meet_data(self, trained: bool) -> None:
         """Take over, or hold against what this model was trained with, the data module's classes and features."""
         data = getattr(self.trainer, "datamodule", None)
-        labelled = getattr(data, "manifest", None) is not None and self.trainer.state.fn != "predict"
-        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if labelled else ()
+        manifest: Manifest | None = getattr(data, "manifest", None) if self.trainer.state.fn != "predict" else None
+        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if manifest is not None else ()
         specification: FeatureSpecification | None = getattr(data, "specification", None)
-        if trained and self.class_names and names and names != self.class_names:
-            raise CheckpointError(
-                f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}."
-            )
+        if trained and self.class_names and names and self.task.KIND != "regression":
+            self._match_classes(names)
+        if manifest is not None:
+            self._check_split(manifest, trained)
         if trained and self.specification is not None and specification is not None:
             differences = self.specification.differences(
                 specification, ignore=("codec", "precision", "mirrored", "format")
@@ -241,13 +252,27 @@ class ClassificationModule(L.LightningModule, ABC):
         if self._digest:
             self.check_weights(self._digest)
 
-    def _balanced_weights(self) -> Tensor:
-        counts: list[int] | None = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
-        if counts is None or min(counts) == 0:
-            raise ConfigurationError(
-                f"model.class_weights is 'balanced', but the training images of each class are {counts}: give a list."
+    def _match_classes(self, names: tuple[str, ...]) -> None:
+        """Find the data's classes among this model's, by name; when training goes on, they are the same."""
+        fits = names == self.class_names if self.trainer.state.fn == "fit" else set(names) <= set(self.class_names)
+        if not fits:
+            raise CheckpointError(
+                f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}: name "
+                "them alike."
             )
-        return torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
+        self._columns = None if names == self.class_names else [self.class_names.index(name) for name in names]
+
+    def _check_split(self, manifest: Manifest, trained: bool) -> None:
+        """Where a split is drawn, it must be the one trained on, or training images would be tested."""
+        digest = manifest.split_digest() if manifest.random else ""
+        if trained and digest and self._split_digest not in ("", digest):
+            raise CheckpointError(
+                f"the data set {manifest.root} is split at random, and not as it was in training (other images, "
+                "data.split_seed, data.fold or data.folds): give the run's split.csv as data.manifest, or "
+                "data.external true to test on all of these images."
+            )
+        if not trained:
+            self._split_digest = digest
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {
@@ -255,6 +280,7 @@ class ClassificationModule(L.LightningModule, ABC):
             "classes": list(self.class_names),
             "specification": None if self.specification is None else self.specification.to_dict(),
             "seed": self._seed,
+            "split": self._split_digest,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -278,4 +304,4 @@ class ClassificationModule(L.LightningModule, ABC):
         self.class_names = tuple(about["classes"])
         content = about["specification"]
         self.specification = None if content is None else FeatureSpecification.from_dict(content)
-        self._seed = about["seed"]
+        self._seed, self._split_digest = about["seed"], about["split"]

@@ -66,7 +66,7 @@ class FPTPlusModule(FeatureModule):
             depth,
             shape.patch_size,
             (side_resolution, side_resolution),
-            num_classes,
+            self.task.outputs,
             gradient_checkpointing,
         )
 

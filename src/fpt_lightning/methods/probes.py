@@ -30,7 +30,7 @@ class StoredLinearProbingModule(FeatureModule):
         self.save_hyperparameters()
         width = self.encoder_shape.width
         self.norm = nn.LayerNorm(width, elementwise_affine=False)  # the head's weights would repeat an affine one
-        self.head = initialise_head(nn.Linear(width, num_classes))
+        self.head = initialise_head(nn.Linear(width, self.task.outputs))
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``pooled`` (stored) or ``images`` (encoded now)."""
@@ -67,7 +67,7 @@ class AttentiveProbingModule(FeatureModule):
         self.queries = nn.Parameter(torch.empty(shape.heads, queries, shape.head_dim))
         nn.init.trunc_normal_(self.queries, std=0.02)
         self.norm = nn.LayerNorm(shape.width, elementwise_affine=False)
-        self.head = initialise_head(nn.Linear(shape.width, num_classes))
+        self.head = initialise_head(nn.Linear(shape.width, self.task.outputs))
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
@@ -108,7 +108,7 @@ class QueryTokensModule(FeatureModule):
         width = shape.width // reduction
         self.fusion = FineGrainedFusion(depth, shape.heads, shape.width, width, prompts, dropout)
         self.norm = nn.LayerNorm(depth * prompts * width, elementwise_affine=False)
-        self.head = initialise_head(nn.Linear(depth * prompts * width, num_classes))
+        self.head = initialise_head(nn.Linear(depth * prompts * width, self.task.outputs))
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""

@@ -65,7 +65,7 @@ class EncoderModule(ClassificationModule):
             self.check_weights(weights_digest(vit))
         constants = [p for p in vit.parameters() if not p.requires_grad]  # such as sine position embeddings
         vit.requires_grad_(False)
-        vit.reset_classifier(self.num_classes)
+        vit.reset_classifier(self.task.outputs)
         self.adapt(vit)
         for constant in constants:
             constant.requires_grad_(False)
@@ -112,10 +112,10 @@ class EncoderModule(ClassificationModule):
         return logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep of the weights only what learns."""
+        """Keep of the weights only what learns, and what the task took from the training labels."""
         super().on_save_checkpoint(checkpoint)
-        learnable = self._learnable_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in learnable}
+        kept = self._kept_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the encoder where there is none, and complete the checkpoint with its frozen weights.
@@ -135,15 +135,16 @@ class EncoderModule(ClassificationModule):
                 f"this model was trained at the resolution {trained}, the data have {self.resolution}: set "
                 "data.resolution to the model's."
             )
-        saved, learnable = set(checkpoint["state_dict"]), self._learnable_names()
-        if saved != learnable:
-            some = ", ".join(sorted(saved ^ learnable)[:3])
+        saved, kept = set(checkpoint["state_dict"]), self._kept_names()
+        if saved != kept:
+            some = ", ".join(sorted(saved ^ kept)[:3])
             raise CheckpointError(f"the checkpoint does not hold what learns here: they differ in {some}.")
-        frozen = {k: v for k, v in self.state_dict().items() if k not in learnable}
+        frozen = {k: v for k, v in self.state_dict().items() if k not in kept}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **frozen}
 
-    def _learnable_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _kept_names(self) -> set[str]:
+        learnable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return learnable | {f"task.{name}" for name in self.task.state_dict()}
 
 
 def _heads(vit: Any) -> Iterator[nn.Linear]:

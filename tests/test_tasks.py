@@ -1,0 +1,288 @@
+"""Tasks: heads, losses, scores and metrics of each, through every method and from manifest to checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from torch import Tensor, nn
+
+from conftest import TINY, quiet_trainer
+from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
+from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.memory import TrainingStep, build_on_meta, example_batch
+from fpt_lightning.methods import METHODS
+from fpt_lightning.methods.tuning import EncoderModule
+from fpt_lightning.metrics import multilabel_metrics, regression_metrics
+from fpt_lightning.tasks import TASKS, Coral, make_task
+
+CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regression": 1}
+DataMaker = Callable[..., PreloadedFeatureDataModule]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Losses and scores
+
+
+def test_unknown_labels_neither_count_nor_learn() -> None:
+    logits = torch.randn(4, 3, generator=generator(), requires_grad=True)
+    labels = torch.tensor([[1.0, 0, math.nan], [math.nan] * 3, [0, 1, 1], [1, math.nan, 0]])
+    loss = make_task("multilabel", 3).loss(logits, labels)
+    known = ~labels.isnan()
+    torch.testing.assert_close(loss, nn.BCEWithLogitsLoss()(logits[known], labels[known]))
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad != 0, known)
+
+
+def test_a_batch_without_any_known_label_has_no_loss() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = make_task("multilabel", 3).loss(logits, torch.full((2, 3), math.nan))
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+def test_balanced_weights_of_labels_are_negatives_for_each_positive() -> None:
+    task = make_task("multilabel", 2, "balanced")
+    task.adapt(torch.tensor([[1.0, 0], [0, 0], [0, math.nan], [0, 1]]))
+    torch.testing.assert_close(task.weights, torch.tensor([3.0, 2.0]))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_coral_gives_ordered_probabilities(classes: int) -> None:
+    task = Coral(classes)
+    nn.init.normal_(task.first, generator=generator(1))
+    nn.init.normal_(task.steps, std=3, generator=generator(2))
+    logits = torch.linspace(-30, 30, 100)[:, None]
+    scores = task.scores(logits)
+    assert scores.shape == (100, classes)
+    assert (scores >= 0).all()
+    torch.testing.assert_close(scores.sum(1), torch.ones(100))
+    expected_grade = (scores * torch.arange(classes)).sum(1).detach()
+    assert (expected_grade.diff() >= -1e-6).all()
+    assert expected_grade[[0, -1]].tolist() == pytest.approx([0, classes - 1], abs=0.1)
+
+
+def test_coral_starts_with_thresholds_a_step_apart_around_0() -> None:
+    torch.testing.assert_close(Coral(4).above(torch.zeros(1, 1)), torch.tensor([[1.0, 0, -1]]))
+
+
+def test_corals_loss_is_that_of_its_binary_questions() -> None:
+    task, logits, labels = Coral(4), torch.randn(5, 1, generator=generator()), torch.tensor([0, 1, 2, 3, 1])
+    questions = torch.stack([(labels > k).float() for k in range(3)], 1)
+    torch.testing.assert_close(task.loss(logits, labels), nn.BCEWithLogitsLoss()(task.above(logits), questions))
+    above = task.above(logits).sigmoid()
+    torch.testing.assert_close(task.scores(logits)[:, 3], above[:, 2])
+    torch.testing.assert_close(task.scores(logits)[:, 1], above[:, 0] - above[:, 1])
+
+
+def test_numbers_are_learned_standardised_and_told_in_their_own_unit() -> None:
+    task = make_task("regression", 1)
+    labels = torch.tensor([40.0, 60, 80])
+    task.adapt(labels)
+    assert task.loss(torch.tensor([[-1.0], [0], [1]]), labels) == 0
+    assert task.scores(torch.tensor([[-1.0], [0.5]])).tolist() == [40, 70]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("segmentation", 3), "model.task is 'segmentation': choose one of multiclass, multilabel"),
+        (("multiclass", 1), "model.num_classes is 1: give at least 2"),
+        (("coral", 1), "model.num_classes is 1: give at least 2"),
+        (("multilabel", 0), "model.num_classes is 0: give at least 1"),
+        (("regression", 2), "model.num_classes is 2: it is 1 for the task 'regression'"),
+        (("regression", 1, "balanced"), "class_weights is balanced, which the task 'regression' does not take"),
+        (("coral", 3, [1.0, 1, 1]), "class_weights is .*, which the task 'coral' does not take"),
+        (("multilabel", 3, None, 0.1), "label_smoothing is 0.1, which the task 'multilabel' does not take"),
+        (("ordinal", 3, [1.0]), "model.class_weights has 1 numbers for 3 classes"),
+    ],
+)
+def test_what_a_task_does_not_take(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        make_task(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "words"),
+    [
+        ("multilabel", [[1.0, 0], [1, 1]], r"\[2, 1\] positive and \[0, 1\] negative"),
+        ("multiclass", [0, 0], r"training images of each class are \[2, 0\]"),
+        ("regression", [5.0, 5], "the 2 training labels are all 5"),
+    ],
+)
+def test_labels_that_decide_nothing(task: str, labels: Any, words: str) -> None:
+    made = make_task(task, 1 if task == "regression" else 2, None if task == "regression" else "balanced")
+    with pytest.raises(ConfigurationError, match=words):
+        made.adapt(torch.tensor(labels))
+
+
+# Metrics
+
+
+def scored_labels(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The last label is never positive; one in five is unknown."""
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((60, 4)) < [0.5, 0.2, 0.7, 0]).astype(int)
+    scores = (0.4 * labels + rng.random((60, 4))).round(1) / 1.4  # with ties
+    return torch.tensor(scores), torch.tensor(np.where(rng.random((60, 4)) < 0.2, -1, labels))
+
+
+@pytest.mark.parametrize("batch_size", [60, 7])
+def test_metrics_of_labels_equal_scikit_learn(batch_size: int) -> None:
+    scores, labels = scored_labels()
+    collection = multilabel_metrics(4, "")
+    for start in range(0, 60, batch_size):
+        collection.update(scores[start : start + batch_size], labels[start : start + batch_size])
+    found = {name: float(value) for name, value in collection.compute().items()}
+    known = [(scores[labels[:, c] >= 0, c].numpy(), labels[labels[:, c] >= 0, c].numpy()) for c in range(4)]
+    expected = {
+        "auc": np.mean([sk.roc_auc_score(y, p) for p, y in known[:3]]),
+        "average_precision": np.mean([sk.average_precision_score(y, p) for p, y in known[:3]]),
+        "auc_classes": 3,
+        "f1": np.mean([sk.f1_score(y, p > 0.5, zero_division=0) for p, y in known]),
+    }
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_of_numbers_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(60, 15, 40)
+    predicted = true + rng.normal(0, 5, 40)
+    collection = regression_metrics("")
+    collection.update(torch.tensor(predicted), torch.tensor(true))
+    expected = {
+        "mae": sk.mean_absolute_error(true, predicted),
+        "rmse": sk.root_mean_squared_error(true, predicted),
+        "r2": sk.r2_score(true, predicted),
+        "pearson": np.corrcoef(true, predicted)[0, 1],
+        "spearman": np.corrcoef(true.argsort().argsort(), predicted.argsort().argsort())[0, 1],
+    }
+    assert {name: float(value) for name, value in collection.compute().items()} == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_number_has_no_r2() -> None:
+    collection = regression_metrics("")
+    collection.update(torch.tensor([3.0]), torch.tensor([4.0]))
+    assert math.isnan(collection.compute()["r2"])
+
+
+# Every method
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_every_task(name: str, task: str) -> None:
+    options: dict[str, Any] = {"encoder": "test_vit", "pretrained": False}
+    if "side_images" in METHODS[name].INPUTS:
+        options["side_resolution"] = 32
+    module = METHODS[name](CLASSES[task], task=task, **options)
+    if isinstance(module, EncoderModule):
+        module.build((64, 64))
+    if task == "regression":
+        module.task.adapt(torch.tensor([1.0, 3.0]))
+    batch = example_batch(module, (64, 64), 2, codec="fp32")
+    for tensor in batch.values():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor is not batch["labels"]:
+            nn.init.normal_(tensor, generator=generator())
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    assert module(batch).shape == (2, module.task.outputs)
+    TrainingStep(module, batch)()
+    assert [name for name, p in module.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert module.task.scores(module(batch)).shape == ((2,) if task == "regression" else (2, 3))
+
+
+def test_the_published_number_of_parameters_stays() -> None:
+    module = build_on_meta(lambda: FPTPlusModule(5, encoder="vit_base_patch16_224.augreg_in21k"), (512, 512))
+    assert module.learnable_parameters == 900_965
+
+
+# From a manifest to a checkpoint and back
+
+
+def table(root: Path, task: str, name: str = "labels.csv") -> Path:
+    """Labels by the folder of an image: a, b or c, whose images differ in colour."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(root.rglob("*.png")):
+        label = "abc".index(path.parent.name)
+        row: dict[str, Any] = {"image": path.relative_to(root).as_posix()}
+        if task == "multilabel":
+            row |= {
+                "red": int(label == 0),
+                "green": int(label == 1),
+                "bright": -1 if path.stem == "003" else 1 - label % 2,
+            }
+            row["bright"] = "" if path.stem == "004" else row["bright"]
+        elif task == "regression":
+            row["label"] = 40 + 10 * label + int(path.stem) / 10
+        else:
+            row["label"] = ("low", "mid", "high")[label]
+        rows.append(row)
+    with (root / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return root / name
+
+
+def data_for(task: str, tiny_data: DataMaker, image_root: Path, **changes: Any) -> PreloadedFeatureDataModule:
+    settings: dict[str, Any] = {"manifest": str(table(image_root, task))}
+    if task == "multilabel":
+        settings["label_column"] = ["red", "green", "bright"]
+    elif task in ("ordinal", "coral", "multiclass"):
+        settings["classes"] = ["low", "mid", "high"]
+    return tiny_data(**{**settings, **changes})
+
+
+def model_for(task: str, **changes: Any) -> FPTPlusModule:
+    return FPTPlusModule(**{"num_classes": CLASSES[task], "task": task, "learning_rate": 5e-3, **TINY, **changes})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_is_learned_and_a_checkpoint_gives_the_same_scores(
+    task: str, tiny_data: DataMaker, image_root: Path, tmp_path: Path
+) -> None:
+    data, model = data_for(task, tiny_data, image_root), model_for(task)
+    data.preload(model, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path, max_epochs=12)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    (first,) = trainer.test(model, data, verbose=False)
+    name, mode = model.task.MONITOR
+    assert first[f"test_{name}"] < 6 if mode == "min" else first[f"test_{name}"] > 0.8
+    again = quiet_trainer(tmp_path).test(
+        model_for(task), data_for(task, tiny_data, image_root), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False
+    )
+    assert again == [first]
+
+
+def test_a_checkpoint_of_another_task_is_refused(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    data = data_for("ordinal", tiny_data, image_root)
+    data.preload(model_for("ordinal"), quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path, max_steps=1)
+    trainer.fit(model_for("ordinal"), data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="task: 'ordinal' in the checkpoint, 'multiclass' here"):
+        quiet_trainer(tmp_path).test(model_for("multiclass"), data, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_numbers_without_training_labels(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    data = data_for("regression", tiny_data, image_root)
+    data.preload(model_for("regression"), quiet_trainer(tmp_path))
+    data.trainer = quiet_trainer(tmp_path)
+    data.trainer.strategy.connect(model_for("regression"))
+    data.setup("fit")
+    with pytest.raises(ConfigurationError, match=r"model.task 'regression' .* needs the training labels"):
+        quiet_trainer(tmp_path).fit(model_for("regression"), data.train_dataloader())
