@@ -35,10 +35,7 @@ class Miniature:
         self.drawn += 1
         path = self.path(id)
         pixels = np.random.default_rng(self.drawn).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        image = Image.fromarray(pixels).convert(mode)
-        if path.suffix == ".dcm":
-            raise ValueError("see write_dicom")
-        image.save(path, "PNG" if path.suffix.lower() == ".png" else "JPEG")
+        Image.fromarray(pixels).convert(mode).save(path, "PNG" if path.suffix.lower() == ".png" else "JPEG")
         return path
 
     def keep(self, id: str, label: str, split: str = "", group: str = "", mode: str = "RGB") -> None:
@@ -296,7 +293,9 @@ def write_xlsx(path: Path, rows: Sequence[Sequence[object]]) -> None:
         f'<row r="{number}">{"".join(cell(value, number, column) for column, value in enumerate(row))}</row>'
         for number, row in enumerate(rows, start=1)
     )
-    shared = "".join(f"<si><r><t>{str(text)[:1]}</t></r><r><t>{str(text)[1:]}</t></r></si>" for text in rows[0])
+    shared = "".join(
+        f"<si><r><t>{escape(str(text)[:1])}</t></r><r><t>{escape(str(text)[1:])}</t></r></si>" for text in rows[0]
+    )
     sheets = '<sheets><sheet name="Data" sheetId="1" r:id="rId7"/></sheets>'
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("xl/workbook.xml", SHEET.format(tag="workbook", more=f' xmlns:r="{LINKS}"', body=sheets))
