@@ -228,6 +228,16 @@ def test_a_table_that_is_not_as_published(
     assert path.name in str(raised.value)
 
 
+def test_a_table_that_cannot_be_opened(built: dict[str, Miniature], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(built["ddr"].root, root)
+    table = located(root, "train.txt")
+    table.unlink()
+    table.symlink_to(table)
+    with pytest.raises(DataError, match=r"DDR: .*train.txt cannot be read: Too many levels of symbolic links"):
+        DATASETS["ddr"].samples(root)
+
+
 def test_cmmd_needs_pydicom(built: dict[str, Miniature], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(DataError, match=r"pip install 'fpt-lightning\[dicom\]'"):

@@ -78,7 +78,9 @@ def _drop_unreadable(found: Found) -> dict[str, list[Sample]]:
     alike: defaultdict[str, list[Sample]] = defaultdict(list)
     with ThreadPoolExecutor() as pool:
         problems = pool.map(_problem, [found.root / sample.id for sample in samples])
-        for sample, problem in zip(samples, tqdm(problems, "images", len(samples), unit="image"), strict=True):
+        for sample, problem in zip(
+            samples, tqdm(problems, "reading every image", len(samples), unit="image"), strict=True
+        ):
             if problem:
                 found.left_out[sample.id] = f"unreadable: {problem.replace(f'{found.root}{os.sep}', '')}"
             else:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from fpt_lightning.errors import DataError
 from fpt_lightning.manifest import IMAGE_SUFFIXES, Sample
@@ -101,12 +101,15 @@ class Recipe:
         """The data set below a folder, up to two folders deeper; the case of names does not count.
 
         Raises:
-            DataError: pieces are missing, or there more than once; a table that is not as published.
+            DataError: a piece is missing, there more than once or not readable; a table is not as published.
         """
         if not root.is_dir():
             raise DataError(f"the folder {root} of {self.title} does not exist: get it from {self.url}.")
         found = Found(root)
-        self.read(found, self._locate(root))
+        try:
+            self.read(found, self._locate(root))
+        except OSError as error:
+            raise DataError(f"{self.title}: {error.filename} cannot be read: {error.strerror}.") from error
         return found
 
     def _locate(self, root: Path) -> dict[str, Path]:
@@ -162,10 +165,14 @@ def _by_name(pairs: Iterable[tuple[str, T]], where: Path) -> dict[str, T]:
 def files(folder: Path) -> list[Path]:
     """Every file below a folder in ascending order, hidden ones left out."""
     found = []
-    for directory, folders, names in os.walk(folder):
+    for directory, folders, names in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(directory, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _fail(error: OSError) -> NoReturn:
+    raise error
 
 
 def images(folder: Path) -> list[Path]:
