@@ -144,7 +144,7 @@ def test_a_missing_piece(name: str, piece: str, built: dict[str, Miniature], tmp
     with pytest.raises(DataError) as raised:
         prepare(name, root)
     message = str(raised.value)
-    assert f"must also hold {piece}; " in message
+    assert f"must hold {piece}; " in message
     assert f"{root} holds {', '.join(sorted(p.name for p in root.iterdir())) or 'nothing'}." in message
     assert message.endswith(f"Get what is missing from {DATASETS[name].pieces[piece]}.")
     assert not (root / "manifest.csv").exists()
@@ -154,7 +154,7 @@ def test_a_missing_piece(name: str, piece: str, built: dict[str, Miniature], tmp
 def test_the_folder_of_another_data_set(name: str, built: dict[str, Miniature], tmp_path: Path) -> None:
     for other, miniature in built.items():
         if other != name:
-            with pytest.raises(DataError, match=rf"^{DATASETS[name].title}: .*must also hold .* holds .*Get what"):
+            with pytest.raises(DataError, match=rf"^{DATASETS[name].title}: .*must hold .* holds .*Get what"):
                 DATASETS[name].samples(miniature.root)
     with pytest.raises(DataError, match=r"data of .* does not exist: get it from http"):
         prepare(name, tmp_path / "data")

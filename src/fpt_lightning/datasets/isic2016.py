@@ -10,9 +10,9 @@ No table has a header; one has words, the other 0.0 and 1.0 (copies also have 0 
 (900 / 379), which has no validation images: they are drawn from the training images. The paper does not say how it
 had its own. Lesions and patients are not published.
 
-Sources: https://challenge.isic-archive.com/data/#2016, from where
-https://github.com/michaelsiemmeister/melanomaclassification has its tables; the form of the tables from public readers
-and copies of them, not from the archive itself; the licence as a third party quotes that page.
+Sources: https://challenge.isic-archive.com/data/#2016, whose files are below
+https://isic-challenge-data.s3.amazonaws.com/2016/; the form of the tables from public readers and copies of them, not
+from the archive itself; the licence as a third party quotes that page.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RECIPE = Recipe(
     modality="dermoscopy",
     licence="CC0",
     url=URL,
-    source="https://github.com/michaelsiemmeister/melanomaclassification",
+    source="https://isic-challenge-data.s3.amazonaws.com/2016/",
     pieces=dict.fromkeys(
         (f"ISBI2016_ISIC_Part3_{part}_{end}" for part in _SPLITS for end in ("Data/", "GroundTruth.csv")), URL
     ),

@@ -121,7 +121,7 @@ class Recipe:
         if missing:
             entries = sorted(path.name for path in root.iterdir())
             raise DataError(
-                f"{self.title}: {root}, or a folder up to {_DEPTH} levels below it, must also hold "
+                f"{self.title}: {root}, or a folder up to {_DEPTH} levels below it, must hold "
                 f"{', '.join(missing)}; {root} holds {', '.join(entries[:_SHOWN]) or 'nothing'}"
                 f"{' and more' if len(entries) > _SHOWN else ''}. "
                 f"Get what is missing from {', '.join(sorted({self.pieces[piece] for piece in missing}))}."
