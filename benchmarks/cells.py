@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning import cli
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class Cell:
 
     def predictions(self, ids: Sequence[str]) -> NDArray[np.float64]:
         """Probabilities (N, C) of the best epoch for the test images ``ids``."""
-        with (self.folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-            rows = {row[0]: [float(p) for p in row[2:]] for row in list(csv.reader(file))[1:]}
-        return np.array([rows[id] for id in ids])
+        found = Predictions.read(self.folder / "predictions.csv")
+        place = {id: row for row, id in enumerate(found.ids)}
+        return found.scores[[place[id] for id in ids]]
 
     def _logged(self, name: str) -> list[float]:
         with (self.folder / "metrics.csv").open(newline="") as file:
@@ -113,19 +114,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
-
-
-def resample(groups: Sequence[str], count: int) -> NDArray[np.int64]:
-    """How often each of N cases is in each of ``count`` resamples (count, N); whole groups are drawn."""
-    _, members = np.unique(groups, return_inverse=True)
-    number = int(members.max()) + 1
-    drawn = np.random.default_rng(0).multinomial(number, [1 / number] * number, size=count)
-    return drawn[:, members]
-
-
-def interval(differences: NDArray[np.float64]) -> dict[str, float]:
-    """The 95% interval of resampled differences, and the two-sided p of none (at least 1 / (resamples + 1))."""
-    differences = differences[~np.isnan(differences)]
-    p = 2 * min((differences <= 0).mean(), (differences >= 0).mean())
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return {"low": float(low), "high": float(high), "p": float(np.clip(p, 1 / (len(differences) + 1), 1))}

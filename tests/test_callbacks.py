@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +21,8 @@ from fpt_lightning.callbacks import (
     PeakMemory,
     ResultsWriter,
     write_confusion,
-    write_predictions,
 )
+from fpt_lightning.predictions import Predictions
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
 
@@ -97,17 +97,10 @@ def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -
     assert len((tmp_path / "run" / "predict" / "predictions.csv").read_text().splitlines()) == 31
 
 
-def test_predictions_and_confusion(tmp_path: Path) -> None:
-    rows = [("x,1.png", 0, [0.7, 0.3]), ('y"2.png', 1, [0.6, 0.4]), ("z.png", -1, [0.1, 0.9])]
-    write_predictions(tmp_path / "p.csv", rows, ("no", "yes, it is"))
-    with (tmp_path / "p.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [
-            ["path", "label", "prob_no", "prob_yes, it is"],
-            ["x,1.png", "no", "0.700000", "0.300000"],
-            ['y"2.png', "yes, it is", "0.600000", "0.400000"],
-            ["z.png", "", "0.100000", "0.900000"],
-        ]
-    write_confusion(tmp_path, rows[:2], ("no", "yes"))
-    assert (tmp_path / "confusion_matrix.csv").read_text() == "true \\ predicted,no,yes\nno,1,0\nyes,1,0\n"
+def test_the_confusion_matrix_has_true_classes_in_rows(tmp_path: Path) -> None:
+    scores = np.array([[0.7, 0.3], [0.6, 0.4], [0.1, 0.9], [0.2, 0.8]])
+    labels = np.array([0, 1, -1, 0])
+    write_confusion(tmp_path, Predictions("single-label", tuple("abcd"), labels, scores, ("no", "yes")))
+    assert (tmp_path / "confusion_matrix.csv").read_text() == "true \\ predicted,no,yes\nno,1,1\nyes,1,0\n"
     assert (tmp_path / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.csv", "confusion_matrix.png", "p.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.csv", "confusion_matrix.png"]

@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_methods  # noqa: E402
-from cells import interval, resample  # noqa: E402
 from compare_methods import Comparison, main  # noqa: E402
 from components import MLPTransfer, SideNetworkAlone, values_in_order  # noqa: E402
 from variants import Setting, ablation_variants, read_setting  # noqa: E402
@@ -262,19 +261,7 @@ def test_resampled_auc_leaves_out_classes_that_cannot_be_scored() -> None:
     assert np.isnan(found[1])
 
 
-def test_interval() -> None:
-    same = interval(np.zeros(100))
-    assert same == {"low": 0.0, "high": 0.0, "p": 1.0}
-    better = interval(np.random.default_rng(0).normal(0.1, 0.01, 999))
-    assert better["p"] == 1 / 1000
-    assert 0.07 < better["low"] < better["high"] < 0.13
-    assert interval(np.array([-1.0, 1.0, 1.0, np.nan]))["p"] == pytest.approx(2 / 3)
-
-
 def test_groups_are_drawn_whole(images: Path, tmp_path: Path, pretend: list[dict[str, Any]]) -> None:
-    drawn = resample(["p", "q", "p", "r"], 50)
-    assert (drawn[:, 0] == drawn[:, 2]).all()
-    assert (drawn[:, [0, 1, 3]].sum(1) == 3).all()
     lines = ["image,label,split,group"]
     for split, numbers in (("train", range(4)), ("val", range(4, 6)), ("test", range(6, 10))):
         lines += [f"{c}/{n:03d}.png,{c},{split},{split}{n // 2}" for n in numbers for c in "abc"]

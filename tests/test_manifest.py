@@ -425,9 +425,9 @@ def test_numbers_that_are_none(tmp_path: Path, value: str) -> None:
 
 
 def test_numbers(tmp_path: Path) -> None:
-    path = labels_table(tmp_path, [("61.5", ""), ("-3", ""), ("0", "")])
+    path = labels_table(tmp_path, [("61.5", ""), ("-1", ""), ("0", "")])
     manifest = read_manifest(tmp_path, path, label_column="a", kind="regression")
-    assert [sample.targets for sample in manifest.split("test")] == [(61.5,), (-3,), (0,)]
+    assert [sample.targets for sample in manifest.split("test")] == [(61.5,), (-1,), (0,)]
     assert (manifest.classes, manifest.class_counts("val")) == (("a",), [3])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn import metrics as sk
 from torch import Tensor, nn
 
 from conftest import TINY, quiet_trainer
 from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
+from fpt_lightning.callbacks import ResultsWriter
+from fpt_lightning.cli import main
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.evaluation import fit_temperature, fit_thresholds, with_temperature
 from fpt_lightning.memory import TrainingStep, build_on_meta, example_batch
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.metrics import multilabel_metrics, regression_metrics
+from fpt_lightning.predictions import Predictions
 from fpt_lightning.tasks import TASKS, Coral, make_task
 
 CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regression": 1}
@@ -286,3 +292,130 @@ def test_numbers_without_training_labels(tiny_data: DataMaker, image_root: Path,
     data.setup("fit")
     with pytest.raises(ConfigurationError, match=r"model.task 'regression' .* needs the training labels"):
         quiet_trainer(tmp_path).fit(model_for("regression"), data.train_dataloader())
+
+
+# What is fitted to validation images
+
+
+def fitted(data: PreloadedFeatureDataModule, folder: Path, **changes: Any) -> tuple[FPTPlusModule, Path]:
+    """A model after three epochs, and its checkpoint."""
+    model = model_for("multilabel", **changes)
+    data.preload(model, quiet_trainer(folder))
+    trainer = quiet_trainer(folder, max_epochs=3)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return model, folder / "last.ckpt"
+
+
+def validation_predictions(model: FPTPlusModule, data: PreloadedFeatureDataModule) -> Predictions:
+    model.eval()
+    with torch.no_grad():
+        rows = [
+            row
+            for batch in data.val_dataloader()
+            for row in zip(
+                batch["ids"], batch["labels"].tolist(), model.task.scores(model(batch)).tolist(), strict=True
+            )
+        ]
+    return model.predictions(sorted(rows))
+
+
+def test_thresholds_and_temperature_are_those_of_the_validation_images(
+    tiny_data: DataMaker, image_root: Path, tmp_path: Path
+) -> None:
+    data = data_for("multilabel", tiny_data, image_root)
+    model, path = fitted(data, tmp_path, temperature_scaling=True)
+    predictions = validation_predictions(model, data)
+    assert model.thresholds == pytest.approx(fit_thresholds(predictions))
+    assert set(model.thresholds) >= {"red", "green"}
+    assert model.temperature == pytest.approx(fit_temperature(predictions), rel=1e-3)
+    assert model.temperature != 1
+    again = FPTPlusModule.load_from_checkpoint(path, weights_only=True)
+    assert (again.thresholds, again.temperature) == (model.thresholds, model.temperature)
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_the_temperature_changes_test_and_prediction_where_it_is_wanted(
+    tiny_data: DataMaker, image_root: Path, tmp_path: Path, scaling: bool
+) -> None:
+    data = data_for("multilabel", tiny_data, image_root)
+    model, _ = fitted(data, tmp_path, temperature_scaling=scaling)
+    model.temperature = 2.5
+    trainer = quiet_trainer(tmp_path, callbacks=[ResultsWriter(tmp_path)])
+    trainer.test(model, data, verbose=False)
+    found = Predictions.read(tmp_path / "predictions.csv")
+    model.eval()
+    batch = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        logits = model(batch).double()
+    order = [batch["ids"].index(id) for id in found.ids]
+    np.testing.assert_allclose(found.scores, (logits / (2.5 if scaling else 1)).sigmoid()[order], atol=1e-6)
+    live = trainer.predict(model, data.test_dataloader())
+    assert live is not None
+    np.testing.assert_allclose(live[0]["scores"], (logits / (2.5 if scaling else 1)).sigmoid(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["multiclass", "coral", "multilabel"])
+def test_a_temperature_does_to_scores_what_it_does_to_predictions(name: str) -> None:
+    task = make_task(name, 3)
+    scores = task.scores(torch.randn(6, task.outputs, generator=generator())).detach()
+    labels = np.zeros(6, int) if task.KIND == "single-label" else np.zeros((6, 3))
+    predictions = Predictions(task.KIND, tuple("abcdef"), labels, scores.double().numpy(), ("x", "y", "z"))
+    expected = with_temperature(predictions, 1.7).scores
+    np.testing.assert_allclose(task.tempered(scores, 1.7), expected, rtol=1e-5)
+
+
+def test_numbers_have_no_temperature() -> None:
+    with pytest.raises(ConfigurationError, match="temperature_scaling is true, which is for probabilities"):
+        model_for("regression", temperature_scaling=True)
+
+
+# Through the command line
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_leaves_predictions_and_their_evaluation(
+    task: str, image_root: Path, tmp_path: Path, tiny_data: DataMaker
+) -> None:
+    data: dict[str, Any] = {
+        "root": str(image_root),
+        "store": str(tmp_path / "s.zarr"),
+        "manifest": str(table(image_root, task)),
+        "resolution": 64,
+        "mean": [0.4],
+        "std": [0.2],
+        "image_size": 48,
+        "batch_size": 8,
+    }
+    if task == "multilabel":
+        data["label_column"] = ["red", "green", "bright"]
+    model = {"num_classes": CLASSES[task], "task": task, "learning_rate": 3e-3, **TINY}
+    config = {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        },
+        "model": {"class_path": "FPTPlusModule", "init_args": model},
+        "data": {"class_path": "PreloadedFeatureDataModule", "init_args": data},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "config.yaml")])
+    root = tmp_path / "run"
+    monitor = f"val_{model_for(task).task.MONITOR[0]}"
+    assert monitor in str(list(torch.load(root / "last.ckpt", weights_only=True)["callbacks"]))
+    evaluations = json.loads((root / "evaluation.json").read_text())
+    assert set(evaluations) == {"best", "last"}
+    overall = evaluations["best"]["overall"]
+    assert overall["mae" if task == "regression" else "auc"]["low"] is not None
+    predictions = Predictions.read(root / "predictions.csv")
+    assert predictions.kind == model_for(task).task.KIND
+    assert len(predictions.ids) in (5, 6)
+    assert (root / "confusion_matrix.png").is_file() == (predictions.kind == "single-label")
+    main(["predict", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(root / "best.ckpt")])
+    unknown = Predictions.read(root / "predict" / "predictions.csv")
+    assert unknown.kind == predictions.kind
+    assert not unknown.known.any()
+    known = dict(zip(unknown.ids, unknown.scores, strict=True))
+    np.testing.assert_allclose([known[id] for id in predictions.ids], predictions.scores, atol=0.3, rtol=0.01)

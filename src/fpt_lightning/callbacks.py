@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from fpt_lightning.manifest import UNLABELLED
+from fpt_lightning.evaluation import evaluate
+from fpt_lightning.files import write_rows, write_text
+from fpt_lightning.manifest import Manifest
 from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.base import from_all_processes
 from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.predictions import Predictions
 
 _MIB = 2**20
 
@@ -143,21 +144,25 @@ class PeakMemory(L.Callback):
 
 
 class ResultsWriter(L.Callback):
-    """Writes what test and predict find: ``metrics.json``, ``predictions.csv``, the confusion matrix.
+    """Writes what test and predict find.
 
-    ``predictions.csv`` has a row an image: its path below the data root, its label (empty where unknown) and
-    ``prob_{class}`` for each class. ``confusion_matrix.csv`` and ``.png`` have true classes in rows.
+    ``predictions.csv``: see ``fpt_lightning.predictions.Predictions``. After test also ``metrics.json``, the logged
+    metrics; ``evaluation.json``, metrics with bootstrap intervals (``fpt_lightning.evaluation.evaluate``), decided by
+    the thresholds that were fitted to validation; and of single-label data ``confusion_matrix.csv`` and ``.png``, with
+    true classes in rows.
 
     Attributes:
         folder: where to write; ``{trainer.default_root_dir}/test`` or ``/predict`` by default.
-        checkpoint: the name under which ``metrics.json`` holds the metrics.
+        checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
+        evaluations: what ``evaluation.json`` holds, by checkpoint.
     """
 
     def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.metrics: dict[str, dict[str, float | None]] = {}
-        self._outputs: list[Mapping[str, Any]] = []
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        self._rows: list[tuple[str, Any, Any]] = []
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -170,40 +175,44 @@ class ResultsWriter(L.Callback):
         self._collect(outputs)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rows = self._gather()
-        if rows and trainer.is_global_zero and isinstance(pl_module, ClassificationModule):
-            folder = self._folder(trainer, "test")
-            found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
-            self.metrics[self.checkpoint] = {k: v if v == v else None for k, v in found.items()}  # NaN is no JSON
-            _write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
-            write_predictions(folder / "predictions.csv", rows, _class_names(pl_module))
-            write_confusion(folder, rows, _class_names(pl_module))
-            rank_zero_info(f"metrics, predictions and confusion matrix are in {folder}")
+        predictions = self._predictions(trainer, pl_module)
+        if predictions is None:
+            return
+        folder = self._folder(trainer, "test")
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
+        self.metrics[self.checkpoint] = {k: v if v == v else None for k, v in found.items()}  # NaN is no JSON
+        write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        predictions.write(folder / "predictions.csv")
+        if predictions.kind == "single-label":
+            write_confusion(folder, predictions)
+        if predictions.known.any():
+            assert isinstance(pl_module, ClassificationModule)
+            evaluation = evaluate(predictions, pl_module.thresholds or None)
+            self.evaluations[self.checkpoint] = evaluation.to_dict()
+            write_text(folder / "evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
+            rank_zero_info(f"{self.checkpoint}: {evaluation.table()}")
+        rank_zero_info(f"metrics, predictions and evaluation are in {folder}")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rows = self._gather()
-        if rows and trainer.is_global_zero and isinstance(pl_module, ClassificationModule):
-            folder = self._folder(trainer, "predict")
-            write_predictions(folder / "predictions.csv", rows, _class_names(pl_module))
-            rank_zero_info(f"{len(rows)} predictions are in {folder / 'predictions.csv'}")
+        predictions = self._predictions(trainer, pl_module)
+        if predictions is not None:
+            path = self._folder(trainer, "predict") / "predictions.csv"
+            predictions.write(path)
+            rank_zero_info(f"{len(predictions.ids)} predictions are in {path}")
 
     def _collect(self, outputs: Any) -> None:
         if isinstance(outputs, Mapping) and "scores" in outputs:
-            self._outputs.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in outputs.items()})
+            self._rows += zip(outputs["ids"], outputs["labels"].tolist(), outputs["scores"].tolist(), strict=True)
 
-    def _gather(self) -> list[tuple[str, int, list[float]]]:
-        """(id, label, probabilities) of every sample of every process, in ascending order of ids."""
-        rows = [
-            row
-            for out in self._outputs
-            for row in zip(out["ids"], out["labels"].tolist(), out["scores"].tolist(), strict=True)
-        ]
-        self._outputs = []
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, rows)
-            rows = [row for process in everyone for row in process]
-        return sorted(rows)
+    def _predictions(self, trainer: L.Trainer, module: L.LightningModule) -> Predictions | None:
+        """Of every process, on the first; None elsewhere, or where there are none."""
+        rows, self._rows = from_all_processes(self._rows), []
+        if not rows or not trainer.is_global_zero or not isinstance(module, ClassificationModule):
+            return None
+        manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+        groups = {} if manifest is None else {sample.id: sample.group for sample in manifest.samples}
+        own = [groups.get(id, "") for id, *_ in rows]
+        return module.predictions(rows, own if any(own) else ())
 
     def _folder(self, trainer: L.Trainer, stage: str) -> Path:
         folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / stage
@@ -211,47 +220,23 @@ class ResultsWriter(L.Callback):
         return folder
 
 
-def _class_names(module: ClassificationModule) -> tuple[str, ...]:
-    """A model that never met a data module of this package has numbers for names."""
-    return module.class_names or tuple(f"class_{label}" for label in range(module.num_classes))
-
-
-def write_predictions(path: Path, rows: Sequence[tuple[str, int, list[float]]], classes: Sequence[str]) -> None:
-    """Write (id, label index or -1, probabilities) as CSV."""
-    lines = [["path", "label", *(f"prob_{name}" for name in classes)]]
-    for id, label, probabilities in rows:
-        lines.append([id, "" if label == UNLABELLED else classes[label], *(f"{p:.6f}" for p in probabilities)])
-    _write_csv(path, lines)
-
-
-def write_confusion(folder: Path, rows: Sequence[tuple[str, int, list[float]]], classes: Sequence[str]) -> None:
-    """Write the confusion matrix as CSV and PNG: true classes in rows, predicted ones in columns."""
-    counts = [[0] * len(classes) for _ in classes]
-    for _, label, probabilities in rows:
-        counts[label][probabilities.index(max(probabilities))] += 1
-    table: list[list[Any]] = [["true \\ predicted", *classes]]
-    table += [[name, *row] for name, row in zip(classes, counts, strict=True)]
-    _write_csv(folder / "confusion_matrix.csv", table)
+def write_confusion(folder: Path, predictions: Predictions) -> None:
+    """Write the confusion matrix as CSV and PNG: true classes in rows, the most probable ones in columns."""
+    classes, labelled = predictions.classes, predictions.labelled()
+    counts = np.zeros((len(classes), len(classes)), int)
+    np.add.at(counts, (labelled.labels, labelled.scores.argmax(1)), 1)
+    write_rows(
+        folder / "confusion_matrix.csv",
+        [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))],
+    )
     figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
     axes = figure.subplots()
-    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            axes.text(j, i, str(count), ha="center", va="center", color="white" if shares[i][j] > 0.5 else "black")
+    for i, j in np.ndindex(counts.shape):
+        shade = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=shade)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true")
     figure.savefig(folder / "confusion_matrix.png", dpi=150)
-
-
-def _write_csv(path: Path, lines: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

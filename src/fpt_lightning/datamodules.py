@@ -159,15 +159,16 @@ class ImageDataModule(L.LightningDataModule):
             DataError: see ``read_manifest``.
             ConfigurationError: the model and the data do not fit each other.
         """
+        task = self._declared("task")
+        kind: Kind = "single-label" if task is None else task.KIND
         if stage == "predict":
-            self.unlabelled = list_images(self.root)
+            self.unlabelled = list_images(self.root, kind, self._declared("num_classes") or 1)
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
         if self.external and stage != "test":
             raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
-        task = self._declared("task")
-        self.read_manifest("single-label" if task is None else task.KIND)
+        self.read_manifest(kind)
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         if stage == "fit":

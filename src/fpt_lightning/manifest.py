@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.files import read_rows, write_rows
 
 SPLITS = ("train", "val", "test")
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
@@ -104,16 +104,11 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write a CSV file that ``read_manifest`` reads again with the same splits: image, labels, split, group."""
         labels = ("label",) if self.kind == "single-label" else self.classes
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["image", *labels, "split", "group"])
-            for sample in self.samples:
-                own = (
-                    [self.classes[sample.label]] if self.kind == "single-label" else [f"{t:g}" for t in sample.targets]
-                )
-                writer.writerow([sample.id, *own, sample.split, sample.group])
-        os.replace(partial, path)
+        rows: list[list[str]] = [["image", *labels, "split", "group"]]
+        for sample in self.samples:
+            own = [self.classes[sample.label]] if self.kind == "single-label" else [f"{t:.10g}" for t in sample.targets]
+            rows.append([sample.id, *own, sample.split, sample.group])
+        write_rows(path, rows)
 
 
 def read_manifest(
@@ -171,7 +166,7 @@ def read_manifest(
         samples, names = _with_classes(_from_folders(folder, kind), classes)
     else:
         path = folder / Path(table).expanduser()
-        rows = _read_rows(path)
+        rows = read_rows(path, "manifest")
         samples = _from_table(folder, path, rows, image_column, None if external else split_column, group_column)
         columns = [label_column] if isinstance(label_column, str) else list(label_column)
         samples, names = _labelled(samples, rows, path, columns, kind, classes)
@@ -183,7 +178,8 @@ def read_manifest(
         samples = fold_split(samples, fold, folds, split_seed, kind)
     elif drawn:
         samples = random_split(samples, split_seed, kind)
-    samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
+    if kind == "multi-label":
+        samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
     manifest = Manifest(folder, tuple(samples), names, kind, random=not external and (drawn or fold is not None))
     if not external:
         if kind == "single-label" and len(names) < 2:
@@ -192,8 +188,13 @@ def read_manifest(
     return manifest
 
 
-def list_images(root: str | Path) -> Manifest:
+def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1) -> Manifest:
     """Every image below a folder, unlabelled, for prediction.
+
+    Args:
+        root: the folder.
+        kind: of the labels that there are not.
+        targets: how many an image would have, if several labels or a number.
 
     Raises:
         DataError: no such folder, or no image in it.
@@ -204,7 +205,8 @@ def list_images(root: str | Path) -> Manifest:
     ids = sorted(_image_ids(folder, folder))
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
-    return Manifest(folder, tuple(Sample(id) for id in ids), ())
+    unknown = () if kind == "single-label" else (math.nan,) * targets
+    return Manifest(folder, tuple(Sample(id, targets=unknown) for id in ids), (), kind)
 
 
 def _image_ids(folder: Path, root: Path) -> list[str]:
@@ -323,25 +325,7 @@ def _number(text: str, allowed: Sequence[float] | None, where: str) -> float:
 def _filled(sample: Sample, missing: Fill, uncertain: Fill) -> Sample:
     """The sample with what its empty and uncertain labels stand for."""
     stands = {math.inf: _FILLS[missing], _UNCERTAIN: _FILLS[uncertain if sample.split == "train" else "ignore"]}
-    if len(sample.targets) < 1 or not any(target in stands for target in sample.targets):
-        return sample
     return replace(sample, targets=tuple(stands.get(target, target) for target in sample.targets))
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise DataError(f"the manifest {path} does not exist.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"the manifest {path} is not a CSV file in UTF-8: {error}.") from error
-    if not rows:
-        raise DataError(f"the manifest {path} holds no row below its header.")
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():  # more fields, or fewer
-            raise DataError(f"{path}, line {number}: the number of fields differs from the header's.")
-    return rows
 
 
 def _require_column(rows: Sequence[dict[str, str]], path: Path, column: str) -> None:

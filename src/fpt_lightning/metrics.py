@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -190,6 +190,43 @@ class PerformanceEfficiency(WrapperMetric):
         self.metric.reset()
 
 
+def resampled_counts(
+    scores: NDArray[Any], positive: NDArray[np.bool_], weights: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How many positive and negative cases each of R resamples has at each score.
+
+    Args:
+        scores: (N,), with D distinct values.
+        positive: (N,), whether a case is of the class.
+        weights: (R, N), how many times each resample holds each case.
+
+    Returns:
+        Positives and negatives (R, D), in ascending order of the score.
+    """
+    order = np.argsort(scores, kind="stable")
+    ascending, of_class = scores[order], positive[order]
+    starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])
+    drawn = weights[:, order]
+    return (
+        np.add.reduceat(drawn * of_class, starts, axis=1, dtype=np.float64),
+        np.add.reduceat(drawn * ~of_class, starts, axis=1, dtype=np.float64),
+    )
+
+
+def counted_auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> NDArray[np.float64]:
+    """AUC (R,) of ``resampled_counts``, exactly; ties count half. NaN without a positive or without a negative."""
+    pairs = positive.sum(1) * negative.sum(1)
+    won = (positive * (negative.cumsum(1) - negative / 2)).sum(1)
+    return np.where(pairs > 0, won / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+def mean_of_known(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Mean (R,) of C arrays (R,), those that are NaN left out; NaN where all are."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+
+
 def resampled_auc(probabilities: NDArray[Any], labels: NDArray[Any], weights: NDArray[Any]) -> NDArray[np.float64]:
     """Macro one-vs-rest AUC of R resamples of the same N cases, exactly; ties count half.
 
@@ -201,21 +238,12 @@ def resampled_auc(probabilities: NDArray[Any], labels: NDArray[Any], weights: ND
     Returns:
         (R,). A class that has none or all of a resample is left out of its mean; NaN if no class is left.
     """
-    total = np.zeros(len(weights))
-    scored = np.zeros(len(weights))
-    for label in range(probabilities.shape[1]):
-        order = np.argsort(probabilities[:, label], kind="stable")
-        ascending = probabilities[order, label]
-        starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])  # of equal probabilities
-        of_class = labels[order] == label
-        drawn = weights[:, order]
-        positive = np.add.reduceat(drawn * of_class, starts, axis=1)  # (R, distinct probabilities)
-        negative = np.add.reduceat(drawn * ~of_class, starts, axis=1)
-        pairs = positive.sum(1) * negative.sum(1)
-        won = (positive * (negative.cumsum(1) - negative / 2)).sum(1)
-        total += won / np.where(pairs > 0, pairs, 1)
-        scored += pairs > 0
-    return np.where(scored > 0, total / np.maximum(scored, 1), np.nan)
+    return mean_of_known(
+        [
+            counted_auc(*resampled_counts(probabilities[:, label], labels == label, weights))
+            for label in range(probabilities.shape[1])
+        ]
+    )
 
 
 def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fpt_lightning.encoder import check_resolution
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.files import align
 from fpt_lightning.memory import Precision, build_on_meta, predict_encoding_memory, predict_training_memory
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
@@ -215,14 +216,7 @@ def table(plans: Sequence[Plan], images: int | None, gpu_memory: int | None) -> 
         if gpu_memory is not None:
             row += [_bounded(each.largest_batch, LARGEST_BATCH), _bounded(each.largest_resolution, LARGEST_RESOLUTION)]
         rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return align(rows)
 
 
 def _mib(size: int) -> str:

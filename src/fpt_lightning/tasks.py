@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation import SMALLEST_PROBABILITY
 from fpt_lightning.manifest import Kind
 from fpt_lightning.metrics import classification_metrics, multilabel_metrics, regression_metrics
 
@@ -53,6 +54,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def metrics(self, prefix: str) -> MetricCollection:
         """What is measured in validation and test, from scores and ``targets``."""
+
+    def tempered(self, scores: Tensor, temperature: float) -> Tensor:
+        """Probabilities as a temperature changes them (``fpt_lightning.evaluation.with_temperature``)."""
+        return (scores.clamp(min=SMALLEST_PROBABILITY).log() / temperature).softmax(-1)
 
     def targets(self, labels: Tensor) -> Tensor:
         """Labels as the metrics take them."""
@@ -191,6 +196,9 @@ class Multilabel(Task):
 
     def metrics(self, prefix: str) -> MetricCollection:
         return multilabel_metrics(self.num_classes, prefix)
+
+    def tempered(self, scores: Tensor, temperature: float) -> Tensor:
+        return (scores.logit(SMALLEST_PROBABILITY) / temperature).sigmoid()
 
     def targets(self, labels: Tensor) -> Tensor:
         """-1 where unknown."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,11 +15,22 @@ from torch import Tensor, nn
 
 from fpt_lightning.encoder import EncoderConfig, EncoderShape
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.evaluation import fit_temperature, fit_thresholds
 from fpt_lightning.manifest import Manifest
+from fpt_lightning.predictions import Predictions
 from fpt_lightning.store import FeatureSpecification
 from fpt_lightning.tasks import TaskName, Weights, make_task
 
 _KEY = "fpt_lightning"  # of our part of a checkpoint
+
+
+def from_all_processes(rows: list[Any]) -> list[Any]:
+    """The rows (id, ...) of every process, in ascending order of ids."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, rows)
+        rows = [row for process in everyone for row in process]
+    return sorted(rows, key=lambda row: str(row[0]))
 
 
 def initialise_head(head: nn.Linear) -> nn.Linear:
@@ -48,6 +59,8 @@ class ClassificationModule(L.LightningModule, ABC):
         warmup_epochs: of linear increase from 0.
         class_weights: None, ``balanced`` or one number a class; in a multi-label task, of a class's positive images.
         label_smoothing: of the cross-entropy, in [0, 1).
+        temperature_scaling: whether probabilities in test and prediction are calibrated by a temperature that is fitted
+            to the validation images (``fpt_lightning.evaluation.fit_temperature``).
 
     Raises:
         ConfigurationError: values that cannot work.
@@ -78,6 +91,7 @@ class ClassificationModule(L.LightningModule, ABC):
         class_weights: Weights = None,
         label_smoothing: float = 0.0,
         task: TaskName = "multiclass",
+        temperature_scaling: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -85,6 +99,13 @@ class ClassificationModule(L.LightningModule, ABC):
         self.task = make_task(task, num_classes, class_weights, label_smoothing)
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, (betas[0], betas[1])
         self.warmup_epochs = warmup_epochs
+        if temperature_scaling and self.task.KIND == "regression":
+            raise ConfigurationError(
+                "model.temperature_scaling is true, which is for probabilities, not for regression."
+            )
+        self.temperature_scaling = temperature_scaling
+        self.temperature, self.thresholds = 1.0, dict[str, float]()
+        self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
@@ -96,6 +117,11 @@ class ClassificationModule(L.LightningModule, ABC):
     @property
     def encoder_shape(self) -> EncoderShape:
         return self.encoder_config.shape
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The classes' names; numbers for a model that never met a data module of this package."""
+        return self.class_names or tuple(f"class_{label}" for label in range(self.num_classes))
 
     @property
     def learnable_parameters(self) -> int:
@@ -152,17 +178,45 @@ class ClassificationModule(L.LightningModule, ABC):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
-        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.task.scores(self(batch).float())}
+        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self._scores(self(batch).float())}
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any) -> dict[str, Any]:
         logits, labels = self(batch).float(), self._own_labels(batch["labels"])
-        scores = self.task.scores(logits)
+        scores = self._scores(logits)
+        if stage == "val":
+            self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
         metrics.update(scores, self.task.targets(labels))
         self.log(f"{stage}_loss", self.task.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
         monitor = f"val_{self.task.MONITOR[0]}"
         for name, metric in metrics.items(keep_base=False, copy_state=False):
             self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
         return {"ids": batch["ids"], "labels": labels, "scores": scores}
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        scores = self.task.scores(logits)
+        fitting = self.trainer.state.fn == "fit" if self._trainer is not None else False
+        return scores if fitting or not self.temperature_scaling else self.task.tempered(scores, self.temperature)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Fit thresholds, and the temperature if wanted, to this epoch's validation images (kept in checkpoints)."""
+        rows = from_all_processes(self._validated)
+        self._validated = []
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.task.KIND == "regression":
+            return
+        predictions = self.predictions(rows)
+        if predictions.known.any():
+            self.thresholds = fit_thresholds(predictions)
+            self.temperature = fit_temperature(predictions) if self.temperature_scaling else 1.0
+
+    def predictions(self, rows: Sequence[tuple[str, Any, Any]], groups: Sequence[str] = ()) -> Predictions:
+        """Predictions from (id, label, scores) of each image, in ascending order of ids; see ``predict_step``."""
+        ids, labels, scores = zip(*rows, strict=True)
+        dtype = np.int64 if self.task.KIND == "single-label" else np.float64
+        classes = () if self.task.KIND == "regression" else self.output_names
+        return Predictions(self.task.KIND, ids, np.array(labels, dtype), np.array(scores), classes, tuple(groups))
 
     def _own_labels(self, labels: Tensor) -> Tensor:
         """Labels of data whose classes are others, or in another order, than this model's."""
@@ -281,6 +335,8 @@ class ClassificationModule(L.LightningModule, ABC):
             "specification": None if self.specification is None else self.specification.to_dict(),
             "seed": self._seed,
             "split": self._split_digest,
+            "thresholds": self.thresholds,
+            "temperature": self.temperature,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,3 +361,4 @@ class ClassificationModule(L.LightningModule, ABC):
         content = about["specification"]
         self.specification = None if content is None else FeatureSpecification.from_dict(content)
         self._seed, self._split_digest = about["seed"], about["split"]
+        self.thresholds, self.temperature = about["thresholds"], about["temperature"]
