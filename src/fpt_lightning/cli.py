@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with two more subcommands, ``preload`` and ``plan``."""
+"""The command line: LightningCLI with the subcommands ``preload`` and ``plan``, beside commands without a Trainer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -23,10 +24,20 @@ from torch import Tensor
 import fpt_lightning
 from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.datasets.preparation import list_datasets, prepare
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
 from fpt_lightning.manifest import Kind
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
+
+_COMMANDS: dict[str, Any] = {
+    "datasets": {
+        "_help": "list the paper's data sets, or prepare one: write the manifest of what its owners distribute",
+        "list": list_datasets,
+        "prepare": prepare,
+    },
+}
+"""What needs no Trainer: functions, or several of them by name; their arguments and docstrings are the command's."""
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
 
@@ -189,7 +200,11 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
-            parser_kwargs={"version": fpt_lightning.__version__, "prog": "fpt-lightning"},
+            parser_kwargs={
+                "version": fpt_lightning.__version__,
+                "prog": "fpt-lightning",
+                "epilog": f"Commands without a Trainer, each with its own --help: {', '.join(_COMMANDS)}.",
+            },
             args=None if args is None else list(args),
         )
 
@@ -353,8 +368,12 @@ def _made_for_people(error: BaseException | None) -> FPTError | None:
 def main(args: Sequence[str] | None = None) -> None:
     """The console script: errors made for people are one message on stderr, with exit status 2."""
     _quieten()
+    given = sys.argv[1:] if args is None else list(args)
     try:
-        CommandLine(_spelled(sys.argv[1:] if args is None else list(args)))
+        if given and given[0] in _COMMANDS:
+            auto_cli(_COMMANDS, args=given, prog="fpt-lightning")
+        else:
+            CommandLine(_spelled(given))
     except Exception as raised:
         error = _made_for_people(raised)
         if error is None or os.environ.get("FPT_TRACEBACK"):
