@@ -217,7 +217,9 @@ def evaluate(
     grouped = _grouped(labelled)
     ones = np.ones((1, len(labelled.ids)))
     values = _measure(labelled, used, specificity, ones)
-    chunks = [_measure(labelled, used, specificity, weights) for weights in _resamples(labelled, resamples, seed)]
+    chunks = [
+        _measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)
+    ]
     estimates = {
         key: _estimate(value[0], np.concatenate([chunk[key] for chunk in chunks])) for key, value in values.items()
     }
@@ -268,7 +270,7 @@ def compare(first: Predictions, second: Predictions, *, resamples: int = 2000, s
         return [_measure(each, thresholds, DEFAULT_THRESHOLD, weights, per_class=False) for each in pair]
 
     before, after = both(np.ones((1, len(first.ids))))
-    chunks = [both(weights) for weights in _resamples(first, resamples, seed)]
+    chunks = [both(weights) for weights in resampled_weights(first, resamples, seed)]
     differences = {}
     for key, (value,) in before.items():
         resampled = np.concatenate([there[key] - here[key] for here, there in chunks])
@@ -363,6 +365,15 @@ def resample(
     return drawn[:, members]
 
 
+def resampled_weights(predictions: Predictions, count: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each resample holds each image, (R, N) for a few of the ``count`` at a time; groups stay whole."""
+    _, groups = np.unique(_grouped(predictions) or predictions.ids, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(groups))
+    for start in range(0, count, step):
+        yield resample(groups, min(step, count - start), generator).astype(np.float64)
+
+
 def interval(differences: NDArray[np.float64]) -> dict[str, float]:
     """The 95% interval of resampled differences, and the two-sided p of none (at least 1 / (resamples + 1)).
 
@@ -374,6 +385,14 @@ def interval(differences: NDArray[np.float64]) -> dict[str, float]:
     p = 2 * min((differences <= 0).mean(), (differences >= 0).mean())
     low, high = np.percentile(differences, [2.5, 97.5])
     return {"low": float(low), "high": float(high), "p": float(np.clip(p, 1 / (len(differences) + 1), 1))}
+
+
+def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
+    """Labelled single-label images by true class and most probable class: (C, C)."""
+    labelled = _labelled(predictions)
+    ones, top = np.ones((1, len(labelled.ids))), labelled.scores.argmax(1)
+    (counts,) = _confusion(labelled.labels, top, len(labelled.classes), ones).astype(np.int64)
+    return np.asarray(counts)
 
 
 def number(value: float, sign: Literal["", "+"] = "") -> str:
@@ -431,15 +450,6 @@ def _grouped(predictions: Predictions) -> list[str]:
     if not any(predictions.groups):
         return []
     return [group or f"\0{id}" for group, id in zip(predictions.groups, predictions.ids, strict=True)]
-
-
-def _resamples(predictions: Predictions, count: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """The weights of all resamples, a few at a time."""
-    _, groups = np.unique(_grouped(predictions) or predictions.ids, return_inverse=True)
-    generator = np.random.default_rng(seed)
-    step = max(1, _CHUNK // len(groups))
-    for start in range(0, count, step):
-        yield resample(groups, min(step, count - start), generator).astype(np.float64)
 
 
 def _class_counts(predictions: Predictions) -> tuple[dict[str, int], dict[str, int]]:
