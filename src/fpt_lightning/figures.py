@@ -64,7 +64,7 @@ def draw_roc(
         weights: of resamples, (R, N) each.
         decision: sensitivity and specificity of the decision, which are marked; NaN if there is none.
     """
-    alarms, hits = _roc(positive, scores, np.ones((1, len(scores))))
+    false_positives, true_positives = _roc(positive, scores, np.ones((1, len(scores))))
     pairs = ([*zip(*_roc(positive, scores, each), strict=True)] for each in weights)
     band = [np.interp(_GRID, x, y) for x, y in itertools.chain.from_iterable(pairs) if not np.isnan(x[0] + y[0])]
     with matplotlib.rc_context(_STYLE):
@@ -73,25 +73,21 @@ def draw_roc(
         if band:
             low, high = np.percentile(band, [2.5, 97.5], axis=0)
             axes.fill_between(_GRID, low, high, color=_ACCENT, alpha=0.15, linewidth=0)
-        kept = _thinned(alarms.shape[1])
-        axes.plot(alarms[0, kept], hits[0, kept], color=_ACCENT)
+        kept = _thinned(false_positives.shape[1])
+        axes.plot(false_positives[0, kept], true_positives[0, kept], color=_ACCENT)
         axes.plot(1 - decision[1], decision[0], "o", color=_SECOND, markersize=4)
         return _svg(figure, "ROC curve")
 
 
 def draw_precision_recall(positive: NDArray[np.bool_], scores: Floats) -> str:
     """Precision-recall curve of one class, and its prevalence; at least one of ``positive`` (N,) is true."""
-    found, false = (
-        counts[0, ::-1].cumsum() for counts in resampled_counts(scores, positive, np.ones((1, len(scores))))
-    )
-    kept = _thinned(len(found))
-    precision = (found / (found + false))[kept]
+    true, false = (counts[0, ::-1].cumsum() for counts in resampled_counts(scores, positive, np.ones((1, len(scores)))))
+    kept = _thinned(len(true))
+    precision = (true / (true + false))[kept]
     with matplotlib.rc_context(_STYLE):
         figure, axes = _square("recall (sensitivity)", "precision")
         axes.axhline(positive.mean(), color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.plot(
-            np.r_[0, found[kept] / found[-1]], np.r_[precision[0], precision], color=_ACCENT, drawstyle="steps-pre"
-        )
+        axes.plot(np.r_[0, true[kept] / true[-1]], np.r_[precision[0], precision], color=_ACCENT, drawstyle="steps-pre")
         return _svg(figure, "precision-recall curve")
 
 
@@ -163,7 +159,7 @@ def limits_of_agreement(true: Floats, predicted: Floats) -> tuple[float, float]:
 
 
 def _roc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """False alarms and hits, (R, D + 1) shares from (0, 0) to (1, 1); NaN for want of positives or negatives."""
+    """False and true positives, (R, D + 1) shares from (0, 0) to (1, 1); NaN for want of positives or negatives."""
     shares = []
     for counts in reversed(resampled_counts(scores, positive, weights)):
         total = counts.sum(1, keepdims=True)

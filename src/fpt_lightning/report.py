@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from fpt_lightning.evaluation import Estimate, Evaluation, confusion_matrix, number, resampled_weights
+from fpt_lightning.evaluation import Estimate, Evaluation, confusion_matrix, label, number, resampled_weights
 from fpt_lightning.figures import (
     SCATTERED,
     draw_bland_altman,
@@ -104,7 +104,7 @@ def _section(title: str, content: str, explanation: str = "") -> str:
 
 def _headline(evaluation: Evaluation) -> str:
     tiles = [
-        f"<div><dt>{escape(_capital(evaluation.label(metric)))}</dt><dd><b>{number(estimate.value)}</b>"
+        f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
         f"<small>{_bounds(estimate)}</small></dd></div>"
         for metric, estimate in evaluation.overall.items()
     ]
@@ -146,7 +146,7 @@ def _classification(labelled: Predictions, evaluation: Evaluation) -> Iterable[s
 
 def _class_table(evaluation: Evaluation) -> str:
     metrics = list(next(iter(evaluation.per_class.values())))
-    heads = ["Class", "Images", *(_capital(evaluation.label(metric)) for metric in metrics)]
+    heads = ["Class", "Images", *(_capital(label(metric, evaluation.specificity)) for metric in metrics)]
     explanation = "Each class against the rest. Sensitivity and specificity are those of the decision for the class: "
     explanation += "from its threshold on." if evaluation.thresholds else "where it is the most probable."
     rows = []
@@ -176,17 +176,18 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
         roc.append(_panel(name, _named(values, "auc"), draw_roc(positive, scores, weights, decision)))
         recall.append(_panel(name, _named(values, "average_precision"), draw_precision_recall(positive, scores)))
         calibration.append(_panel(name, _named(values, "calibration_error"), draw_reliability(scores, positive)))
-    fewer = f" The {MOST_PANELS} classes with the most images are drawn." if len(shown) == MOST_PANELS else ""
+    fewer = f" The {MOST_PANELS} classes with the most images are drawn." if len(labelled.classes) > MOST_PANELS else ""
     groups = [
         ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}", roc),
-        ("Precision and recall", "Dashed: the share of images that have the class.", recall),
+        ("Precision-recall", "Dashed: the share of images that have the class.", recall),
         ("Calibration", "Diagonal: probabilities that come true. Bars: images in each bin.", calibration),
     ]
-    return "".join(
+    sections = "".join(
         _section(title, f'<div class="panels">{"".join(panels)}</div>', explanation)
         for title, explanation, panels in groups
         if panels
     )
+    return f'<div class="row">{sections}</div>' if len(shown) == 1 else sections
 
 
 def _shown(labelled: Predictions, evaluation: Evaluation) -> list[str]:
@@ -200,8 +201,7 @@ def _shown(labelled: Predictions, evaluation: Evaluation) -> list[str]:
 
 
 def _named(values: Mapping[str, Estimate], metric: str) -> str:
-    label = {"auc": "AUC", "average_precision": "average precision", "calibration_error": "calibration error"}[metric]
-    return f"{label} {number(values[metric].value)}" if metric in values else ""
+    return f"{label(metric, 0)} {number(values[metric].value)}" if metric in values else ""
 
 
 def _panel(title: str, value: str, svg: str) -> str:
@@ -215,8 +215,7 @@ def _confusion(labelled: Predictions) -> str:
     for name, row in zip(labelled.classes, counts, strict=True):
         shares = row / max(1, row.sum())
         cells = [
-            f'<td class="cell{" dark" * bool(share > 0.55)}" style="--share:{share:.3f}">{count:,}'
-            f"<small>{100 * share:.0f}%</small></td>"
+            f'<td class="cell" style="--share:{share:.3f}">{count:,}<small>{100 * share:.0f}%</small></td>'
             for count, share in zip(row, shares, strict=True)
         ]
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td>{row.sum():,}</td></tr>')
@@ -254,10 +253,10 @@ def _training(history: Path) -> str:
     losses = [name for name in ("train_loss_epoch", "val_loss") if name in found]
     monitor = next((name for name in _MONITORS if name in found), None)
     panels = []
-    for label, names in (("loss", losses), (_HISTORY[monitor] if monitor else "", [monitor] if monitor else [])):
+    for what, names in (("loss", losses), (_HISTORY[monitor] if monitor else "", [monitor] if monitor else [])):
         if names:
             series = [(_HISTORY[name], found[name]) for name in names]
-            panels.append(_panel(_capital(label), "", draw_history(label, series)))
+            panels.append(_panel(_capital(what), "", draw_history(what, series)))
     return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>') if panels else ""
 
 
@@ -324,9 +323,9 @@ section{margin-top:36px}
 h2{font-size:18px;line-height:1.3;margin:0 0 4px}
 .explanation{margin:0 0 14px;color:var(--muted);font-size:14px;max-width:100ch}
 small{display:block;font-size:12px;line-height:1.35;color:var(--muted);white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:1px;margin:0;background:var(--line);
+.tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:1px;margin:0;
 border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{background:var(--page);padding:14px 16px}
+.tiles div{box-shadow:0 0 0 1px var(--line);padding:14px 16px}
 .tiles dt{color:var(--muted);font-size:13px}
 .tiles dd{margin:2px 0 0}
 .tiles b{display:block;font-size:26px;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
@@ -337,24 +336,27 @@ border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums lining-nums}
 table.narrow{width:auto;min-width:min(420px,100%)}
+td{white-space:nowrap}
 th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 thead th{font-weight:500;font-size:13px;line-height:1.3;color:var(--muted);vertical-align:bottom;
 border-bottom-color:var(--muted)}
 th:first-child{text-align:left;padding-left:0}
-tbody th{font-weight:500;min-width:7em;max-width:20em;overflow-wrap:anywhere}
+tbody th{font-weight:500;min-width:11em;max-width:20em;overflow-wrap:anywhere}
 .narrow tbody th{padding-right:32px}
-.text td{text-align:left;overflow-wrap:anywhere}
+.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 .confusion{width:auto}
 .confusion th:not(:first-child){max-width:9em;min-width:5.2em;overflow-wrap:anywhere;text-align:center}
 .confusion td{text-align:center;border:0;vertical-align:middle}
 .confusion tbody th{vertical-align:middle;border:0;padding-right:14px}
 .confusion .cell{border:2px solid var(--page);border-radius:6px;
-background:rgba(var(--accent-rgb),calc(.05 + .85*var(--share)))}
-.confusion .dark,.confusion .dark small{color:#fff}
+background:rgba(var(--accent-rgb),calc(.05 + .55*var(--share)))}
+.confusion .cell small{color:inherit}
 .panels{display:flex;flex-wrap:wrap;gap:20px 24px}
 figure{margin:0;flex:0 1 236px;min-width:0;display:flex;flex-direction:column}
 figure svg{margin-top:auto}
 .wide figure{flex-basis:480px}
+.row{display:grid;grid-template-columns:236px 236px 1fr;gap:0 24px}
+.row .explanation{min-height:3em}
 figcaption{font-size:13px;line-height:1.35;margin-bottom:2px;overflow-wrap:anywhere}
 figcaption b{font-weight:600;display:block}
 figcaption span{color:var(--muted);display:block;font-variant-numeric:tabular-nums}
@@ -368,9 +370,13 @@ footer p{margin:0;border-top:1px solid var(--line);padding-top:14px}
 @media (max-width:640px){header,main,footer{padding-left:16px;padding-right:16px}header{padding-top:24px}
 h1{font-size:23px}.tiles{grid-template-columns:1fr 1fr}.tiles b{font-size:22px}.tiles div{padding:11px 12px}
 .tiles div:last-child:nth-child(odd){grid-column:1/-1}
-.panels{gap:18px 14px}figure{flex:0 1 calc(50% - 7px)}.wide figure{flex:1 1 100%}}
-@media print{body{font-size:11px}header{padding-top:0}figure,tr,.tiles,.notes{break-inside:avoid}h2{break-after:avoid}
-figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible}details{display:none}}
+table{font-size:13px}th,td{padding:7px 6px}tbody th{min-width:7.5em}.narrow tbody th{padding-right:6px}
+.panels{gap:18px 14px}figure{flex:0 1 calc(50% - 7px)}.wide figure,.row section:not(:last-child) figure{flex:1 1 100%}
+.row{grid-template-columns:1fr 1fr;gap:0 14px}.row .explanation{min-height:4.5em}
+.row section:last-child{grid-column:1/-1}.row section:last-child .explanation{min-height:0}}
+@media print{body{font-size:11px}header{padding-top:0}figure,tr,.tiles,.notes{break-inside:avoid}
+h2,.explanation{break-after:avoid}
+figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible}section:has(details){display:none}}
 """
 
 _PAGE = """<!DOCTYPE html>
