@@ -306,14 +306,11 @@ def fit_thresholds(predictions: Predictions, criterion: Literal["youden", "f1"] 
         if not 0 < positive.sum() < len(positive):
             continue
         of_class, of_others = (counts[0] for counts in resampled_counts(scores, positive, np.ones((1, len(scores)))))
-        true_positives, false_positives = (
-            each[::-1].cumsum()[::-1] for each in (of_class, of_others)
-        )  # from each score on
-        quality = (
-            true_positives / of_class.sum() - false_positives / of_others.sum()
-            if criterion == "youden"
-            else 2 * true_positives / (true_positives + false_positives + of_class.sum())
-        )
+        true_positives, false_positives = (np.flip(np.flip(each).cumsum()) for each in (of_class, of_others))
+        if criterion == "youden":
+            quality = true_positives / of_class.sum() - false_positives / of_others.sum()
+        else:
+            quality = 2 * true_positives / (true_positives + false_positives + of_class.sum())
         distinct, best = np.unique(scores), int(quality.argmax())
         fitted[name] = float((distinct[best] + distinct[max(0, best - 1)]) / 2)
     return fitted

@@ -25,7 +25,7 @@ BAND_RESAMPLES = 500
 MOST_PANELS = 24
 """How many classes have curves drawn, those with the most images first."""
 
-_MONITORS = ("val_auc", "val_kappa", "val_mae", "val_accuracy")
+# Columns of a history that are drawn: losses, and the first of the others that is there.
 _HISTORY = {
     "train_loss_epoch": "training",
     "val_loss": "validation",
@@ -249,14 +249,15 @@ def _training(history: Path) -> str:
         name: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name) and row.get("epoch")]
         for name in _HISTORY
     }
-    found = {name: points for name, points in found.items() if points}
-    losses = [name for name in ("train_loss_epoch", "val_loss") if name in found]
-    monitor = next((name for name in _MONITORS if name in found), None)
+    drawn = [name for name in _HISTORY if found[name]]
+    losses = [name for name in drawn if name.endswith(("loss", "loss_epoch"))]
+    monitor = [name for name in drawn if name not in losses][:1]
     panels = []
-    for what, names in (("loss", losses), (_HISTORY[monitor] if monitor else "", [monitor] if monitor else [])):
+    for names in (losses, monitor):
         if names:
-            series = [(_HISTORY[name], found[name]) for name in names]
-            panels.append(_panel(_capital(what), "", draw_history(what, series)))
+            what = "loss" if names is losses else _HISTORY[names[0]]
+            svg = draw_history(what, [(_HISTORY[name], found[name]) for name in names])
+            panels.append(_panel(_capital(what), "", svg))
     return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>') if panels else ""
 
 
@@ -340,6 +341,7 @@ td{white-space:nowrap}
 th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 thead th{font-weight:500;font-size:13px;line-height:1.3;color:var(--muted);vertical-align:bottom;
 border-bottom-color:var(--muted)}
+thead th:not(:first-child){min-width:5em}
 th:first-child{text-align:left;padding-left:0}
 tbody th{font-weight:500;min-width:11em;max-width:20em;overflow-wrap:anywhere}
 .narrow tbody th{padding-right:32px}
