@@ -227,6 +227,8 @@ def test_other_notes() -> None:
     evaluation = evaluate(replace(predictions, groups=groups), resamples=2)
     assert evaluation.notes == ["4 images have no group: each counts as its own."]
     assert evaluation.groups == 38 + 4
+    pairs = replace(predictions, groups=tuple("pq"[i % 2] for i in range(80)))
+    assert evaluate(pairs, resamples=2).notes == ["Only 2 groups are resampled: the intervals say little."]
     rare = binary(np.arange(40) < 3, np.linspace(1, 0, 40))
     assert any("fewer than 10 images" in note and "b (3)" in note for note in evaluate(rare, resamples=2).notes)
     falling = Predictions("regression", ("1", "2", "3"), np.arange(3.0), -np.arange(3.0))
@@ -353,6 +355,15 @@ def test_a_comparison_is_paired() -> None:
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert "second minus first; 300 paired bootstrap resamples of images" in compared.table()
     json.dumps(compared.to_dict(), allow_nan=False)
+
+
+def test_every_kind_is_compared() -> None:
+    table = compare(several(), several(), resamples=5, specificity=0.8).table()
+    assert "sensitivity at specificity 0.8  " in table
+    numbers = Predictions("regression", ("1", "2", "3"), np.arange(3.0), np.array([0.0, 1.0, 1.0]))
+    assert "mean absolute error" in compare(numbers, numbers, resamples=5).table()
+    with pytest.raises(ConfigurationError, match="resamples is 0"):
+        compare(numbers, numbers, resamples=0)
 
 
 def test_other_images_labels_or_classes_are_not_compared() -> None:

@@ -19,10 +19,10 @@ from fpt_lightning.metrics import counted_auc, mean_of_known, resampled_counts
 from fpt_lightning.predictions import Predictions
 
 CALIBRATION_BINS = 15
-FEW_POSITIVES = 10
+FEW = 10
 DEFAULT_THRESHOLD = 0.5
 
-LABELS = {
+_LABELS = {
     "auc": "AUC",
     "average_precision": "average precision",
     "accuracy": "accuracy",
@@ -40,7 +40,6 @@ LABELS = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
 }
-"""What people call the metrics."""
 
 _CHUNK = 2**21  # resampled weights held at once: 16 MiB, and several times that in passing
 SMALLEST_PROBABILITY = 5e-7
@@ -77,7 +76,7 @@ class Evaluation:
             decided for where it was the most probable.
         positives: by class, how many images it has.
         negatives: by class, how many images it does not have; unknown ones are neither.
-        overall: by metric (``LABELS``).
+        overall: by metric.
         per_class: by class and metric.
         notes: what a reader must know.
     """
@@ -100,10 +99,6 @@ class Evaluation:
         plain: dict[str, Any] = _without_nan(asdict(self))
         return plain
 
-    def label(self, metric: str) -> str:
-        """What people call a metric."""
-        return LABELS[metric].format(specificity=self.specificity)
-
     def basis(self) -> str:
         """What the numbers rest on, in a sentence."""
         sample = f"{self.images:,} images" + ("" if self.groups is None else f" of {self.groups:,} groups")
@@ -112,10 +107,13 @@ class Evaluation:
 
     def table(self) -> str:
         """For people: the metrics, the classes, the notes."""
-        parts = [self.basis(), align([[self.label(name), str(value)] for name, value in self.overall.items()])]
+        parts = [
+            self.basis(),
+            align([[label(name, self.specificity), str(value)] for name, value in self.overall.items()]),
+        ]
         if self.per_class:
             metrics = list(next(iter(self.per_class.values())))
-            rows = [["class", "positives", *(self.label(metric) for metric in metrics)]]
+            rows = [["class", "positives", *(label(metric, self.specificity) for metric in metrics)]]
             rows += [
                 [name, f"{self.positives[name]:,}", *(str(values[metric]) for metric in metrics)]
                 for name, values in self.per_class.items()
@@ -147,12 +145,14 @@ class Comparison:
         images: how many have a label.
         groups: how many groups they are of; None where none is known.
         resamples: of the paired bootstrap.
+        specificity: at which a sensitivity is given.
         differences: by metric.
     """
 
     images: int
     groups: int | None
     resamples: int
+    specificity: float
     differences: dict[str, Difference]
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Comparison:
         for metric, d in self.differences.items():
             bounds = f"[{number(d.low, '+')}, {number(d.high, '+')}]"
             values = [number(d.first), number(d.second), number(d.value, "+"), bounds, f"{d.p:.4f}"]
-            rows.append([LABELS[metric], *values])
+            rows.append([label(metric, self.specificity), *values])
         unit = "images" if self.groups is None else f"groups ({self.groups:,})"
         return (
             f"{self.images:,} images; second minus first; {self.resamples:,} paired bootstrap resamples of {unit}.\n\n"
@@ -210,16 +210,14 @@ def evaluate(
         ConfigurationError: a threshold of no class, or a number out of its range.
         DataError: no labelled image.
     """
-    if resamples < 1 or not 0 < specificity < 1:
-        raise ConfigurationError(
-            f"resamples is {resamples} and specificity {specificity}: give at least 1, and a share between 0 and 1."
-        )
+    _check_numbers(resamples, specificity)
     used = _checked_thresholds(predictions, thresholds or {})
     labelled = _labelled(predictions)
-    grouped = _grouped(labelled)
     ones = np.ones((1, len(labelled.ids)))
     values = _measure(labelled, used, specificity, ones)
-    chunks = [_measure(labelled, used, specificity, weights) for weights in _resamples(labelled, resamples, seed)]
+    chunks = [
+        _measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)
+    ]
     estimates = {
         key: _estimate(value[0], np.concatenate([chunk[key] for chunk in chunks])) for key, value in values.items()
     }
@@ -229,7 +227,7 @@ def evaluate(
         kind=predictions.kind,
         images=len(labelled.ids),
         unlabelled=unlabelled,
-        groups=len({*grouped}) if grouped else None,
+        groups=_group_count(labelled),
         resamples=resamples,
         specificity=specificity,
         thresholds=used,
@@ -248,36 +246,39 @@ def evaluate(
     )
 
 
-def compare(first: Predictions, second: Predictions, *, resamples: int = 2000, seed: int = 0) -> Comparison:
+def compare(
+    first: Predictions, second: Predictions, *, resamples: int = 2000, seed: int = 0, specificity: float = 0.9
+) -> Comparison:
     """Compare two sets of predictions of the same images by a paired bootstrap, metric by metric.
 
-    The metrics are the overall ones of ``evaluate``, without thresholds; groups are those of ``first``.
+    The metrics are the overall ones of ``evaluate`` without thresholds; groups are those of ``first``.
 
     Args:
         first: the reference.
         second: what is held against it.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        specificity: at which the sensitivity of multi-label predictions is compared.
 
     Raises:
+        ConfigurationError: a number out of its range.
         DataError: other images, classes or labels in ``second``, or no labelled image.
     """
+    _check_numbers(resamples, specificity)
     second = _matched(first, second)
-    first, second = _labelled(first), _labelled(second)
-    pair, thresholds = (first, second), _checked_thresholds(first, {})
+    pair, thresholds = (_labelled(first), _labelled(second)), _checked_thresholds(first, {})
 
     def both(weights: NDArray[np.float64]) -> list[Values]:
-        return [_measure(each, thresholds, DEFAULT_THRESHOLD, weights, per_class=False) for each in pair]
+        return [_measure(each, thresholds, specificity, weights, per_class=False) for each in pair]
 
-    before, after = both(np.ones((1, len(first.ids))))
-    chunks = [both(weights) for weights in _resamples(first, resamples, seed)]
+    before, after = both(np.ones((1, len(pair[0].ids))))
+    chunks = [both(weights) for weights in resampled_weights(pair[0], resamples, seed)]
     differences = {}
-    for key, (value,) in before.items():
+    for key in before:
         resampled = np.concatenate([there[key] - here[key] for here, there in chunks])
-        other = float(after[key][0])
-        differences[key[1]] = Difference(float(value), other, other - float(value), **interval(resampled))
-    grouped = _grouped(first)
-    return Comparison(len(first.ids), len({*grouped}) if grouped else None, resamples, differences)
+        values = float(before[key][0]), float(after[key][0])
+        differences[key[1]] = Difference(*values, values[1] - values[0], **interval(resampled))
+    return Comparison(len(pair[0].ids), _group_count(pair[0]), resamples, specificity, differences)
 
 
 def fit_thresholds(predictions: Predictions, criterion: Literal["youden", "f1"] = "youden") -> dict[str, float]:
@@ -306,13 +307,12 @@ def fit_thresholds(predictions: Predictions, criterion: Literal["youden", "f1"] 
         _, positive, scores = labelled.of_class(index)
         if not 0 < positive.sum() < len(positive):
             continue
-        found, false = (counts[0] for counts in resampled_counts(scores, positive, np.ones((1, len(scores)))))
-        hits, alarms = found[::-1].cumsum()[::-1], false[::-1].cumsum()[::-1]  # from each score on
-        quality = (
-            hits / found.sum() - alarms / false.sum()
-            if criterion == "youden"
-            else 2 * hits / (hits + alarms + found.sum())
-        )
+        of_class, of_others = (counts[0] for counts in resampled_counts(scores, positive, np.ones((1, len(scores)))))
+        true_positives, false_positives = (np.flip(np.flip(each).cumsum()) for each in (of_class, of_others))
+        if criterion == "youden":
+            quality = true_positives / of_class.sum() - false_positives / of_others.sum()
+        else:
+            quality = 2 * true_positives / (true_positives + false_positives + of_class.sum())
         distinct, best = np.unique(scores), int(quality.argmax())
         fitted[name] = float((distinct[best] + distinct[max(0, best - 1)]) / 2)
     return fitted
@@ -365,6 +365,15 @@ def resample(
     return drawn[:, members]
 
 
+def resampled_weights(predictions: Predictions, count: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each resample holds each image, (R, N) for a few of the ``count`` at a time; groups stay whole."""
+    _, groups = np.unique(_grouped(predictions) or predictions.ids, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(groups))
+    for start in range(0, count, step):
+        yield resample(groups, min(step, count - start), generator).astype(np.float64)
+
+
 def interval(differences: NDArray[np.float64]) -> dict[str, float]:
     """The 95% interval of resampled differences, and the two-sided p of none (at least 1 / (resamples + 1)).
 
@@ -376,6 +385,19 @@ def interval(differences: NDArray[np.float64]) -> dict[str, float]:
     p = 2 * min((differences <= 0).mean(), (differences >= 0).mean())
     low, high = np.percentile(differences, [2.5, 97.5])
     return {"low": float(low), "high": float(high), "p": float(np.clip(p, 1 / (len(differences) + 1), 1))}
+
+
+def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
+    """Labelled single-label images by true class and most probable class: (C, C)."""
+    labelled = _labelled(predictions)
+    ones, top = np.ones((1, len(labelled.ids))), labelled.scores.argmax(1)
+    (counts,) = _confusion(labelled.labels, top, len(labelled.classes), ones).astype(np.int64)
+    return np.asarray(counts)
+
+
+def label(metric: str, specificity: float) -> str:
+    """What people call a metric; one of them names the specificity it is at."""
+    return _LABELS[metric].format(specificity=specificity)
 
 
 def number(value: float, sign: Literal["", "+"] = "") -> str:
@@ -393,6 +415,13 @@ def _labelled(predictions: Predictions) -> Predictions:
     if not labelled.ids:
         raise DataError(f"none of the {len(predictions.ids)} predictions has a label: there is nothing to score.")
     return labelled
+
+
+def _check_numbers(resamples: int, specificity: float) -> None:
+    if resamples < 1 or not 0 < specificity < 1:
+        raise ConfigurationError(
+            f"resamples is {resamples} and specificity {specificity}: give at least 1, and a share between 0 and 1."
+        )
 
 
 def _checked_thresholds(predictions: Predictions, given: Mapping[str, float]) -> dict[str, float]:
@@ -435,13 +464,8 @@ def _grouped(predictions: Predictions) -> list[str]:
     return [group or f"\0{id}" for group, id in zip(predictions.groups, predictions.ids, strict=True)]
 
 
-def _resamples(predictions: Predictions, count: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """The weights of all resamples, a few at a time."""
-    _, groups = np.unique(_grouped(predictions) or predictions.ids, return_inverse=True)
-    generator = np.random.default_rng(seed)
-    step = max(1, _CHUNK // len(groups))
-    for start in range(0, count, step):
-        yield resample(groups, min(step, count - start), generator).astype(np.float64)
+def _group_count(predictions: Predictions) -> int | None:
+    return len({*_grouped(predictions)}) or None
 
 
 def _class_counts(predictions: Predictions) -> tuple[dict[str, int], dict[str, int]]:
@@ -503,17 +527,22 @@ def _one_class(
     specificity: float,
     weights: NDArray[np.float64],
 ) -> dict[str, NDArray[np.float64]]:
-    found, false = resampled_counts(scores, positive, weights)
-    hits, alarms = found[:, ::-1].cumsum(1), false[:, ::-1].cumsum(1)  # from the highest score down
-    positives, negatives = hits[:, -1], alarms[:, -1]
-    precision = _ratio(hits, hits + alarms, 0)
-    kept = alarms <= (1 - specificity) * negatives[:, None] + 1e-9
+    of_class, of_others = resampled_counts(scores, positive, weights)
+    true_positives, false_positives = (
+        of_class[:, ::-1].cumsum(1),
+        of_others[:, ::-1].cumsum(1),
+    )  # from the highest score down
+    positives, negatives = true_positives[:, -1], false_positives[:, -1]
+    precision = _ratio(true_positives, true_positives + false_positives, 0)
+    kept = false_positives <= (1 - specificity) * negatives[:, None] + 1e-9
     return {
-        "auc": counted_auc(found, false),
-        "average_precision": _ratio((found[:, ::-1] * precision).sum(1), positives),
+        "auc": counted_auc(of_class, of_others),
+        "average_precision": _ratio((of_class[:, ::-1] * precision).sum(1), positives),
         "sensitivity": _ratio(weights @ (positive & decided), positives),
         "specificity": _ratio(weights @ ~(positive | decided), negatives),
-        "sensitivity_at_specificity": np.where(negatives > 0, _ratio((hits * kept).max(1), positives), np.nan),
+        "sensitivity_at_specificity": np.where(
+            negatives > 0, _ratio((true_positives * kept).max(1), positives), np.nan
+        ),
     }
 
 
@@ -614,6 +643,9 @@ def _sample_notes(labelled: Predictions, unlabelled: int) -> list[str]:
         notes.append("No groups (such as patients) are known: the intervals assume that the images are independent.")
     elif alone:
         notes.append(f"{alone:,} images have no group: each counts as its own.")
+    units = _group_count(labelled) or len(labelled.ids)
+    if units < FEW:
+        notes.append(f"Only {units} {'images' if alone is None else 'groups'} are resampled: the intervals say little.")
     return notes
 
 
@@ -623,7 +655,7 @@ def _class_notes(
     notes = []
     absent = [name for name in positives if not positives[name]]
     alone = [name for name in positives if positives[name] and not negatives[name]]
-    few = [f"{name} ({count})" for name, count in positives.items() if 0 < count < FEW_POSITIVES]
+    few = [f"{name} ({count})" for name, count in positives.items() if 0 < count < FEW]
     inverted = [
         f"{name} ({number(estimate.value)})"
         for (name, metric), estimate in estimates.items()
@@ -634,9 +666,7 @@ def _class_notes(
     if alone:
         notes.append(f"Classes that every image has, without an AUC: {', '.join(alone)}.")
     if few:
-        notes.append(
-            f"Classes with fewer than {FEW_POSITIVES} images, whose numbers and intervals say little: {', '.join(few)}."
-        )
+        notes.append(f"Classes with fewer than {FEW} images, whose numbers and intervals say little: {', '.join(few)}.")
     if inverted:
         notes.append(
             f"AUC below 0.5: {', '.join(inverted)}. The ranking is worse than chance: labels or class names may be "

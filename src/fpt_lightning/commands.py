@@ -1,0 +1,87 @@
+"""Commands on predictions alone: no model, no data set and no store is read."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+
+import fpt_lightning
+from fpt_lightning import evaluation as scoring
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.files import write_text
+from fpt_lightning.predictions import Predictions
+from fpt_lightning.report import write_report
+
+
+def evaluate(
+    predictions: str,
+    out: str | None = None,
+    validation: str | None = None,
+    thresholds: dict[str, float] | None = None,
+    calibrate: bool = False,
+    title: str | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    specificity: float = 0.9,
+) -> None:
+    """Score a predictions file: a table, ``evaluation.json`` and ``report.html``.
+
+    Args:
+        predictions: the CSV file.
+        out: folder of the results; that of the predictions by default.
+        validation: predictions of validation images, on which thresholds are fitted (Youden's index).
+        thresholds: by class, in place of fitted ones.
+        calibrate: whether a temperature is fitted on the validation images too, and applied.
+        title: of the report; the name of the predictions file by default.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        specificity: at which a sensitivity is given.
+
+    Raises:
+        ConfigurationError: ``calibrate`` without ``validation``, validation images of other classes, or a number out of
+            its range.
+        DataError: a file that cannot be used as it is.
+    """
+    found = Predictions.read(predictions)
+    about = {"predictions": predictions}
+    if calibrate and validation is None:
+        raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
+    if validation is not None:
+        fitting = Predictions.read(validation)
+        if (fitting.kind, fitting.classes) != (found.kind, found.classes):
+            raise ConfigurationError(
+                f"validation is {validation}, {fitting.kind} of {', '.join(fitting.classes)}, but {predictions} is "
+                f"{found.kind} of {', '.join(found.classes)}: give predictions of the same model."
+            )
+        about["fitted on"] = validation
+        if calibrate:
+            temperature = scoring.fit_temperature(fitting)
+            found, fitting = (scoring.with_temperature(each, temperature) for each in (found, fitting))
+            about["temperature"] = f"{temperature:.4g}"
+        thresholds = scoring.fit_thresholds(fitting) | (thresholds or {})
+    evaluation = scoring.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
+    folder = Path(predictions).parent if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
+    write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
+    print(f"{evaluation.table()}\n\nThe report is {folder / 'report.html'}.")
+
+
+def compare(first: str, second: str, resamples: int = 2000, seed: int = 0) -> None:
+    """Compare two predictions files of the same images by a paired bootstrap, and print the differences.
+
+    Args:
+        first: the CSV file of the reference.
+        second: the CSV file that is held against it.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: a file that cannot be used as it is, or files of other images, classes or labels.
+    """
+    both = Predictions.read(first), Predictions.read(second)
+    print(f"first: {first}\nsecond: {second}\n{scoring.compare(*both, resamples=resamples, seed=seed).table()}")
