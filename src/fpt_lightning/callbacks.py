@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
-from fpt_lightning.evaluation import evaluate
-from fpt_lightning.files import write_rows, write_text
-from fpt_lightning.manifest import Manifest
+from fpt_lightning.evaluation import Evaluation, confusion_matrix, evaluate
+from fpt_lightning.files import read_rows, write_rows, write_text
+from fpt_lightning.manifest import SPLITS, Manifest
 from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.base import from_all_processes
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.predictions import Predictions
+from fpt_lightning.report import SplitSummary, write_report
 
 _MIB = 2**20
 
@@ -147,12 +150,12 @@ class ResultsWriter(L.Callback):
     """Writes what test and predict find.
 
     ``predictions.csv``: see ``fpt_lightning.predictions.Predictions``. After test also ``metrics.json``, the logged
-    metrics; ``evaluation.json``, metrics with bootstrap intervals (``fpt_lightning.evaluation.evaluate``), decided by
-    the thresholds that were fitted to validation; and of single-label data ``confusion_matrix.csv`` and ``.png``, with
-    true classes in rows.
+    metrics; ``evaluation.json`` and ``report.html``, metrics with bootstrap intervals
+    (``fpt_lightning.evaluation.evaluate``), decided by the thresholds that were fitted to validation; and of
+    single-label data ``confusion_matrix.csv`` and ``.png``, with true classes in rows.
 
     Attributes:
-        folder: where to write; ``{trainer.default_root_dir}/test`` or ``/predict`` by default.
+        folder: where to write; ``{trainer.default_root_dir}/test``, ``/predict`` or ``/validate`` by default.
         checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
         evaluations: what ``evaluation.json`` holds, by checkpoint.
@@ -174,6 +177,19 @@ class ResultsWriter(L.Callback):
     ) -> None:
         self._collect(outputs)
 
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.state.fn == "validate":
+            self._collect(outputs)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write_predictions(trainer, pl_module, "validate")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write_predictions(trainer, pl_module, "predict")
+
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         predictions = self._predictions(trainer, pl_module)
         if predictions is None:
@@ -190,13 +206,37 @@ class ResultsWriter(L.Callback):
             evaluation = evaluate(predictions, pl_module.thresholds or None)
             self.evaluations[self.checkpoint] = evaluation.to_dict()
             write_text(folder / "evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
-            rank_zero_info(f"{self.checkpoint}: {evaluation.table()}")
-        rank_zero_info(f"metrics, predictions and evaluation are in {folder}")
+            self._report(folder, trainer, pl_module, predictions, evaluation)
+            rank_zero_info(f"\n{evaluation.table()}\n")
+        rank_zero_info(f"metrics, predictions and the report of {self.checkpoint} are in {folder}")
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        predictions = self._predictions(trainer, pl_module)
+    def _report(
+        self,
+        folder: Path,
+        trainer: L.Trainer,
+        module: ClassificationModule,
+        predictions: Predictions,
+        evaluation: Evaluation,
+    ) -> None:
+        root = Path(trainer.default_root_dir)
+        history, configuration = root / "metrics.csv", root / "config.yaml"
+        manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+        write_report(
+            folder / "report.html",
+            predictions,
+            evaluation,
+            title=f"{module.LABEL} on {'images' if manifest is None else manifest.root.name}",
+            data=None if manifest is None else _split_summaries(manifest),
+            history=history if history.is_file() else None,
+            memory=_peaks(trainer, history),
+            configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
+            about={"checkpoint": self.checkpoint, **_about(module)},
+        )
+
+    def _write_predictions(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        predictions = self._predictions(trainer, module)
         if predictions is not None:
-            path = self._folder(trainer, "predict") / "predictions.csv"
+            path = self._folder(trainer, stage) / "predictions.csv"
             predictions.write(path)
             rank_zero_info(f"{len(predictions.ids)} predictions are in {path}")
 
@@ -220,11 +260,50 @@ class ResultsWriter(L.Callback):
         return folder
 
 
+def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:
+    summaries = {}
+    for split in SPLITS:
+        samples = manifest.split(split)
+        groups = {sample.group for sample in samples}
+        counts = dict(zip(manifest.classes, manifest.class_counts(split), strict=True))
+        if samples:
+            summaries[split] = SplitSummary(
+                len(samples), {} if manifest.kind == "regression" else counts, None if "" in groups else len(groups)
+            )
+    return summaries
+
+
+def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:
+    """Peak memory of training and test, in MiB, as ``PeakMemory`` logs it."""
+    rows: list[Mapping[str, str]] = list(read_rows(history, "history")) if history.is_file() else []
+    rows.append({name: str(float(value)) for name, value in trainer.callback_metrics.items()})
+    peaks: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith("_mib") and value:
+                peaks[name] = max(peaks.get(name, 0.0), float(value))
+    return {name.removesuffix("_mib").replace("_", " "): value for name, value in peaks.items()}
+
+
+def _about(module: ClassificationModule) -> dict[str, str]:
+    """What identifies a model and the software that tested it."""
+    learnable = f"{module.learnable_parameters:,} ({100 * module.learnable_ratio:.2f}% of all)"
+    fitted = {} if not module.temperature_scaling else {"temperature": f"{module.temperature:.4g}"}
+    names = ("fpt-lightning", "torch", "lightning", "timm")
+    return {
+        "method": module.LABEL,
+        "encoder": module.encoder_config.name,
+        "learnable parameters": learnable,
+        **fitted,
+        **{name: version(name) for name in names},
+        "Python": platform.python_version(),
+        "device": torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type,
+    }
+
+
 def write_confusion(folder: Path, predictions: Predictions) -> None:
     """Write the confusion matrix as CSV and PNG: true classes in rows, the most probable ones in columns."""
-    classes, labelled = predictions.classes, predictions.labelled()
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (labelled.labels, labelled.scores.argmax(1)), 1)
+    classes, counts = predictions.classes, confusion_matrix(predictions)
     write_rows(
         folder / "confusion_matrix.csv",
         [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))],

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 import fpt_lightning
+from fpt_lightning import commands
 from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datasets.preparation import list_datasets, prepare
@@ -36,6 +37,8 @@ _COMMANDS: dict[str, Any] = {
         "list": list_datasets,
         "prepare": prepare,
     },
+    "evaluate": commands.evaluate,
+    "compare": commands.compare,
 }
 """What needs no Trainer: functions, or several of them by name; their arguments and docstrings are the command's."""
 
