@@ -299,6 +299,11 @@ def example_data(name: str, tmp_path: Path) -> list[str]:
             f"{p.relative_to(root)},{p.parent.name},{int(p.stem) // 2}{p.parent.name}" for p in root.rglob("*.png")
         ]
         (root / "labels.csv").write_text("\n".join(["image,label,patient", *lines]))
+    elif name == "multilabel.yaml":
+        write_images(root, {"x": 20, "y": 20, "z": 20})
+        marks = {"x": "1,0,-1", "y": "0,1,", "z": ",,1"}
+        lines = [f"{p.relative_to(root)},{p.parent.name}{p.stem},{marks[p.parent.name]}" for p in root.rglob("*.png")]
+        (root / "labels.csv").write_text("\n".join(["image,patient,edema,effusion,pneumothorax", *lines]))
     elif name == "live.yaml":
         write_images(root, {"a": 10, "b": 10, "c": 10})
         store = []
