@@ -26,6 +26,7 @@ from fpt_lightning.selection import (
     CRITERIA,
     attention_with_importance,
     class_token_importance,
+    exporting,
     number_of_tokens,
     select_tokens,
 )
@@ -356,7 +357,8 @@ class _AttentionTap(TorchFunctionMode):
         if self.block == self.layers[-1]:
             prefix = self.config.shape.prefix_tokens
             self.pooled = output[:, 0] if self.config.shape.class_token else output[:, prefix:].mean(1)
-            raise _LastTap
+            if not exporting():  # the graph of an export leaves out by itself what nothing needs
+                raise _LastTap
         self.block = None
 
     def collect(self) -> Encoded:

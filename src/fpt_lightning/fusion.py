@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fpt_lightning.codecs import Coded, Features
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.selection import exporting
 
 _PIECE_BYTES = (2 * 2**20, 64 * 2**20)  # of widened keys: what a core's cache holds; on CUDA a whole layer, mostly
 
@@ -119,6 +120,9 @@ def cross_attention(queries: Tensor, keys: Coded, values: Coded) -> Tensor:
     Returns:
         (B, H, M, head_dim), in the queries' dtype, or autocast's.
     """
+    if exporting():
+        query = queries.expand(keys.data.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(query, keys.widened(queries.dtype), values.widened(queries.dtype))
     device = queries.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
     attended: Tensor = _CrossAttention.apply(queries, dtype, *keys, *values)

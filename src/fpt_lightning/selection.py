@@ -57,6 +57,8 @@ def attention_with_importance(
     Returns:
         The attention's output (B, H, N, head_dim) and the importance (B, H, N), fp32.
     """
+    if exporting():
+        return _attention_in_one_piece(query, key, value, bias, scale)
     batch, heads, tokens, head_dim = query.shape
     scores_query = query.float() * (head_dim**-0.5 if scale is None else scale)
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
@@ -81,6 +83,23 @@ def attention_with_importance(
                 importance[own] += attention.sum(1)
                 output[piece] = attention @ values
     return output, importance / tokens
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` traces this call: a graph for any batch holds no loop over its images."""
+    known = getattr(torch.compiler, "is_exporting", None)  # torch 2.7 and later
+    return known is not None and bool(known())
+
+
+def _attention_in_one_piece(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """``attention_with_importance`` by whole maps (B, H, N, N)."""
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+    attention = scores.softmax(-1)
+    return attention @ value, attention.mean(-2)
 
 
 def parts(count: int, size: int) -> list[slice]:

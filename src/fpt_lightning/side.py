@@ -61,7 +61,7 @@ class SideViT(nn.Module):
             Logits (B, classes).
         """
         x = self.patch_embed(images)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         length = x.shape[1]
         for block, prompt in zip(self.blocks, prompts, strict=True):
             sequence = torch.cat([x, prompt.to(x.dtype)], 1)

@@ -109,8 +109,8 @@ class _MoreTokens(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key, value, *rest = args
-        key = torch.cat([self.keys.expand(len(key), -1, -1, -1), key], 2)
-        value = torch.cat([self.values.expand(len(value), -1, -1, -1), value], 2)
+        key = torch.cat([self.keys.expand(key.shape[0], -1, -1, -1), key], 2)
+        value = torch.cat([self.values.expand(value.shape[0], -1, -1, -1), value], 2)
         bias = kwargs.get("attn_mask")
         if rest or (bias is not None and bias.dtype == torch.bool):
             raise EncoderError("this attention's mask leaves no place for prompts.")
