@@ -429,7 +429,7 @@ def test_coverage_is_close_to_95_percent() -> None:
 def test_an_interval_that_lies_above_its_calibration_error_is_explained() -> None:
     """Probabilities that come true exactly: every resample is worse calibrated."""
     scores = np.repeat([[0.7, 0.3], [0.3, 0.7]], 100, axis=0)
-    labels = np.tile([0] * 7 + [1] * 3 + [1] * 7 + [0] * 3, 10).reshape(10, 2, 10).transpose(1, 0, 2).ravel()
+    labels = np.repeat([0, 1, 1, 0], [70, 30, 70, 30])
     predictions = Predictions("single-label", tuple(map(str, range(200))), labels, scores, ("no", "yes"))
     evaluation = evaluate(predictions, resamples=200)
     assert evaluation.overall["calibration_error"].value < evaluation.overall["calibration_error"].low
