@@ -424,3 +424,15 @@ def test_intervals_cover_with_correlated_images_if_patients_are_resampled() -> N
 def test_coverage_is_close_to_95_percent() -> None:
     for patients in (100, 200):  # of 200 images
         assert 0.92 < covered(3000, images=200, patients=patients, grouped=True) < 0.97
+
+
+def test_an_interval_that_lies_above_its_calibration_error_is_explained() -> None:
+    """Probabilities that come true exactly: every resample is worse calibrated."""
+    scores = np.repeat([[0.7, 0.3], [0.3, 0.7]], 100, axis=0)
+    labels = np.repeat([0, 1, 1, 0], [70, 30, 70, 30])
+    predictions = Predictions("single-label", tuple(map(str, range(200))), labels, scores, ("no", "yes"))
+    evaluation = evaluate(predictions, resamples=200)
+    assert evaluation.overall["calibration_error"].value < evaluation.overall["calibration_error"].low
+    assert [note for note in evaluation.notes if "its interval lies above its value" in note]
+    badly = replace(predictions, scores=scores[:, ::-1].copy())
+    assert not [note for note in evaluate(badly, resamples=200).notes if "lies above" in note]

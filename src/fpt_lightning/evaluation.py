@@ -242,6 +242,7 @@ def evaluate(
             *_sample_notes(labelled, unlabelled),
             *_class_notes(positives, negatives, estimates),
             *_threshold_notes(predictions, thresholds),
+            *_calibration_notes(estimates.get(("", "calibration_error"))),
         ],
     )
 
@@ -682,6 +683,12 @@ def _threshold_notes(predictions: Predictions, given: Mapping[str, float] | None
     missing = [name for name in predictions.classes if given and name not in given]
     rule = "where most probable" if predictions.kind == "single-label" else f"from {DEFAULT_THRESHOLD} on"
     return [f"Classes without a threshold of their own, decided for {rule}: {', '.join(missing)}."] if missing else []
+
+
+def _calibration_notes(error: Estimate | None) -> list[str]:
+    if error is None or not error.value < error.low:
+        return []
+    return ["Resampling adds noise to the bins of the calibration error: its interval lies above its value."]
 
 
 def _without_nan(value: Any) -> Any:

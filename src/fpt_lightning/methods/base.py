@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder import EncoderConfig, EncoderShape
 from fpt_lightning.errors import CheckpointError, ConfigurationError
@@ -107,6 +108,7 @@ class ClassificationModule(L.LightningModule, ABC):
         self.temperature, self.thresholds = 1.0, dict[str, float]()
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()  # over images, of however many processes
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
         self._digest = ""  # of the encoder's weights, once they are loaded
@@ -171,22 +173,23 @@ class ClassificationModule(L.LightningModule, ABC):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
         return {"ids": batch["ids"], "labels": batch["labels"], "scores": self._scores(self(batch).float())}
 
-    def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any) -> dict[str, Any]:
+    def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
         logits, labels = self(batch).float(), self._own_labels(batch["labels"])
         scores = self._scores(logits)
         if stage == "val":
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
         metrics.update(scores, self.task.targets(labels))
-        self.log(f"{stage}_loss", self.task.loss(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        loss.update(self.task.loss(logits, labels), len(labels))
+        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         monitor = f"val_{self.task.MONITOR[0]}"
         for name, metric in metrics.items(keep_base=False, copy_state=False):
             self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
