@@ -24,9 +24,11 @@ from torch import Tensor
 import fpt_lightning
 from fpt_lightning import commands
 from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
+from fpt_lightning.checkpoints import read_checkpoint
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datasets.preparation import list_datasets, prepare
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
+from fpt_lightning.export import export
 from fpt_lightning.manifest import Kind
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
@@ -39,6 +41,7 @@ _COMMANDS: dict[str, Any] = {
     },
     "evaluate": commands.evaluate,
     "compare": commands.compare,
+    "export": export,
 }
 """What needs no Trainer: functions, or several of them by name; their arguments and docstrings are the command's."""
 
@@ -254,7 +257,7 @@ class CommandLine(LightningCLI):
             raise CheckpointError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )
-        self.checkpoint = None if path is None else _read_checkpoint(path)
+        self.checkpoint = None if path is None else read_checkpoint(path)
         folder = Path(self._get(self.config, "trainer").default_root_dir)
         first = getattr(rank_zero_only, "rank", 0) in (0, None)
         if first and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
@@ -313,16 +316,6 @@ def _checkpoints(root: str, metric: str, mode: str) -> list[ModelCheckpoint]:
     )
     last = ModelCheckpoint(root, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     return [best, last]
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    return content
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -33,3 +33,7 @@ class StaleStoreError(StoreError):
 
 class CheckpointError(FPTError):
     """A checkpoint that does not belong to this model, encoder or data."""
+
+
+class ExportError(FPTError):
+    """A model that cannot be exported, or whose export computes something else."""

@@ -319,6 +319,30 @@ def fit_thresholds(predictions: Predictions, criterion: Literal["youden", "f1"] 
     return fitted
 
 
+def decide(predictions: Predictions, thresholds: Mapping[str, float] | None = None) -> NDArray[np.bool_]:
+    """Which classes each image is decided for: one, several or none of them, as each has its own threshold.
+
+    Args:
+        predictions: of classes.
+        thresholds: by class, from which score on it is decided for. A class that is not named is decided for where it
+            is the most probable one of single-label data, and from 0.5 on of multi-label data.
+
+    Returns:
+        (N, C).
+
+    Raises:
+        ConfigurationError: a threshold of no class, or regression.
+    """
+    if predictions.kind == "regression":
+        raise ConfigurationError("a decision is for probabilities: these predictions are of regression.")
+    used = _checked_thresholds(predictions, thresholds or {})
+    decided: NDArray[np.bool_] = predictions.scores.argmax(1)[:, None] == np.arange(len(predictions.classes))
+    for index, name in enumerate(predictions.classes):
+        if name in used:
+            decided[:, index] = predictions.scores[:, index] >= used[name]
+    return decided
+
+
 def fit_temperature(predictions: Predictions) -> float:
     """The temperature that makes the log loss of labelled validation images smallest (Guo et al., ICML 2017).
 
@@ -500,13 +524,12 @@ def _measure(
     """Every metric of labelled predictions."""
     if predictions.kind == "regression":
         return {("", metric): value for metric, value in _regression(predictions, weights).items()}
-    top = predictions.scores.argmax(1)
+    decided = decide(predictions, thresholds)
     classes: dict[str, dict[str, NDArray[np.float64]]] = {}
     for index, name in enumerate(predictions.classes):
         known, positive, scores = predictions.of_class(index)
-        decided = scores >= thresholds[name] if name in thresholds else top[known] == index
         drawn = weights if known.all() else weights[:, known]
-        classes[name] = _one_class(scores, positive, decided, specificity, drawn)
+        classes[name] = _one_class(scores, positive, decided[known, index], specificity, drawn)
         if predictions.kind == "multi-label":
             classes[name] |= _calibration(scores, positive, drawn, (scores - positive) ** 2)
     means = {

@@ -117,7 +117,12 @@ class ImageReader:
         Raises:
             ImageError: also an image so thin that padding would make it larger than Pillow reads any.
         """
-        image = read_image(path)
+        return self.framed(read_image(path), str(path))
+
+    def framed(
+        self, image: NDArray[np.uint8] | NDArray[np.uint16], name: str
+    ) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        """The same of an image (height, width, 3) that has been read, whose name is for errors."""
         if self.crop_border:
             image = image[bright_box(image)]
         if self.fit == "squash":
@@ -125,7 +130,7 @@ class ImageReader:
         rows, columns = _padding(image.shape[:2], self.aspect)
         height, width = image.shape[:2]
         if too_large(height + sum(rows), width + sum(columns)):
-            raise ImageError(f"the image {path} of {height} x {width} pixels is too thin to letterbox.")
+            raise ImageError(f"the image {name} of {height} x {width} pixels is too thin to letterbox.")
         padded: NDArray[Any] = np.pad(image, (rows, columns, (0, 0)))
         return padded
 

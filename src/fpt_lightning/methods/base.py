@@ -22,7 +22,8 @@ from fpt_lightning.predictions import Predictions
 from fpt_lightning.store import FeatureSpecification
 from fpt_lightning.tasks import TaskName, Weights, make_task
 
-_KEY = "fpt_lightning"  # of our part of a checkpoint
+KEY = "fpt_lightning"
+"""Of this package's part of a checkpoint."""
 
 
 def from_all_processes(rows: list[Any]) -> list[Any]:
@@ -180,11 +181,11 @@ class ClassificationModule(L.LightningModule, ABC):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
-        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self._scores(self(batch).float())}
+        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.scores(self(batch).float())}
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
         logits, labels = self(batch).float(), self._own_labels(batch["labels"])
-        scores = self._scores(logits)
+        scores = self.scores(logits)
         if stage == "val":
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
         metrics.update(scores, self.task.targets(labels))
@@ -195,7 +196,8 @@ class ClassificationModule(L.LightningModule, ABC):
             self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
         return {"ids": batch["ids"], "labels": labels, "scores": scores}
 
-    def _scores(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities (B, classes), by the fitted temperature but in fit, or numbers (B,), of ``forward``'s fp32."""
         scores = self.task.scores(logits)
         fitting = self.trainer.state.fn == "fit" if self._trainer is not None else False
         return scores if fitting or not self.temperature_scaling else self.task.tempered(scores, self.temperature)
@@ -332,7 +334,7 @@ class ClassificationModule(L.LightningModule, ABC):
             self._split_digest = digest
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEY] = {
+        checkpoint[KEY] = {
             "method": type(self).__name__,
             "classes": list(self.class_names),
             "specification": None if self.specification is None else self.specification.to_dict(),
@@ -348,7 +350,7 @@ class ClassificationModule(L.LightningModule, ABC):
         Raises:
             CheckpointError: it is not from this package, or from another method, encoder or architecture.
         """
-        about = checkpoint.get(_KEY)
+        about = checkpoint.get(KEY)
         if not isinstance(about, dict):
             raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
         saved = {"method": about["method"], **checkpoint.get("hyper_parameters", {})}
