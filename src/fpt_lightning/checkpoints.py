@@ -22,9 +22,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
         raise CheckpointError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"the checkpoint {path} holds a {type(content).__name__}, not what `fit` writes.")
     return content
 
 
@@ -46,7 +48,7 @@ def load_trained(
         EncoderError: weights that are out of reach or do not fit.
     """
     checkpoint = read_checkpoint(path)
-    about = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    about = checkpoint.get(KEY)
     methods = {method.__name__: method for method in METHODS.values()}
     if not isinstance(about, dict) or about.get("method") not in methods:
         raise CheckpointError(

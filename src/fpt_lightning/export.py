@@ -98,7 +98,7 @@ class Classifier(nn.Module):
         attention = torch.stack(layers, 1) / (len(layers) * shape.heads)
         spread = attention.new_zeros(attention.shape[0], shape.tokens(resolution))
         spread = spread.scatter_add(1, encoded.indices.flatten(1), attention.flatten(1))
-        return spread[:, shape.prefix_tokens :].unflatten(1, self.grid)
+        return spread[:, shape.prefix_tokens :].view(-1, *self.grid)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,6 +159,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 
 def export(
+    *,
     ckpt_path: str,
     out: str,
     format: Literal["onnx", "torch"] = "onnx",
@@ -230,9 +231,12 @@ def _example(classifier: Classifier, count: int) -> Tensor:
 def _traced(classifier: Classifier) -> torch.export.ExportedProgram:
     batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad():
-        return torch.export.export(
+        program = torch.export.export(
             classifier, (_example(classifier, 2),), dynamic_shapes={"images": batch}, strict=False
         )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it holds this machine's paths
+    return program
 
 
 def _write_torch(classifier: Classifier, path: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -249,12 +253,13 @@ def _write_onnx(classifier: Classifier, path: Path) -> Callable[[Tensor], list[T
     program = torch.onnx.export(
         _traced(classifier),
         dynamo=True,
+        dynamic_shapes={"images": {0: "batch"}},
         input_names=["images"],
         output_names=classifier.output_names,
         verbose=False,
     )
     assert program is not None
-    program.model.metadata_props |= {name: _as_json(value) for name, value in classifier.about().items()}
+    program.model.metadata_props.update({name: _as_json(value) for name, value in classifier.about().items()})
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]

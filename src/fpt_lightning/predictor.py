@@ -160,8 +160,9 @@ def _by_id(images: Picture | Sequence[Picture]) -> dict[str, Picture]:
     if isinstance(images, str | Path) and os.path.isdir(images):
         manifest = list_images(images)
         return {sample.id: manifest.path(sample) for sample in manifest.samples}
-    single = isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4)
-    pictures: Sequence[Any] = [images] if single else list(images)
+    pictures: list[Any] = [images]
+    if not isinstance(images, str | Path | np.ndarray) or (isinstance(images, np.ndarray) and images.ndim > 3):
+        pictures = list(images)
     ids = [f"array_{i}" if isinstance(each, np.ndarray) else str(each) for i, each in enumerate(pictures)]
     if not ids:
         raise DataError("there is no image to predict: give paths, arrays or a folder.")
