@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         if isinstance(module, FeatureModule):
             self.encoder = FrozenEncoder(replace(module.encoder_config, precision="fp32"), specification.resolution)
             module.use_encoder(self.encoder)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Classify.
@@ -234,8 +234,9 @@ def _traced(classifier: Classifier) -> torch.export.ExportedProgram:
         program = torch.export.export(
             classifier, (_example(classifier, 2),), dynamic_shapes={"images": batch}, strict=False
         )
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it holds this machine's paths
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it holds this machine's paths
     return program
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fpt_lightning.errors import ConfigurationError, EncoderError
 from fpt_lightning.methods.tuning import EncoderTuningModule
+from fpt_lightning.selection import exporting
 
 
 class PromptTuningModule(EncoderTuningModule):
@@ -91,7 +92,8 @@ class _KeysAndValues(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             self.taken = args[1], args[2]
-            raise _Projected
+            if not exporting():  # the graph of an export leaves out by itself what nothing needs
+                raise _Projected
         return func(*args, **(kwargs or {}))
 
 
