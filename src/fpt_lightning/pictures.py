@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -25,7 +27,7 @@ from fpt_lightning.images import unit_pixels
 LARGEST = 1200
 """Pixels of the longer side of a picture's image at most."""
 
-_TOKENS, _HEAT = "#19e68c", "inferno"
+_TOKENS, _HEAT = "#19e68c", "plasma"
 _LEFT_OUT = 80  # characters of a name that fit above a picture
 
 Floats = NDArray[np.float64]
@@ -73,8 +75,7 @@ def draw_image(axes: Axes, explanation: Explanation) -> None:
 def draw_tokens(axes: Axes, explanation: Explanation) -> None:
     """Selected tokens: outlined where at least half of the heads selected them, and tinted by how many did."""
     found, heads = explanation.selected, explanation.heads
-    title = f"Selected tokens, {explanation.where}"
-    _background(axes, explanation.pixels, title)
+    _background(axes, explanation.pixels, f"Selected tokens, {explanation.where}")
     extent = _extent(explanation.pixels)
     tint = np.zeros((*found.shape, 4))
     tint[..., :3], tint[..., 3] = to_rgb(_TOKENS), 0.45 * found / heads
@@ -89,13 +90,25 @@ def draw_tokens(axes: Axes, explanation: Explanation) -> None:
 
 def draw_attention(axes: Axes, explanation: Explanation) -> None:
     """The prompts' attention over the patches, patch by patch."""
-    _heat(axes, explanation.pixels, explanation.attention, f"Prompts' attention, {explanation.where}", smooth=False)
+    _heat(
+        axes,
+        explanation.pixels,
+        explanation.attention,
+        f"Prompts' attention, share a patch, {explanation.where}",
+        smooth=False,
+    )
     axes.set_xlabel(explanation.elsewhere, loc="left")
 
 
 def draw_overlay(axes: Axes, explanation: Explanation) -> None:
     """The prompts' attention averaged over layers and heads, smoothly over the image."""
-    _heat(axes, explanation.pixels, explanation.overlay, "Prompts' attention, all layers and heads", smooth=True)
+    _heat(
+        axes,
+        explanation.pixels,
+        explanation.overlay,
+        "Prompts' attention, share a patch, all layers and heads",
+        smooth=True,
+    )
 
 
 _PANELS = {"image": draw_image, "tokens": draw_tokens, "attention": draw_attention, "overlay": draw_overlay}
@@ -107,10 +120,10 @@ def write_pictures(folder: Path, name: str, explanation: Explanation) -> None:
     tall = float(np.clip(height / width, 0.4, 2.5))
     with matplotlib.rc_context(STYLE):
         for kind in ("tokens", "attention", "overlay"):
-            figure = Figure(figsize=(6, 6 * tall + 0.5), layout="constrained")
+            figure = Figure(figsize=(6, 5.5 * tall + 0.6), layout="constrained")
             _PANELS[kind](figure.subplots(), explanation)
             _save(figure, folder / kind / f"{name}.png")
-        figure = Figure(figsize=(9, 9 * tall + 1.2), layout="constrained")
+        figure = Figure(figsize=(9, 8.2 * tall + 1.5), layout="constrained")
         figure.suptitle(explanation.caption, x=0.01, ha="left", fontsize=9, linespacing=1.5)
         for axes, draw in zip(figure.subplots(2, 2).flat, _PANELS.values(), strict=True):
             draw(axes, explanation)
@@ -135,9 +148,9 @@ def write_side_attention(path: Path, blocks: Sequence[int], shares: Sequence[Est
         figure, axes = _plot("tapped block of the encoder", "side tokens' attention to the prompts")
         axes.axhline(uniform, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), label="if all were attended alike")
         _curve(axes, blocks, shares, ACCENT, "mean over images, heads and tokens", marker="o")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(uniform, *(share.value for share in shares)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend()
         _save(figure, path)
 
@@ -176,11 +189,12 @@ def _heat(axes: Axes, pixels: NDArray[np.float32], values: Floats, title: str, s
     heat = F.interpolate(torch.from_numpy(values)[None, None], size, **mode)[0, 0].numpy()
     largest = float(heat.max()) or 1.0
     drawn = axes.imshow(heat, cmap=_HEAT, vmin=0, vmax=largest, alpha=np.sqrt(heat / largest) * 0.8)
-    bar = matplotlib.cm.ScalarMappable(drawn.norm, drawn.cmap)
-    figure = axes.get_figure()
-    assert figure is not None
-    colours = figure.colorbar(bar, ax=axes, fraction=0.03, pad=0.015, format=PercentFormatter(1, decimals=1))
-    colours.locator = MaxNLocator(4)
+    colours = cast(Figure, axes.get_figure()).colorbar(
+        ScalarMappable(drawn.norm, drawn.cmap),
+        cax=axes.inset_axes((1.015, 0, 0.025, 1)),
+        ticks=MaxNLocator(4),
+        format=PercentFormatter(1),
+    )
     colours.outline.set_visible(False)
 
 
