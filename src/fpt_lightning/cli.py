@@ -143,10 +143,7 @@ class Trainer(L.Trainer):
             ckpt_path: the trained model's checkpoint.
             weights_only: not used; only tensors and plain values are read.
         """
-        if not isinstance(datamodule, ImageDataModule):
-            raise ConfigurationError(
-                f"data is {type(datamodule).__name__}: explain needs ImageDataModule or PreloadedFeatureDataModule."
-            )
+        assert isinstance(datamodule, ImageDataModule)
         datamodule.explained = split
         cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images))
         self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)

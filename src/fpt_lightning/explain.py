@@ -95,6 +95,25 @@ def prompt_attention(fusion: Fusion, features: Features) -> Tensor:
     return torch.stack(layers, 1)
 
 
+def overlay(attention: Tensor, indices: Tensor, shape: EncoderShape, resolution: tuple[int, int]) -> TokenMap:
+    """The prompts' attention by layer, averaged over prompts and heads, where it lies.
+
+    Args:
+        attention: (..., L, H, M, T).
+        indices: (..., L, H, T).
+        shape: of the encoder.
+        resolution: (height, width) in pixels of the images that it saw.
+
+    Returns:
+        (..., L, rows, columns), which with the prefix tokens sums to 1 in each layer.
+
+    Raises:
+        ConfigurationError: see ``on_grid``.
+    """
+    found = on_grid(attention.mean(-2), indices, shape, resolution)
+    return TokenMap(found.patches.mean(-3), found.prefix.mean(-2))
+
+
 @torch.no_grad()
 def side_attention(side: SideViT, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """The attention that the side network's n tokens pay to the prompts.

@@ -64,12 +64,8 @@ class ExplanationWriter(L.Callback):
                 f"{name} has no fine-grained prompts whose attention could be shown: use FPTPlusModule or FPTModule."
             )
         layers, heads = model.encoder_config.tapped_layers, model.encoder_shape.heads
-        self.folder, self.layer, self.head, self.images = (
-            Path(folder),
-            layers[-1] if layer is None else layer,
-            head,
-            images,
-        )
+        self.folder, self.head, self.images = Path(folder), head, images
+        self.layer = layers[-1] if layer is None else layer
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"out is {str(folder)!r}, which is a file: give a folder for the pictures.")
         if self.layer not in layers:
@@ -77,14 +73,16 @@ class ExplanationWriter(L.Callback):
         if head is not None and not 0 <= head < heads:
             raise ConfigurationError(f"head is {head}: {model.encoder_shape.name} has heads 0 to {heads - 1}.")
         if images < 0:
-            raise ConfigurationError(f"images is {images}: give the number of images to draw.")
+            raise ConfigurationError(f"images is {images}: give the number of images to draw, 0 or more.")
+        self._heads = slice(None) if head is None else slice(head, head + 1)
         self._found: list[tuple[str, Floats, Floats]] = []  # id, curves (3, S), attention to prompts (L,)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _image_data(trainer)
         self._samples = {sample.id: sample for sample in data.predicted.samples}
-        chosen = np.linspace(0, len(self._samples) - 1, min(self.images, len(self._samples))).round().astype(int)
-        self._drawn = {id for i, id in enumerate(self._samples) if i in set(chosen.tolist())}
+        ids = list(self._samples)
+        drawn = np.linspace(0, len(ids) - 1, min(self.images, len(ids))).round().astype(int)
+        self._drawn = {ids[i] for i in drawn}
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -143,18 +141,16 @@ class ExplanationWriter(L.Callback):
         scores: Tensor,
     ) -> None:
         data, shape = _image_data(trainer), module.encoder_shape
-        layer = module.encoder_config.tapped_layers.index(self.layer)
-        heads = slice(None) if self.head is None else slice(self.head, self.head + 1)
-        selected = explain.token_maps(indices[layer, heads], shape, data.resolution)
-        averaged = attention.mean(-2)
-        attended = explain.on_grid(averaged[layer, heads], indices[layer, heads], shape, data.resolution)
-        everywhere = explain.on_grid(averaged, indices, shape, data.resolution)
-        elsewhere = ""
+        here = module.encoder_config.tapped_layers.index(self.layer), self._heads
+        selected = explain.token_maps(indices[here], shape, data.resolution)
+        attended = explain.overlay(attention[here], indices[here], shape, data.resolution)
+        everywhere = explain.overlay(attention, indices, shape, data.resolution).patches.mean(0)
+        prefix = ""
         if shape.prefix_tokens:
-            count, of = int(selected.prefix.sum()), indices[layer, heads].numel()
-            share = float(attended.prefix.sum(-1).mean())
-            elsewhere = f"{_prefix_name(shape)}: {share:.1%} of the attention, {count} of {of:,} selected"
-        which = "all heads" if self.head is None else f"head {self.head}"
+            prefix = (
+                f"{_prefix_name(shape)}: {float(attended.prefix.sum()):.1%} of the attention, "
+                f"{int(selected.prefix.sum())} of {indices[here].numel():,} selected"
+            )
         write_pictures(
             self.folder,
             sample.id,
@@ -162,11 +158,11 @@ class ExplanationWriter(L.Callback):
                 pixels=shrunk(data.reader(data.predicted.path(sample))),
                 selected=selected.patches.sum(0).cpu().numpy(),
                 heads=len(selected.patches),
-                attention=attended.patches.mean(0).double().cpu().numpy(),
-                overlay=everywhere.patches.mean((0, 1)).double().cpu().numpy(),
+                attention=attended.patches.double().cpu().numpy(),
+                overlay=everywhere.double().cpu().numpy(),
                 caption=_caption(module, data.predicted, sample, scores.tolist()),
-                where=f"block {self.layer}, {which}",
-                elsewhere=elsewhere,
+                where=f"block {self.layer}, " + ("all heads" if self.head is None else f"head {self.head}"),
+                prefix=prefix,
             ),
         )
 

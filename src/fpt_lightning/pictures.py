@@ -46,7 +46,7 @@ class Explanation:
         overlay: (rows, columns), the same over all layers and heads.
         caption: lines above the pictures: which image, what is predicted.
         where: which layer and heads.
-        elsewhere: what the prefix tokens have, in words; empty for an encoder without.
+        prefix: what the prefix tokens have, in words; empty for an encoder without.
     """
 
     pixels: NDArray[np.float32]
@@ -56,7 +56,7 @@ class Explanation:
     overlay: Floats
     caption: str
     where: str
-    elsewhere: str
+    prefix: str
 
 
 def shrunk(image: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -97,7 +97,7 @@ def draw_attention(axes: Axes, explanation: Explanation) -> None:
         f"Prompts' attention, share a patch, {explanation.where}",
         smooth=False,
     )
-    axes.set_xlabel(explanation.elsewhere, loc="left")
+    axes.set_xlabel(explanation.prefix, loc="left")
 
 
 def draw_overlay(axes: Axes, explanation: Explanation) -> None:
