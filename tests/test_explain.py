@@ -309,9 +309,9 @@ def test_pictures_keep_the_images_aspect(tmp_path: Path) -> None:
 
 def explained(folder: Path, model: nn.Module, data: ImageDataModule, **changes: Any) -> dict[str, Any]:
     """``explanation.json`` of what is written while ``model`` predicts."""
-    writer = ExplanationWriter(folder, model, **{"images": 1, **changes})  # type: ignore[arg-type]
+    writer = ExplanationWriter(folder, model, **{"images": 1, **changes})
     trainer = quiet_trainer(folder.parent, callbacks=[writer])
-    trainer.predict(model, datamodule=data, return_predictions=False)  # type: ignore[arg-type]
+    trainer.predict(model, datamodule=data, return_predictions=False)
     content: dict[str, Any] = json.loads((folder / "explanation.json").read_text())
     return content
 
@@ -363,7 +363,7 @@ def test_a_mirrored_store_in_memory_tells_of_the_images_as_they_are(
 @pytest.mark.parametrize(("task", "num_classes"), [("multilabel", 2), ("regression", 1), ("coral", 3)])
 def test_every_task_is_explained(task: str, num_classes: int, tmp_path: Path) -> None:
     root = write_images(tmp_path / "images", {"a": 3})
-    model = METHODS["fpt"](num_classes, encoder="test_vit", pretrained=False, side_resolution=32, task=task)  # type: ignore[call-arg]
+    model = METHODS["fpt"](num_classes, encoder="test_vit", pretrained=False, side_resolution=32, task=task)
     data = ImageDataModule(str(root), resolution=(32, 64), mean=[0.4], std=[0.2], image_size=48, fit="letterbox")
     content = explained(tmp_path / "out", model, data)
     assert list(content["side_attention"]["by_block"]) == [str(block) for block in range(6)]

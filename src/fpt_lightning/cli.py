@@ -134,9 +134,9 @@ class Trainer(L.Trainer):
         Args:
             model: FPT+ or FPT.
             datamodule: its data.
-            out: folder of the pictures and numbers (``fpt_lightning.callbacks.ExplanationWriter``).
-            layer: tapped block of the encoder, counted from 0, that is drawn; the last by default.
-            head: that is drawn; all of them by default.
+            out: folder of the pictures and numbers (``fpt_lightning.explainer.ExplanationWriter``).
+            layer: tapped block of the encoder, counted from 0, that is drawn; the last one by default.
+            head: whose tokens and attention are drawn; all of them by default.
             images: how many are drawn, evenly spread over all.
             split: of the data set, from the store where the data module has one; by default every image below
                 data.root, through the encoder.
