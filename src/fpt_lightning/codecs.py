@@ -57,6 +57,11 @@ class Features(NamedTuple):
         scales = [None if s is None else s[:, index] for s in (self.key_scales, self.value_scales)]
         return Coded(self.features[:, 0, index], scales[0]), Coded(self.features[:, 1, index], scales[1])
 
+    def take(self, positions: Tensor) -> Features:
+        """The same of some tokens only: in every head those at positions (B, L, H, K) of its T, int64."""
+        scales = [s if s is None or s.shape[-2] == 1 else _taken(s, positions[:, :, :, None]) for s in self[1:]]
+        return Features(_taken(self.features, positions[:, None]), *scales)
+
 
 class Coded(NamedTuple):
     """Keys or values of one layer: ``data`` (B, H, T, ...) and ``scales`` (B, H, 1 or 2, ...), as in ``Features``."""
@@ -183,6 +188,11 @@ def _ranged(x: Tensor, over: int) -> tuple[Tensor, Tensor]:
 def _rounded(scale: Tensor) -> Tensor:
     """As fp16 will have it, and never 0."""
     return scale.half().float().clamp(min=2**-24)
+
+
+def _taken(x: Tensor, positions: Tensor) -> Tensor:
+    """x (..., T, C) at positions (..., K), broadcast over what they lack: (..., K, C)."""
+    return x.gather(-2, positions[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def as_features(batch: Mapping[str, Any]) -> Features:

@@ -59,10 +59,17 @@ class Fusion(nn.Module, ABC):
     def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
         """(B, M, d) from one layer's prompts and its keys and values."""
 
-    def ask(self, queries: Tensor, keys: Coded, values: Coded) -> Tensor:
-        """(B, M, D) from queries (M, D): ``cross_attention`` in the encoder's heads."""
-        heads = queries.view(len(queries), self.heads, -1).transpose(0, 1)
-        return cross_attention(heads, keys, values).transpose(1, 2).flatten(-2)
+    @abstractmethod
+    def project(self, prompts: Tensor) -> Tensor:
+        """One layer's prompts as queries (M, D)."""
+
+    def queries(self, prompts: Tensor) -> Tensor:
+        """What one layer's prompts ask in the encoder's heads: (H, M, head_dim)."""
+        return self.project(prompts).view(len(prompts), self.heads, -1).transpose(0, 1)
+
+    def ask(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
+        """(B, M, D): ``cross_attention`` of one layer's prompts."""
+        return cross_attention(self.queries(prompts), keys, values).transpose(1, 2).flatten(-2)
 
 
 class FineGrainedFusion(Fusion):
@@ -78,10 +85,14 @@ class FineGrainedFusion(Fusion):
         super().__init__(layers, heads, width, side_width, width, prompts, dropout)
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
+    def project(self, prompts: Tensor) -> Tensor:
+        """See ``Fusion.project``."""
+        queries: Tensor = self.norm(prompts)
+        return queries
+
     def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
         """See ``Fusion.fuse``."""
-        summary = self.ask(self.norm(prompts), keys, values)
-        fused: Tensor = self.dropout(self.out(summary + prompts))
+        fused: Tensor = self.dropout(self.out(self.ask(prompts, keys, values) + prompts))
         return fused
 
 
@@ -98,10 +109,14 @@ class ProjectedFusion(Fusion):
         super().__init__(layers, heads, width, side_width, side_width, prompts, dropout)
         self.query = nn.Linear(side_width, width)
 
+    def project(self, prompts: Tensor) -> Tensor:
+        """See ``Fusion.project``."""
+        queries: Tensor = self.query(prompts)
+        return queries
+
     def fuse(self, prompts: Tensor, keys: Coded, values: Coded) -> Tensor:
         """See ``Fusion.fuse``."""
-        summary = self.ask(self.query(prompts), keys, values)
-        fused: Tensor = self.dropout(self.out(summary) + prompts)
+        fused: Tensor = self.dropout(self.out(self.ask(prompts, keys, values)) + prompts)
         return fused
 
 
