@@ -219,20 +219,20 @@ def test_other_notes() -> None:
     predictions = drawn(3)
     labels = predictions.labels.copy()
     labels[:7] = -1
-    assert evaluate(replace(predictions, labels=labels), resamples=2).notes == [
+    assert evaluate(replace(predictions, labels=labels), resamples=200).notes == [
         "7 images without a label are left out.",
         "No groups (such as patients) are known: the intervals assume that the images are independent.",
     ]
     groups = tuple("" if i < 4 else str(i // 2) for i in range(80))
-    evaluation = evaluate(replace(predictions, groups=groups), resamples=2)
+    evaluation = evaluate(replace(predictions, groups=groups), resamples=200)
     assert evaluation.notes == ["4 images have no group: each counts as its own."]
     assert evaluation.groups == 38 + 4
     pairs = replace(predictions, groups=tuple("pq"[i % 2] for i in range(80)))
-    assert evaluate(pairs, resamples=2).notes == ["Only 2 groups are resampled: the intervals say little."]
+    assert evaluate(pairs, resamples=200).notes == ["Only 2 groups are resampled: the intervals say little."]
     rare = binary(np.arange(40) < 3, np.linspace(1, 0, 40))
-    assert any("fewer than 10 images" in note and "b (3)" in note for note in evaluate(rare, resamples=2).notes)
+    assert any("fewer than 10 images" in note and "b (3)" in note for note in evaluate(rare, resamples=200).notes)
     falling = Predictions("regression", ("1", "2", "3"), np.arange(3.0), -np.arange(3.0))
-    assert "The correlation is -1.000, below 0: the labels may be inverted." in evaluate(falling, resamples=2).notes
+    assert "The correlation is -1.000, below 0: the labels may be inverted." in evaluate(falling, resamples=200).notes
 
 
 def test_thresholds_decide() -> None:

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with the subcommands ``preload`` and ``plan``, beside commands without a Trainer."""
+"""The command line: LightningCLI with ``preload``, ``plan`` and ``explain``, beside commands without a Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning as L
 from jsonargparse import auto_cli
@@ -27,6 +27,7 @@ from fpt_lightning.checkpoints import read_checkpoint
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datasets.preparation import list_datasets, prepare
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
+from fpt_lightning.explainer import ExplanationWriter
 from fpt_lightning.export import export
 from fpt_lightning.manifest import Kind
 from fpt_lightning.methods import METHODS, ClassificationModule
@@ -48,7 +49,7 @@ _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer with the frozen pass and the planner as two more things it does."""
+    """Lightning's trainer with the frozen pass, the planner and explanations as three more things it does."""
 
     def preload(
         self,
@@ -118,6 +119,37 @@ class Trainer(L.Trainer):
         )
         print("\n".join([*uncounted, *left_out]))
 
+    def explain(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        out: str,
+        layer: int | None = None,
+        head: int | None = None,
+        images: int = 16,
+        split: Literal["val", "test"] | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what a trained model looked at: pictures of images, and over all of them how far to trust these.
+
+        Args:
+            model: FPT+ or FPT.
+            datamodule: its data.
+            out: folder of the pictures and numbers (``fpt_lightning.explainer.ExplanationWriter``).
+            layer: tapped block of the encoder, counted from 0, that is drawn; the last one by default.
+            head: whose tokens and attention are drawn; all of them by default.
+            images: how many are drawn, evenly spread over all.
+            split: of the data set, from the store where the data module has one; by default every image below
+                data.root, through the encoder.
+            ckpt_path: the trained model's checkpoint.
+            weights_only: not used; only tensors and plain values are read.
+        """
+        assert isinstance(datamodule, ImageDataModule)
+        datamodule.explained = split
+        cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images))
+        self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
+
 
 def _setting(model: ClassificationModule, data: ImageDataModule, precision: str) -> Setting:
     if precision not in ("32-true", "bf16-mixed", "16-mixed"):
@@ -185,7 +217,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class CommandLine(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict``, ``preload`` and ``plan`` from one configuration."""
+    """``fit``, ``validate``, ``test``, ``predict``, ``preload``, ``plan`` and ``explain`` from one configuration."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.results = ResultsWriter()
@@ -215,7 +247,7 @@ class CommandLine(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        own = {name: {"model", "datamodule"} for name in ("preload", "plan")}
+        own = {name: {"model", "datamodule"} for name in ("preload", "plan", "explain")}
         return {**LightningCLI.subcommands(), **own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -241,10 +273,10 @@ class CommandLine(LightningCLI):
             ]
         else:
             kwargs["enable_checkpointing"] = False
-        if self.subcommand in ("preload", "plan"):
+        if self.subcommand in ("preload", "plan", "explain"):
             loggers, callbacks = [], []
-        if self.subcommand == "preload":
-            kwargs["precision"] = None  # the frozen pass is in fp32, whatever trains on it
+        if self.subcommand in ("preload", "explain"):
+            kwargs["precision"] = None  # the frozen pass and the pictures are in fp32, whatever trains
         if self.subcommand == "plan":  # for whatever device, here
             kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": None}
         self.trainer_defaults["callbacks"] = callbacks
@@ -252,7 +284,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
-        if path is None and self.subcommand in ("validate", "test", "predict"):
+        if path is None and self.subcommand in ("validate", "test", "predict", "explain"):
             raise CheckpointError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )

@@ -45,6 +45,7 @@ class Batch(TypedDict, total=False):
         features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
         key_scales: of the codec, where it has any (``fpt_lightning.codecs.Features``).
         value_scales: like those of the keys.
+        indices: of the tokens that features are of (B, L, H, T), int32; from a store, where they are explained.
         pooled: pooled features (B, D), fp32.
         images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
             where they stand in for stored features that have yet to be computed.
@@ -56,6 +57,7 @@ class Batch(TypedDict, total=False):
     features: Tensor
     key_scales: Tensor
     value_scales: Tensor
+    indices: Tensor
     pooled: Tensor
     images: Tensor
 
@@ -152,6 +154,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.computed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # mean and std, where 'auto'
         self.seed: int | None = None
+        self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
         self.manifest: Manifest | None = None
         self.unlabelled: Manifest | None = None
         self.specification: FeatureSpecification | None = None
@@ -167,12 +170,12 @@ class ImageDataModule(L.LightningDataModule):
         """
         task = self._declared("task")
         kind: Kind = "single-label" if task is None else task.KIND
-        if stage == "predict":
+        if stage == "predict" and self.explained is None:
             self.unlabelled = list_images(self.root, kind, self._declared("num_classes") or 1)
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
-        if self.external and stage != "test":
+        if self.external and "test" not in (stage, self.explained):
             raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
         self.read_manifest(kind)
         if self.seed is None:
@@ -198,9 +201,10 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Every image below ``root``, through the encoder itself: no store, no labels."""
-        assert self.unlabelled is not None
-        return self._dataloader(self._image_dataset(self.unlabelled, self.unlabelled.samples, "none"), shuffle=False)
+        """Every image below ``root``, through the encoder: no store, no labels; or the split that is explained."""
+        if self.explained is not None:
+            return self._loader(self.explained)
+        return self._dataloader(self._image_dataset(self.predicted, self.predicted.samples, "none"), shuffle=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed that orders and augments, so that a resumed run goes on as it would have."""
@@ -230,6 +234,14 @@ class ImageDataModule(L.LightningDataModule):
         if self.manifest is None:
             raise DataError(f"{type(self).__name__} has not read its manifest: call setup('fit') first.")
         return self.manifest
+
+    @property
+    def predicted(self) -> Manifest:
+        """What predict takes, after ``setup``: every image below ``root``, or the split that is explained."""
+        if self.explained is not None:
+            return replace(self.labelled, samples=self.labelled.split(self.explained))
+        assert self.unlabelled is not None
+        return self.unlabelled
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -498,7 +510,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         assert self.store is not None
         spec = self.store.specification
         side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
-        samples, arrays = self.labelled.split(split), self.store.arrays_of(sorted(stored))
+        inputs = sorted(stored) if self.explained is None else [*sorted(stored), "indices"]
+        samples, arrays = self.labelled.split(split), self.store.arrays_of(inputs)
         seed = self.seed if spec.mirrored and augmentation != "none" else None
         return _StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed)
 

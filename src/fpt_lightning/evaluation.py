@@ -96,7 +96,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
-        plain: dict[str, Any] = _without_nan(asdict(self))
+        plain: dict[str, Any] = without_nan(asdict(self))
         return plain
 
     def basis(self) -> str:
@@ -157,7 +157,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
-        plain: dict[str, Any] = _without_nan(asdict(self))
+        plain: dict[str, Any] = without_nan(asdict(self))
         return plain
 
     def table(self) -> str:
@@ -714,9 +714,10 @@ def _calibration_notes(error: Estimate | None) -> list[str]:
     return ["Resampling adds noise to the bins of the calibration error: its interval lies above its value."]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain dicts, lists and numbers for JSON, which has no NaN: None there."""
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -25,22 +25,22 @@ POINTS = 200
 SCATTERED = 800
 """How many points of a scatter plot are drawn at most."""
 
-_INK, _MUTED, _LINE, _ACCENT, _SECOND = "#101112", "#606162", "#d0d1d2", "#0b62a4", "#c05a00"
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _LINE: "line", _ACCENT: "accent", _SECOND: "second"}
-_STYLE: dict[Any, Any] = {
+_INK, MUTED, LINE, ACCENT, SECOND = "#101112", "#606162", "#d0d1d2", "#0b62a4", "#c05a00"
+_VARIABLES = {_INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", SECOND: "second"}
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 7.5,
     "text.color": _INK,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
     "lines.linewidth": 1.3,
@@ -67,15 +67,15 @@ def draw_roc(
     false_positives, true_positives = _roc(positive, scores, np.ones((1, len(scores))))
     pairs = ([*zip(*_roc(positive, scores, each), strict=True)] for each in weights)
     band = [np.interp(_GRID, x, y) for x, y in itertools.chain.from_iterable(pairs) if not np.isnan(x[0] + y[0])]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _square("1 - specificity", "sensitivity")
-        axes.plot([0, 1], [0, 1], color=_LINE, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=LINE, linewidth=0.8)
         if band:
             low, high = np.percentile(band, [2.5, 97.5], axis=0)
-            axes.fill_between(_GRID, low, high, color=_ACCENT, alpha=0.15, linewidth=0)
+            axes.fill_between(_GRID, low, high, color=ACCENT, alpha=0.15, linewidth=0)
         kept = _thinned(false_positives.shape[1])
-        axes.plot(false_positives[0, kept], true_positives[0, kept], color=_ACCENT)
-        axes.plot(1 - decision[1], decision[0], "o", color=_SECOND, markersize=4)
+        axes.plot(false_positives[0, kept], true_positives[0, kept], color=ACCENT)
+        axes.plot(1 - decision[1], decision[0], "o", color=SECOND, markersize=4)
         return _svg(figure, "ROC curve")
 
 
@@ -84,10 +84,10 @@ def draw_precision_recall(positive: NDArray[np.bool_], scores: Floats) -> str:
     true, false = (counts[0, ::-1].cumsum() for counts in resampled_counts(scores, positive, np.ones((1, len(scores)))))
     kept = _thinned(len(true))
     precision = (true / (true + false))[kept]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _square("recall (sensitivity)", "precision")
-        axes.axhline(positive.mean(), color=_MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.plot(np.r_[0, true[kept] / true[-1]], np.r_[precision[0], precision], color=_ACCENT, drawstyle="steps-pre")
+        axes.axhline(positive.mean(), color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        axes.plot(np.r_[0, true[kept] / true[-1]], np.r_[precision[0], precision], color=ACCENT, drawstyle="steps-pre")
         return _svg(figure, "precision-recall curve")
 
 
@@ -97,14 +97,14 @@ def draw_reliability(scores: Floats, true: NDArray[np.bool_]) -> str:
     counts = np.bincount(bins, minlength=CALIBRATION_BINS)
     filled = np.flatnonzero(counts)
     predicted, observed = (np.bincount(bins, values)[filled] / counts[filled] for values in (scores, true))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _square("predicted probability", "observed share", bottom=0.38)
-        axes.plot([0, 1], [0, 1], color=_LINE, linewidth=0.8)
-        axes.plot(predicted, observed, color=_ACCENT, linewidth=0.9)
-        axes.scatter(predicted, observed, 6 + 60 * counts[filled] / counts.sum(), color=_ACCENT, linewidth=0)
+        axes.plot([0, 1], [0, 1], color=LINE, linewidth=0.8)
+        axes.plot(predicted, observed, color=ACCENT, linewidth=0.9)
+        axes.scatter(predicted, observed, 6 + 60 * counts[filled] / counts.sum(), color=ACCENT, linewidth=0)
         axes.set(xlabel="", xticklabels=[])
         below = figure.add_axes((0.22, 0.17, 0.74, 0.15))
-        below.bar((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, counts, 0.8 / CALIBRATION_BINS, color=_MUTED)
+        below.bar((np.arange(CALIBRATION_BINS) + 0.5) / CALIBRATION_BINS, counts, 0.8 / CALIBRATION_BINS, color=MUTED)
         below.set(xlim=(-0.02, 1.02), xticks=_HALVES, xticklabels=_HALVES, xlabel="predicted probability")
         below.set_yticks([counts.max()], [f"{counts.max():,}"])
         return _svg(figure, "reliability diagram")
@@ -112,9 +112,9 @@ def draw_reliability(scores: Floats, true: NDArray[np.bool_]) -> str:
 
 def draw_history(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
     """One or two names with their (epoch, value)."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _wide("epoch", label)
-        for (name, points), colour, style in zip(series, (_ACCENT, _SECOND), ("-", (0, (4, 1.5))), strict=False):
+        for (name, points), colour, style in zip(series, (ACCENT, SECOND), ("-", (0, (4, 1.5))), strict=False):
             epochs, values = np.array(points)[_thinned(len(points))].T
             marker = "o" if len(points) == 1 else ""
             axes.plot(epochs, values, color=colour, linestyle=style, marker=marker, markersize=4, label=name)
@@ -127,11 +127,11 @@ def draw_history(label: str, series: Sequence[tuple[str, Sequence[tuple[float, f
 def draw_scatter(true: Floats, predicted: Floats) -> str:
     """Predicted against true values, (N,) each."""
     kept = _sampled(len(true))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _wide("true", "predicted")
         ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
-        axes.plot(ends, ends, color=_MUTED, linewidth=0.8)
-        axes.plot(true[kept], predicted[kept], "o", color=_ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
+        axes.plot(ends, ends, color=MUTED, linewidth=0.8)
+        axes.plot(true[kept], predicted[kept], "o", color=ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
         return _svg(figure, "predicted against true values")
 
 
@@ -139,13 +139,13 @@ def draw_bland_altman(true: Floats, predicted: Floats) -> str:
     """Differences over means, with their mean and limits of agreement (Bland and Altman, Lancet 1986)."""
     kept = _sampled(len(true))
     mean, (low, high) = float((predicted - true).mean()), limits_of_agreement(true, predicted)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _wide("mean of predicted and true", "predicted - true")
         middles, differences = (predicted + true) / 2, predicted - true
-        axes.axhline(mean, color=_SECOND, linewidth=1)
+        axes.axhline(mean, color=SECOND, linewidth=1)
         for limit in (low, high):
-            axes.axhline(limit, color=_SECOND, linewidth=0.9, linestyle=(0, (4, 2)))
-        axes.plot(middles[kept], differences[kept], "o", color=_ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
+            axes.axhline(limit, color=SECOND, linewidth=0.9, linestyle=(0, (4, 2)))
+        axes.plot(middles[kept], differences[kept], "o", color=ACCENT, markersize=2.6, alpha=0.45, markeredgewidth=0)
         return _svg(figure, "Bland-Altman plot")
 
 
@@ -189,7 +189,7 @@ def _wide(x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(3.7, 2.3))
     axes = figure.add_axes((0.15, 0.17, 0.82, 0.79))
     axes.set(xlabel=x, ylabel=y)
-    axes.grid(color=_LINE, linewidth=0.4)
+    axes.grid(color=LINE, linewidth=0.4)
     axes.set_axisbelow(True)
     return figure, axes
 

@@ -288,7 +288,8 @@ class ClassificationModule(L.LightningModule, ABC):
     def _meet_data(self, trained: bool) -> None:
         """Take over, or hold against what this model was trained with, the data module's classes and features."""
         data = getattr(self.trainer, "datamodule", None)
-        manifest: Manifest | None = getattr(data, "manifest", None) if self.trainer.state.fn != "predict" else None
+        labelled = self.trainer.state.fn != "predict" or getattr(data, "explained", None) is not None
+        manifest: Manifest | None = getattr(data, "manifest", None) if labelled else None
         names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if manifest is not None else ()
         specification: FeatureSpecification | None = getattr(data, "specification", None)
         if trained and self.class_names and names and self.task.KIND != "regression":
