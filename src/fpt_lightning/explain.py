@@ -22,6 +22,7 @@ from fpt_lightning.encoder import EncoderShape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import Estimate, interval, resample
 from fpt_lightning.fusion import Fusion
+from fpt_lightning.selection import exporting
 from fpt_lightning.side import SideViT
 
 ORDERS = ("most attended first", "in random order", "least attended first")
@@ -55,7 +56,7 @@ def on_grid(values: Tensor, indices: Tensor, shape: EncoderShape, resolution: tu
         ConfigurationError: tokens that the encoder does not have at this resolution.
     """
     tokens = shape.tokens(resolution)
-    if not 0 <= int(indices.min()) <= int(indices.max()) < tokens:
+    if not exporting() and not 0 <= int(indices.min()) <= int(indices.max()) < tokens:
         raise ConfigurationError(
             f"the indices go from {int(indices.min())} to {int(indices.max())}, but {shape.name} has {tokens} tokens "
             f"at {resolution[0]} x {resolution[1]} pixels: give the resolution that they were selected at."
