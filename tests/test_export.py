@@ -81,11 +81,12 @@ def as_input(images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
 
 def agrees(path: Path, method: str, **options: Any) -> None:
     run, predictor = exported(path, **options), Predictor(path)
+    tolerance = 5e-3 if method in SIDE else 1e-4  # Predictor's low-resolution copies are rounded to 8 bits
     for count in (1, 3):
         images = pictures(count)
         expected = predictor(images).scores
-        np.testing.assert_allclose(run(as_input(images))[0], expected, atol=5e-3 if method in SIDE else 1e-4)
-    assert np.ptp(predictor(pictures(3)).scores, axis=0).max() > 0.01, "the model tells images apart"
+        np.testing.assert_allclose(run(as_input(images))[0], expected, atol=tolerance)
+    assert np.ptp(predictor(pictures(3)).scores, axis=0).max() > 2 * tolerance, "the model tells images apart"
 
 
 def test_every_method_is_tested() -> None:
