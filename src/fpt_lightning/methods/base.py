@@ -289,7 +289,7 @@ class ClassificationModule(L.LightningModule, ABC):
         if trained and self.class_names and names and self.task.KIND != "regression":
             self._match_classes(names)
         if manifest is not None:
-            self._check_split(manifest, trained)
+            self._check_split(getattr(data, "listed", None) or manifest, trained)
         if trained and self.specification is not None and specification is not None:
             differences = self.specification.differences(
                 specification, ignore=("codec", "precision", "mirrored", "format")
