@@ -395,7 +395,7 @@ def test_a_store_with_other_attributes(
 def test_a_store_without_one_of_its_arrays(make: Callable[..., FeatureStore]) -> None:
     store = make()
     (Path(store.url) / "indices/zarr.json").unlink()
-    with pytest.raises(StoreError, match=r"is not a feature store.*indices"):
+    with pytest.raises(StoreError, match=r"array indices of the feature store.*damaged or gone"):
         FeatureStore.open(store.url)
 
 

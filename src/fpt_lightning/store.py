@@ -12,9 +12,10 @@ Layout (Zarr v3, one row a chunk, whole shards of rows, every chunk with a crc32
                                                its SHA-256
 
 A sample has one row, or two where the store is mirrored: its image's, then the mirror image's. The group's attributes
-hold the specification, the sample ids in the order of the rows, and a fingerprint of all attributes. A shard has one
-writer. A row's record is written after its data, and the group after its arrays, each file under a partial name first:
-whatever stops a writer leaves complete rows and absent ones, or no store. Only who holds ``lock_store`` writes.
+hold the specification, the sample ids in the order of the rows, a copy of the arrays' metadata, and a fingerprint of
+all that. A shard has one writer. A row's record is written after its data, and the group after its arrays, each file
+under a partial name first: whatever stops a writer leaves complete rows and absent ones, or no store. Only who holds
+``lock_store`` writes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -287,6 +288,8 @@ class FeatureStore:
             self.sample_arrays = sample_arrays(self.specification.codec, self.shape, self.specification.image_size)
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
+        if _array_documents(url, attributes["arrays"]) != attributes["arrays"]:
+            raise StoreError(f"the metadata of an array of the feature store {url} are damaged: rebuild it.")
         self._arrays = {name: self._array(name, *row) for name, row in (self.sample_arrays | _RECORDS).items()}
         self.views = self.specification.views
         self.rows = {id: position * self.views for position, id in enumerate(self.ids)}
@@ -316,7 +319,7 @@ class FeatureStore:
         there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
         if not {name.rstrip("/").rsplit("/", 1)[-1] for name in there} <= arrays.keys():
             raise StoreError(f"there is something at {url} already, which is not a complete feature store.")
-        attributes = {
+        attributes: dict[str, Any] = {
             "specification": specification.to_dict(),
             "shape": asdict(shape),
             "made_with": made_with,
@@ -325,6 +328,7 @@ class FeatureStore:
         with _writing(url):
             for name, row in arrays.items():
                 _create_array(f"{url}/{name}", name, 0, *row)
+            attributes["arrays"] = _array_documents(url, arrays)
             group = zarr.create_group(url, attributes=attributes | {"fingerprint": _fingerprint(attributes)})
         return cls(url, group)
 
@@ -437,10 +441,11 @@ class FeatureStore:
         """
         new = [id for id in ids if id not in self.rows]
         total = self.views * (len(self.ids) + len(new))
-        attributes = {**self._group.attrs.asdict(), "ids": [*self.ids, *new]}
+        attributes: dict[str, Any] = {**self._group.attrs.asdict(), "ids": [*self.ids, *new]}
         with _writing(self.url):
             for array in self._arrays.values():
                 array.resize((total, *array.shape[1:]))
+            attributes["arrays"] = _array_documents(self.url, attributes["arrays"])
             self._group.attrs.put({**attributes, "fingerprint": _fingerprint(attributes)})
         return FeatureStore.open(self.url, writable=True)
 
@@ -742,6 +747,22 @@ def share_lock(file: IO[bytes], url: str, shared: bool = True) -> None:
         ) from error
     except OSError as error:
         rank_zero_warn(f"{url} cannot be locked ({error.strerror}): do not run two preloads of it at once.")
+
+
+def _array_documents(url: str, names: Iterable[str]) -> dict[str, Any]:
+    """Zarr's metadata of arrays as they lie there, but for their number of rows, which alone changes."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    documents = {}
+    for name in names:
+        try:
+            documents[name] = json.loads(filesystem.cat_file(f"{path}/{name}/zarr.json"))
+            documents[name]["shape"][0] = 0
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise StoreError(
+                f"the metadata of the array {name} of the feature store {url} are damaged or gone "
+                f"({type(error).__name__}: {error}): rebuild it."
+            ) from error
+    return documents
 
 
 def _fingerprint(attributes: Mapping[str, Any]) -> str:
