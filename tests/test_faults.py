@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -27,11 +30,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import quiet_trainer, tiny_model, write_images
-from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
+from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule, cli
 from fpt_lightning.cli import WholeCheckpoints, main
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import CheckpointError, DataError, FPTError, StoreError
 from fpt_lightning.manifest import read_manifest
+from fpt_lightning.preload import FrozenPass
 from fpt_lightning.store import SHARD, FeatureStore, lock_store
 
 ENCODER = EncoderConfig("test_vit", pretrained=False)
@@ -87,94 +91,106 @@ def files(folder: Path) -> dict[str, bytes]:
 
 # Kills
 
-KILLED = """
-import os, random, signal, sys, threading, time
-from fpt_lightning import cli, preload, store
-def kill():
-    time.sleep({seconds})
-    os.killpg(0, signal.SIGKILL)
-{patch}
-cli.main(sys.argv[1:])
-"""
-AT_START = {
-    "preload": "preload.FrozenPass._seconds_per_image = lambda self: threading.Thread(target=kill).start() or 1.0",
-    "create": """
-create = store.FeatureStore.create
-store.FeatureStore.create = classmethod(lambda cls, *a: threading.Thread(target=kill).start() or create(*a))""",
-    "fit": """
-checkpoints = cli._checkpoints
-class Start(cli.L.Callback):
-    def on_train_start(self, trainer, module):
-        threading.Thread(target=kill).start()
-cli._checkpoints = lambda *given: [Start(), *checkpoints(*given)]""",
-}
+FORKS = multiprocessing.get_context("forkserver")  # which imports once, and forks for each run
+FORKS.set_forkserver_preload(["fpt_lightning.cli"])
 
 
-def killed(folder: Path, start: str, seconds: float, *arguments: object) -> bool:
-    """Run a command that is killed, with all its processes, some time after it has started its work; whether it was."""
-    script = folder / "killed.py"
-    script.write_text(KILLED.format(seconds=seconds, patch=AT_START[start]))
-    process = subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    _, said = process.communicate(timeout=120)
-    assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0
+def doomed(seconds: float | None, *arguments: str) -> None:
+    """Run a command, whose processes are killed some time after its frozen pass or its training has started."""
+
+    def kill() -> None:
+        time.sleep(seconds or 0)
+        os.killpg(0, signal.SIGKILL)
+
+    def start(*_: Any) -> float:
+        if seconds is not None:
+            threading.Thread(target=kill, daemon=True).start()
+        return 1.0
+
+    class Start(L.Callback):
+        on_train_start = staticmethod(start)
+
+    checkpoints = cli._checkpoints
+    with pytest.MonkeyPatch.context() as patch:
+        if arguments[0] == "preload":
+            patch.setattr(FrozenPass, "prepare_data", lambda self: (start(), PREPARE(self)))
+        else:
+            patch.setattr(cli, "_checkpoints", lambda *given: [Start(), *checkpoints(*given)])
+        cli.main(list(arguments))
+
+
+PREPARE = FrozenPass.prepare_data
+
+
+def alone(*arguments: Any) -> None:
+    os.setsid()
+    doomed(*arguments)
+
+
+def run_doomed(folder: Path, seconds: float | None, *given: object) -> bool:
+    """Whether the command was killed."""
+    arguments = [str(argument) for argument in given]
+    if "ddp" in arguments:  # whose launcher starts the script again for each process
+        script = folder / "doomed.py"
+        script.write_text(f"import sys, test_faults\ntest_faults.doomed({seconds}, *sys.argv[1:])")
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        code = subprocess.run(
+            [sys.executable, str(script), *arguments], start_new_session=True, env={**os.environ, "PYTHONPATH": paths}
+        ).returncode
+    else:
+        process = FORKS.Process(target=alone, args=(seconds, *arguments))
+        process.start()
+        process.join()
+        code = process.exitcode
+    assert code == 0 or (code == -signal.SIGKILL and seconds is not None)
+    return code != 0
 
 
 @pytest.mark.parametrize(
     ("kills", "ranks"),
     [
-        (2, 1),
+        (3, 1),
         pytest.param(20, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
-        pytest.param(20, 2, marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
+        pytest.param(20, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3000)]),
     ],
 )
 def test_a_preload_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     tmp_path: Path, kills: int, ranks: int
 ) -> None:
-    images = write_images(tmp_path / "images", {"a": 60 * kills, "b": 60, "c": 60})
+    images = write_images(tmp_path / "images", {"a": 40 * kills, "b": 40, "c": 40})
     config = write_config(tmp_path, images)
     devices = ["--trainer.devices", ranks, *(["--trainer.strategy", "ddp"] if ranks > 1 else [])]
     preload = ["preload", "--config", config, *devices]
-    done = run(*preload, "--data.store", tmp_path / "whole.zarr")
-    assert done.returncode == 0, done.stderr
-    rng, store, grew = random.Random(kills + ranks), tmp_path / "store.zarr", 0
-    for kill in range(kills):
-        start = "preload" if FeatureStore.exists(str(store)) and kill else "create"
-        killed(tmp_path, start, rng.uniform(0, 0.03 if start == "create" else 0.4), *preload)
+    run_doomed(tmp_path, None, *preload, "--data.store", tmp_path / "whole.zarr")
+    rng, store, stopped = random.Random(kills + ranks), tmp_path / "store.zarr", 0
+    for _ in range(kills):
+        stopped += run_doomed(tmp_path, rng.uniform(0, 0.8), *preload)
         if FeatureStore.exists(str(store)):
-            grew = max(grew, int(FeatureStore.open(str(store)).done.sum()))
-    done = run(*preload)
-    assert done.returncode == 0, done.stderr
-    assert grew < 60 * (kills + 2), "no kill came before the end"
+            FeatureStore.open(str(store)).done.sum()
+    run_doomed(tmp_path, None, *preload)
+    assert stopped, "no kill came before the end"
     assert files(store) == files(tmp_path / "whole.zarr")
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_a_fit_that_is_killed_and_resumed_ends_as_an_undisturbed_one(config: Path, tmp_path: Path, kills: int) -> None:
-    epochs = ["--trainer.max_epochs", 3 + 2 * kills]
-    fit = ["fit", "--config", config, *epochs, "--trainer.default_root_dir"]
+    fit = ["fit", "--config", config, "--trainer.max_epochs", 2 + 2 * kills, "--trainer.default_root_dir"]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    done = run(*fit, whole)
-    assert done.returncode == 0, done.stderr
+    run_doomed(tmp_path, None, *fit, whole)
     rng, stopped = random.Random(kills), 0
-    for _ in range(kills):
-        resume = ["--ckpt_path", part / "last.ckpt"] if (part / "last.ckpt").exists() else []
-        if not resume:
-            shutil.rmtree(part, ignore_errors=True)
-        stopped += killed(tmp_path, "fit", rng.uniform(0.1, 1.0), *fit, part, *resume)
-        if not (part / "metrics.json").exists() and (part / "last.ckpt").exists():
+
+    def resume() -> list[object]:
+        """Nothing where the first epoch had no end."""
+        if (part / "last.ckpt").exists():
             torch.load(part / "last.ckpt", weights_only=True)
-    assert stopped
-    if not (part / "last.ckpt").exists():
-        shutil.rmtree(part)
-    done = run(*fit, part, *(["--ckpt_path", part / "last.ckpt"] if part.exists() else []))
-    assert done.returncode == 0, done.stderr
+            return ["--ckpt_path", part / "last.ckpt"]
+        shutil.rmtree(part, ignore_errors=True)
+        return []
+
+    for _ in range(kills):
+        stopped += run_doomed(tmp_path, rng.uniform(0.1, 0.6), *fit, part, *resume())
+    run_doomed(tmp_path, None, *fit, part, *resume())
+    assert stopped, "no kill came before the end"
     assert (part / "metrics.json").read_text() == (whole / "metrics.json").read_text()
     for name in ("last", "best"):
         one, two = (torch.load(run / f"{name}.ckpt", weights_only=True)["state_dict"] for run in (whole, part))
