@@ -27,7 +27,7 @@ from fpt_lightning import commands
 from fpt_lightning.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
 from fpt_lightning.datamodules import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.datasets.preparation import list_datasets, prepare
-from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError
+from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, FPTError, in_one_line
 from fpt_lightning.manifest import Kind
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
@@ -366,9 +366,11 @@ def _read_checkpoint(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {in_one_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
+        raise CheckpointError(f"the file {path} (ckpt_path) is not a checkpoint of Lightning: give a run's best.ckpt.")
     return content
 
 

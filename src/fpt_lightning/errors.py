@@ -33,3 +33,8 @@ class StaleStoreError(StoreError):
 
 class CheckpointError(FPTError):
     """A checkpoint that does not belong to this model, encoder or data."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and first line of an error of a library, which may have no text or much."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -45,7 +45,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
-from fpt_lightning.errors import StaleStoreError, StoreError
+from fpt_lightning.errors import StaleStoreError, StoreError, in_one_line
 from fpt_lightning.images import INTERPOLATION, ImageReader
 from fpt_lightning.manifest import file_digest
 from fpt_lightning.pages import file_and_page
@@ -158,11 +158,15 @@ class FeatureSpecification:
         """The inverse of ``to_dict``.
 
         Raises:
-            StoreError: fields are missing or unknown.
+            StoreError: fields are missing, unknown or of another type.
         """
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
+        for name, kind in _FIELDS.items():
+            value = content[name] if isinstance(content[name], list) else [content[name]]
+            if isinstance(content[name], list) != (name in _LISTS) or not all(type(v) in kind for v in value):
+                raise StoreError(f"the specification's {name} is {content[name]!r}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return cls(**values)
 
@@ -194,6 +198,14 @@ class FeatureSpecification:
             for field in fields(self)
             if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
         ]
+
+
+_LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
+_FIELDS = {
+    field.name: _KINDS[str(field.type).removeprefix("tuple[").split(",")[0]] for field in fields(FeatureSpecification)
+}
+"""The types of a specification's values, or of those in its lists."""
 
 
 def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -285,10 +297,13 @@ class FeatureStore:
             self.shape = FeatureShape(**attributes["shape"])
             self.made_with: dict[str, str] = attributes["made_with"]
             self.ids: tuple[str, ...] = tuple(attributes["ids"])
+            if not all(isinstance(id, str) for id in self.ids) or len(set(self.ids)) < len(self.ids):
+                raise TypeError("the ids are not text, or not unique")
+            documents = dict(attributes["arrays"])
             self.sample_arrays = sample_arrays(self.specification.codec, self.shape, self.specification.image_size)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
-        if _array_documents(url, attributes["arrays"]) != attributes["arrays"]:
+        if _array_documents(url, documents) != documents:
             raise StoreError(f"the metadata of an array of the feature store {url} are damaged: rebuild it.")
         self._arrays = {name: self._array(name, *row) for name, row in (self.sample_arrays | _RECORDS).items()}
         self.views = self.specification.views
@@ -669,16 +684,14 @@ class FeatureStore:
     def _array(self, name: str, sample: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         try:
             array: Any = self._group[name]
-        except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
+            expected = _create_array(MemoryStore(), name, array.shape[0], sample, dtype).metadata
+        except Exception as error:  # damaged metadata surfaces as errors of many kinds
             raise StoreError(
-                f"{self.url} is not a feature store of fpt-lightning, or its array {name} is damaged "
-                f"({type(error).__name__}: {error}): rebuild it."
+                f"the array {name} of the feature store {self.url} is damaged ({in_one_line(error)}): rebuild it."
             ) from error
-        rows = array.shape[0] if isinstance(array, zarr.Array) and array.shape else 0
-        if array.metadata != _create_array(MemoryStore(), name, rows, sample, dtype).metadata:
+        if array.metadata != expected:
             raise StoreError(
-                f"the array {name} of the feature store {self.url} is not as fpt-lightning makes it, so it is damaged: "
-                "rebuild it."
+                f"the array {name} of the feature store {self.url} is not as fpt-lightning makes it: rebuild it."
             )
         return array.with_config({"write_empty_chunks": True})  # an absent chunk must mean an absent sample
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning.encoder import EncoderConfig, EncoderShape
-from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.errors import CheckpointError, ConfigurationError, StoreError
 from fpt_lightning.evaluation import fit_temperature, fit_thresholds
 from fpt_lightning.manifest import Manifest
 from fpt_lightning.predictions import Predictions
@@ -348,7 +348,15 @@ class ClassificationModule(L.LightningModule, ABC):
         about = checkpoint.get(_KEY)
         if not isinstance(about, dict):
             raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
-        saved = {"method": about["method"], **checkpoint.get("hyper_parameters", {})}
+        try:
+            self._take_over(about, checkpoint.get("hyper_parameters", {}))
+        except (KeyError, TypeError, ValueError, AttributeError, StoreError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
+            ) from error
+
+    def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+        saved = {"method": about["method"], **arguments}
         own = {"method": type(self).__name__, **self.hparams}
         differences = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
@@ -361,4 +369,5 @@ class ClassificationModule(L.LightningModule, ABC):
         content = about["specification"]
         self.specification = None if content is None else FeatureSpecification.from_dict(content)
         self._seed, self._split_digest = about["seed"], about["split"]
-        self.thresholds, self.temperature = about["thresholds"], about["temperature"]
+        self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
+        self.temperature = float(about["temperature"])
