@@ -175,6 +175,16 @@ def test_a_preload_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert files(store) == files(tmp_path / "whole.zarr")
 
 
+@pytest.mark.slow
+def test_a_rank_without_a_share_ends_as_the_others(config: Path, tmp_path: Path) -> None:
+    ddp = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    run_doomed(tmp_path, None, "preload", "--config", config)
+    whole = files(tmp_path / "store.zarr")
+    FeatureStore.open(str(tmp_path / "store.zarr"), writable=True).forget(IDS[SHARD:])
+    assert not run_doomed(tmp_path, None, "preload", "--config", config, *ddp)
+    assert files(tmp_path / "store.zarr") == whole
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_a_fit_that_is_killed_and_resumed_ends_as_an_undisturbed_one(config: Path, tmp_path: Path, kills: int) -> None:
     fit = ["fit", "--config", config, "--trainer.max_epochs", 2 + 2 * kills, "--trainer.default_root_dir"]

@@ -161,6 +161,7 @@ class FrozenPass(L.LightningModule):
         rebuild: str = "",
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
         self.specification = specification
         self.batch_size, self.num_workers = batch_size, num_workers
