@@ -538,6 +538,7 @@ def test_skipped_images_are_tried_again_when_they_change(image_root: Path, tiny_
     (image_root / IDS[4]).write_bytes(content)
     store = tiny_data(on_error="skip").preload(ENCODER)
     assert store.done.all()
+    assert not Path(f"{store.url}.left_out.csv").exists()
 
 
 def test_predict_and_live_training_skip_broken_images(image_root: Path, tiny_data: MakeData, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def preload(
 def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError) -> None:
     broken = store.left_out([sample.id for sample in manifest.samples])
     if not broken:
+        Path(f"{store.url}.left_out.csv").unlink(missing_ok=True)  # of an earlier preload
         return
     reasons = unreadable({id: manifest.root / id for id in broken}, store.specification.reader)
     listed = "\n  ".join(reasons.values())
