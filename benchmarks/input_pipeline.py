@@ -30,7 +30,7 @@ from training_step import exponent
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.preload import feature_shape
-from fpt_lightning.store import SHARD, FeatureStore
+from fpt_lightning.store import SHARD, FeatureStore, FileRecord
 
 ENCODER = EncoderConfig("vit_base_patch16_224.augreg_in21k", pretrained=False)
 CODECS, WORKERS = ("fp16", "int8", "int4"), (0, 1, 2)
@@ -70,8 +70,8 @@ def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> Prelo
         }
         for start in range(0, samples, SHARD):
             rows = range(start, min(start + SHARD, samples))
-            sizes = [(images / store.ids[row]).stat().st_size for row in rows]
-            store.write(rows, {name: part[: len(rows)] for name, part in block.items()}, sizes)
+            files = [FileRecord.of(images / store.ids[row]) for row in rows]
+            store.write(rows, {name: part[: len(rows)] for name, part in block.items()}, files)
     data.setup("fit")
     return data
 

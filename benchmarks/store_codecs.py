@@ -30,7 +30,7 @@ from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import StoreError
 from fpt_lightning.methods import FineTuningModule
 from fpt_lightning.metrics import classification_metrics
-from fpt_lightning.store import SHARD, FeatureStore, encode
+from fpt_lightning.store import SHARD, FeatureStore, FileRecord, encode
 
 ENCODERS = {  # label: timm's name
     "ViT-Ti, fine-tuned": "vit_tiny_patch16_224",
@@ -134,7 +134,7 @@ def coded_again(source: FeatureStore, url: Path, codec: str, root: Path) -> Feat
         content = {name: source.read(rows, name) for name in source.sample_arrays if name != "features"}
         features = torch.from_numpy(source.read(rows, "features"))
         content |= encode(features, specification, [source.ids[row] for row in rows])
-        store.write(rows, content, [(root / source.ids[row]).stat().st_size for row in rows])
+        store.write(rows, content, [FileRecord.of(root / source.ids[row]) for row in rows])
     return FeatureStore.open(str(url))
 
 

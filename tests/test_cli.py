@@ -202,7 +202,7 @@ def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
     )
-    done = tmp_path / "store.zarr" / "done" / "c" / "0"
+    done = tmp_path / "store.zarr" / "records" / "c" / "0" / "0"
     while not done.exists() and process.poll() is None:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
@@ -465,7 +465,8 @@ def test_a_broken_image_is_named(
     broken.write_bytes(broken.read_bytes()[:200])
     change(config, "data", mean=[0.4], std=[0.2], num_workers=workers)
     message = fails(capsys, "fit", "--config", config)
-    assert message.startswith(f"ImageError: the image {broken} cannot be read")
+    assert message.startswith("ImageError: 1 of 30 images cannot be read, all others are stored:\n")
+    assert f"the image {broken} cannot be read" in message
     assert not (tmp_path / "run" / "config.yaml").exists()
     write_images(image_root, {"a": 10, "b": 10, "c": 10})
     run("fit", "--config", config)

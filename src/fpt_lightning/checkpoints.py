@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fpt_lightning.errors import CheckpointError
+from fpt_lightning.errors import CheckpointError, in_one_line
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.methods.base import KEY
 from fpt_lightning.store import FeatureSpecification
@@ -24,9 +24,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"the checkpoint {path} holds a {type(content).__name__}, not what `fit` writes.")
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {in_one_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
+        raise CheckpointError(f"the file {path} (ckpt_path) is not a checkpoint of Lightning: give a run's best.ckpt.")
     return content
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
+import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -39,6 +41,11 @@ _COMMANDS: dict[str, Any] = {
         "list": list_datasets,
         "prepare": prepare,
     },
+    "store": {
+        "_help": "say what a feature store holds, or read all of it to find damage",
+        "info": commands.store_info,
+        "verify": commands.store_verify,
+    },
     "evaluate": commands.evaluate,
     "compare": commands.compare,
     "export": export,
@@ -56,6 +63,7 @@ class Trainer(L.Trainer):
         model: L.LightningModule,
         datamodule: L.LightningDataModule,
         overwrite: bool = False,
+        repair: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -65,6 +73,7 @@ class Trainer(L.Trainer):
             model: whose encoder.
             datamodule: whose images and store.
             overwrite: remove a store made with other settings, and start anew.
+            repair: read the whole store first, and compute again what is damaged.
             ckpt_path: not used; a configuration saved by fit holds it.
             weights_only: not used; a configuration saved by fit holds it.
         """
@@ -72,7 +81,7 @@ class Trainer(L.Trainer):
             raise ConfigurationError(
                 f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
             )
-        datamodule.preload(model, self, overwrite)
+        datamodule.preload(model, self, overwrite, repair)
 
     def plan(
         self,
@@ -191,13 +200,42 @@ class RunLogger(CSVLogger):
     def experiment(self) -> Any:
         if self._experiment is None and self.resumed_at is not None:
             path = Path(self.log_dir) / "metrics.csv"
-            rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-            kept = [{k: v for k, v in row.items() if v != ""} for row in rows if int(row["step"]) < self.resumed_at]
-            path.unlink(missing_ok=True)
+            earlier = path.with_name("metrics.csv.earlier")  # stays until its rows are written again
+            if path.is_file() and not earlier.is_file():
+                os.replace(path, earlier)
+            rows = list(csv.DictReader(earlier.open(newline=""))) if earlier.is_file() else []
+            whole = [
+                row for row in rows if None not in row.values() and row["step"].isdecimal()
+            ]  # a kill cuts the last
+            kept = [{k: v for k, v in row.items() if v != ""} for row in whole if int(row["step"]) < self.resumed_at]
             writer: Any = super().experiment
             writer.metrics = kept
+            writer.save()
+            earlier.unlink(missing_ok=True)
             return writer
         return super().experiment
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written under a partial name: a run that is killed keeps its last whole one.
+
+    Lightning moves a temporary file in its place, which is a copy where the temporary folder is on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # PyTorch has one of its own for a full disk
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be written: {error}. An earlier one is kept: make room, then go on by "
+                "--ckpt_path."
+            ) from error
+        os.replace(partial, path)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -210,10 +248,12 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero and self.config.get("ckpt_path") is None:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, overwrite=False, multifile=False)
             data = getattr(trainer, "datamodule", None)
-            if isinstance(data, ImageDataModule):
-                data.labelled.write(folder / "split.csv")
+            if isinstance(data, ImageDataModule) and data.listed is not None:
+                data.listed.write(folder / "split.csv")
+            partial = folder / f"{self.config_filename}.partial"
+            self.parser.save(self.config, partial, overwrite=True, multifile=False)
+            os.replace(partial, folder / self.config_filename)
 
 
 class CommandLine(LightningCLI):
@@ -265,6 +305,9 @@ class CommandLine(LightningCLI):
             loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["global_step"])]
         callbacks = [self.results, PeakMemory()]
         if fit:
+            plugins = _as_list(config["plugins"] or [])
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                kwargs["plugins"] = [*plugins, WholeCheckpoints()]
             callbacks += [
                 LearnableParameters(),
                 EpochSeconds(),
@@ -292,9 +335,14 @@ class CommandLine(LightningCLI):
         folder = Path(self._get(self.config, "trainer").default_root_dir)
         first = getattr(rank_zero_only, "rank", 0) in (0, None)
         if first and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
+            last = folder / "last.ckpt"
             raise ConfigurationError(
-                f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or go on "
-                f"with that run by --ckpt_path {folder / 'last.ckpt'}."
+                f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or "
+                + (
+                    f"go on with that run by --ckpt_path {last}."
+                    if last.exists()
+                    else "start anew: it has no last.ckpt."
+                )
             )
         for logger in _as_list(self._get(self.config, "trainer").logger):
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
@@ -375,7 +423,12 @@ def _quieten() -> None:
 
 
 def _spelled(args: list[str]) -> list[str]:
-    """``plan --gpu-memory 8GiB --all-methods`` as jsonargparse has it, which knows no hyphens and no bare flags."""
+    """Commands as jsonargparse has them.
+
+    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` it knows no hyphens and no bare flags.
+    """
+    if args[:2] == ["store", "repair"]:
+        return ["preload", *args[2:], "--repair", "true"]
     if "plan" not in args:
         return args
     spelled = [arg.replace("--gpu-memory", "--gpu_memory").replace("--all-methods", "--all_methods") for arg in args]
@@ -399,10 +452,11 @@ def main(args: Sequence[str] | None = None) -> None:
     _quieten()
     given = sys.argv[1:] if args is None else list(args)
     try:
+        given = _spelled(given)
         if given and given[0] in _COMMANDS:
             auto_cli(_COMMANDS, args=given, prog="fpt-lightning")
         else:
-            CommandLine(_spelled(given))
+            CommandLine(given)
     except Exception as raised:
         error = _made_for_people(raised)
         if error is None or os.environ.get("FPT_TRACEBACK"):

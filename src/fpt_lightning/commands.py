@@ -1,4 +1,4 @@
-"""Commands on predictions alone: no model, no data set and no store is read."""
+"""Commands on predictions or on a store alone: no model and no data set is read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.files import write_text
 from fpt_lightning.predictions import Predictions
 from fpt_lightning.report import write_report
+from fpt_lightning.store import LEFT_OUT, REPAIR, FeatureStore
 
 
 def evaluate(
@@ -85,3 +86,53 @@ def compare(first: str, second: str, resamples: int = 2000, seed: int = 0) -> No
     """
     both = Predictions.read(first), Predictions.read(second)
     print(f"first: {first}\nsecond: {second}\n{scoring.compare(*both, resamples=resamples, seed=seed).table()}")
+
+
+def store_info(url: str) -> None:
+    """Say what a feature store holds; its data are not read (see ``verify``).
+
+    Args:
+        url: the store's path or fsspec URL.
+
+    Raises:
+        StoreError: there is none, or it is of another format, or its metadata are damaged.
+    """
+    store = FeatureStore.open(url, tolerant=True)
+    left_out = store.left_out(store.ids)
+    states = {
+        "samples": f"{len(store.ids):,}",
+        "rows": f"{len(store.records):,}, of which {store.done.sum():,} are complete, "
+        f"{(store.records[:, 0] == LEFT_OUT).sum():,} left out as their images could not be read, "
+        f"{len(store.lost_records):,} of damaged records",
+        "bytes a row": f"{store.bytes_per_row:,}",
+        "complete bytes": f"{store.done.sum() * store.bytes_per_row:,}",
+        **{f"array {name}": f"{size} {dtype}" for name, (size, dtype) in store.sample_arrays.items()},
+    }
+    about = {**store.specification.to_dict(), **states, **{f"made with {k}": v for k, v in store.made_with.items()}}
+    width = max(map(len, about))
+    print("\n".join([f"the feature store {url}", *(f"{name:<{width}}  {value}" for name, value in about.items())]))
+    if left_out:
+        print("left out: " + ", ".join(left_out))
+
+
+def store_verify(url: str) -> None:
+    """Read all of a feature store and list what is damaged, by sample and array; the exit status is then 1.
+
+    Args:
+        url: the store's path or fsspec URL.
+
+    Raises:
+        StoreError: there is none, or it is of another format, or its metadata are damaged.
+    """
+    store = FeatureStore.open(url, tolerant=True)
+    damage = store.verify()
+    for row, array, reason in damage:
+        print(f"{store.name(row)}: {array}: {reason}")
+    if not store.extended:
+        print("the arrays have more or fewer rows than the samples: an extension was stopped")
+    if not damage and store.extended:
+        print(f"the feature store {url} is sound: {store.done.sum():,} rows were read.")
+        return
+    samples = len({store.source(row)[0] for row, *_ in damage})
+    print(f"{samples} of {len(store.ids)} samples of {url} are damaged: compute them again with `{REPAIR}`.")
+    raise SystemExit(1)

@@ -23,14 +23,16 @@ from fpt_lightning.images import (
     Augmentation,
     Fit,
     ImageReader,
+    OnError,
     ViewTransform,
     channel_statistics,
     normalise,
     stored_copy,
+    unreadable,
 )
 from fpt_lightning.manifest import SPLITS, Fill, Kind, Manifest, Sample, check_classes, list_images, read_manifest
 from fpt_lightning.prefetch import PrefetchingLoader
-from fpt_lightning.preload import preload
+from fpt_lightning.preload import preload, write_left_out
 from fpt_lightning.store import FeatureSpecification, FeatureStore
 
 
@@ -96,6 +98,9 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: ``default`` (the published one), ``strong`` or ``none``.
         batch_size: of every stage.
         num_workers: processes that prepare batches.
+        on_error: of images that cannot be read: ``stop``, or ``skip`` to leave them out of every stage, with a warning
+            and a list: ``left_out.csv`` in the run's folder, for which all images are read once before the first batch;
+            of a store ``{store}.left_out.csv``.
 
     Raises:
         ConfigurationError: values that cannot work.
@@ -128,6 +133,7 @@ class ImageDataModule(L.LightningDataModule):
         augmentation: Augmentation = "default",
         batch_size: int = 16,
         num_workers: int = 0,
+        on_error: OnError = "stop",
     ) -> None:
         super().__init__()
         self.root, self.table = root, manifest
@@ -152,10 +158,12 @@ class ImageDataModule(L.LightningDataModule):
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.on_error: OnError = on_error
         self.computed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # mean and std, where 'auto'
         self.seed: int | None = None
         self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
-        self.manifest: Manifest | None = None
+        self.listed: Manifest | None = None  # the whole data set
+        self.manifest: Manifest | None = None  # without what is left out
         self.unlabelled: Manifest | None = None
         self.specification: FeatureSpecification | None = None
 
@@ -171,7 +179,7 @@ class ImageDataModule(L.LightningDataModule):
         task = self._declared("task")
         kind: Kind = "single-label" if task is None else task.KIND
         if stage == "predict" and self.explained is None:
-            self.unlabelled = list_images(self.root, kind, self._declared("num_classes") or 1)
+            self.unlabelled = self._readable(list_images(self.root, kind, self._declared("num_classes") or 1))
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
@@ -180,6 +188,7 @@ class ImageDataModule(L.LightningDataModule):
         self.read_manifest(kind)
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
+        self._setup_features(stage)
         if stage == "fit":
             rank_zero_info(self.labelled.summary())
         for split in ("test",) if self.external else SPLITS:
@@ -188,7 +197,6 @@ class ImageDataModule(L.LightningDataModule):
             ]
             if absent:
                 rank_zero_warn(f"the split {split} has no image of {', '.join(absent)}: its AUC leaves them out.")
-        self._setup_features(stage)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order, and with views, that the seed and the epoch alone decide."""
@@ -224,13 +232,13 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             DataError: see ``fpt_lightning.manifest.read_manifest``.
         """
-        if self.manifest is None or self.manifest.kind != kind:
-            self.manifest = read_manifest(self.root, self.table, kind=kind, **self.reading)
-        return self.manifest
+        if self.listed is None or self.listed.kind != kind:
+            self.manifest = self.listed = read_manifest(self.root, self.table, kind=kind, **self.reading)
+        return self.listed
 
     @property
     def labelled(self) -> Manifest:
-        """The manifest after ``setup``."""
+        """The manifest after ``setup``, without what is left out."""
         if self.manifest is None:
             raise DataError(f"{type(self).__name__} has not read its manifest: call setup('fit') first.")
         return self.manifest
@@ -256,8 +264,8 @@ class ImageDataModule(L.LightningDataModule):
     def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
         auto = "auto"
-        if self.manifest is not None:
-            ids = [sample.id for sample in self.manifest.split("train")]
+        if self.listed is not None:
+            ids = [sample.id for sample in self.listed.split("train")]
             auto += f" over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
         return FeatureSpecification(
             encoder=encoder.name,
@@ -280,6 +288,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _setup_features(self, stage: str) -> None:
         self._check_model()
+        if self.manifest is self.listed:  # once
+            self.manifest = self._readable(self.labelled)
         if stage == "fit" and not self.mean and not self.computed[0]:
             paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
             self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader.crop_border)
@@ -288,6 +298,16 @@ class ImageDataModule(L.LightningDataModule):
         if encoder is not None:
             asked = self.asked(encoder)
             self.specification = asked if asked.mean else replace(asked, mean=self.computed[0], std=self.computed[1])
+
+    def _readable(self, listed: Manifest) -> Manifest:
+        """What there is without the images that cannot be read, if those are to be left out."""
+        if self.on_error == "stop":
+            return listed
+        reasons = unreadable({sample.id: listed.path(sample) for sample in listed.samples}, self.reader)
+        if reasons:
+            folder = "." if self.trainer is None else self.trainer.default_root_dir
+            write_left_out(f"{folder}/left_out.csv", reasons)
+        return listed.without(reasons)
 
     def _check_model(self) -> None:
         num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
@@ -421,7 +441,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self.store: FeatureStore | None = None
 
     def preload(
-        self, model: L.LightningModule | EncoderConfig, trainer: L.Trainer | None = None, overwrite: bool = False
+        self,
+        model: L.LightningModule | EncoderConfig,
+        trainer: L.Trainer | None = None,
+        overwrite: bool = False,
+        repair: bool = False,
     ) -> FeatureStore:
         """Bring the store up to date: make it where there is none, go on where an earlier preload stopped.
 
@@ -429,10 +453,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
             model: the model, whose ``encoder_config`` says which features, or that configuration itself.
             trainer: whose devices encode; by default one device, chosen by Lightning.
             overwrite: remove the store that is there, and start anew.
+            repair: read the whole store first, and compute again what is damaged.
 
         Raises:
             StaleStoreError: the store there was made with other settings.
-            ImageError: an image that cannot be read; what was complete before it is kept.
+            ImageError: images that cannot be read, and ``on_error`` is ``stop``; all others are stored.
             ConfigurationError: a model that takes no stored features.
         """
         if not self.uses_store(model):
@@ -457,6 +482,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
             num_workers=self.num_workers,
             trainer=trainer,
             overwrite=overwrite,
+            repair=repair,
+            on_error=self.on_error,
             rebuild=self.rebuild,
         )
 
@@ -493,8 +520,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
             self.store.load(names, shared=self.num_workers > 0)
 
     def _check_complete(self, store: FeatureStore) -> None:
-        ids = [sample.id for sample in self.labelled.samples]
-        missing, changed = store.missing(ids), store.changed(self.labelled.root, ids)
+        listed = self.labelled if self.listed is None else self.listed
+        ids = [sample.id for sample in listed.samples]
+        missing, changed, left_out = store.missing(ids), store.changed(listed.root, ids), store.left_out(ids)
         if missing or changed:
             some = ", ".join([*missing, *changed][:3])
             raise StoreError(
@@ -502,6 +530,15 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 f"have changed since ({some}): complete it with `fpt-lightning preload`, or `data.preload(model)`."
             )
         store.check_present()
+        if left_out:
+            told = (
+                f"the feature store {self.url} left out {len(left_out)} of {len(ids)} samples, as their images could "
+            )
+            told += f"not be read ({', '.join(left_out[:3])}; {self.url}.left_out.csv lists them)"
+            if self.on_error == "stop":
+                raise StoreError(f"{told}: mend them and preload again, or go on without them by data.on_error skip.")
+            rank_zero_warn(f"{told}: every stage goes on without them.")
+        self.manifest = listed.without(left_out)
 
     def _dataset(self, split: str, augmentation: str) -> _Samples:
         stored = STORED & self._inputs()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fpt_lightning.errors import ConfigurationError, EncoderError
+from fpt_lightning.errors import ConfigurationError, EncoderError, in_one_line
 from fpt_lightning.selection import (
     CRITERIA,
     attention_with_importance,
@@ -478,7 +478,7 @@ def _read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every reader has its own exceptions for a damaged or unsafe file
         raise EncoderError(
-            f"the weights file {path} cannot be read safely as tensors: {str(error).splitlines()[0]} "
+            f"the weights file {path} cannot be read safely as tensors ({in_one_line(error)}). "
             "Save it as .safetensors, or as a state_dict with torch.save."
         ) from error
 

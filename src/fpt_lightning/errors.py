@@ -37,3 +37,8 @@ class CheckpointError(FPTError):
 
 class ExportError(FPTError):
     """A model that cannot be exported, or whose export computes something else."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and first line of an error of a library, which may have no text or much."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -24,6 +25,7 @@ Augmentation = Literal["default", "strong", "none"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 Fit = Literal["squash", "letterbox"]
 FITS: tuple[str, ...] = get_args(Fit)
+OnError = Literal["stop", "skip"]
 DICOM_SUFFIXES = (".dcm", ".dicom")
 
 INTERPOLATION = "bicubic, antialiased"
@@ -212,8 +214,23 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
 
 
-class ImageFiles(Dataset[tuple[int, Tensor]]):
-    """Image files resized for the encoder: items are (index, (3, height, width) fp32 in [0, 1])."""
+def unreadable(paths: Mapping[str, Path], reader: ImageReader) -> dict[str, str]:
+    """Those of the images that cannot be read, and why; each is read and decoded."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            reader(path)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        reasons = zip(paths, pool.map(reason, paths.values()), strict=True)
+        return {name: why for name, why in reasons if why is not None}
+
+
+class ImageFiles(Dataset["Tensor | str"]):
+    """Image files resized for the encoder: (3, height, width) fp32 in [0, 1], or why one cannot be read."""
 
     def __init__(self, paths: Sequence[Path], size: tuple[int, int], reader: ImageReader) -> None:
         self.paths, self.size, self.reader = paths, size, reader
@@ -221,32 +238,51 @@ class ImageFiles(Dataset[tuple[int, Tensor]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, unit_pixels(self.reader(self.paths[index]), self.size)
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return unit_pixels(self.reader(self.paths[index]), self.size)
+        except ImageError as error:
+            return str(error)
 
 
 def channel_statistics(
-    paths: Sequence[Path], size: tuple[int, int], num_workers: int = 0, crop_border: bool = False
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    num_workers: int = 0,
+    crop_border: bool = False,
+    on_error: OnError = "stop",
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of the images, resized to (height, width).
 
-    The dark border counts unless it is cropped; the padding of a letterbox never does.
+    The dark border counts unless it is cropped; the padding of a letterbox never does. Images that cannot be read are
+    left out where ``on_error`` is ``skip``.
 
     Returns:
         (mean, std), rounded to 4 decimals as published ones are, for pixels in [0, 1].
 
     Raises:
+        ImageError: images that cannot be read, all of them by name.
         ConfigurationError: a channel that never varies, whose std cannot divide.
     """
     loader = DataLoader(
         ImageFiles(paths, size, ImageReader(size, crop_border=crop_border)), batch_size=None, num_workers=num_workers
     )
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for _, pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
+    broken: list[str] = []
+    for pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
+        if isinstance(pixels, str):
+            broken.append(pixels)
+            continue
         total += pixels.double().mean((1, 2))
         squares += pixels.double().square().mean((1, 2))
-    mean = total / len(paths)
-    std = (squares / len(paths) - mean.square()).clamp(min=0).sqrt()
+    count = len(paths) - len(broken)
+    if broken and (on_error == "stop" or not count):
+        raise ImageError(
+            f"{len(broken)} of {len(paths)} training images cannot be read:\n  " + "\n  ".join(broken) + "\nMend them, "
+            "or take them out of the data set; or leave them out by data.on_error skip."
+        )
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
     if std.min() < 1e-4:
         raise ConfigurationError(
             "data.mean and data.std are 'auto', but a channel of the training images never varies "

@@ -9,7 +9,7 @@ import random
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
@@ -74,6 +74,19 @@ class Manifest:
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split, in ascending order of their ids."""
         return tuple(sample for sample in self.samples if sample.split == name)
+
+    def without(self, ids: Collection[str]) -> Manifest:
+        """The data set without some samples, whose images cannot be read.
+
+        Raises:
+            DataError: nothing would be left of a split.
+        """
+        rest = replace(self, samples=tuple(sample for sample in self.samples if sample.id not in ids))
+        empty = {sample.split for sample in self.samples} - {sample.split for sample in rest.samples}
+        if empty:
+            names = ", ".join(f"the split {name} of " for name in sorted(empty) if name)
+            raise DataError(f"no image of {names}{self.root} can be read: {_some(list(ids))}.")
+        return rest
 
     def path(self, sample: Sample) -> Path:
         return self.root / sample.id

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from fpt_lightning.codecs import FeatureShape, check_codec
 from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
-from fpt_lightning.errors import StoreError
-from fpt_lightning.images import channel_statistics, normalise, stored_copy, unit_pixels
+from fpt_lightning.errors import ImageError, StoreError
+from fpt_lightning.files import write_rows
+from fpt_lightning.images import OnError, channel_statistics, normalise, stored_copy, unit_pixels, unreadable
 from fpt_lightning.manifest import Manifest
-from fpt_lightning.pages import file_and_page
 from fpt_lightning.prefetch import PrefetchingLoader
 from fpt_lightning.selection import number_of_tokens
-from fpt_lightning.store import SHARD, FeatureSpecification, FeatureStore, bytes_per_row, encode
+from fpt_lightning.store import (
+    SHARD,
+    FeatureSpecification,
+    FeatureStore,
+    FileRecord,
+    bytes_per_row,
+    encode,
+    lock_store,
+    share_lock,
+)
 
 
 def feature_shape(encoder: EncoderConfig, resolution: tuple[int, int]) -> FeatureShape:
@@ -51,13 +61,15 @@ def preload(
     num_workers: int = 0,
     trainer: L.Trainer | None = None,
     overwrite: bool = False,
+    repair: bool = False,
+    on_error: OnError = "stop",
     rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
 ) -> FeatureStore:
     """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
 
-    Samples that are complete are never computed again, whatever stopped an earlier preload, unless the size of their
-    image file has changed. With several processes
-    (the trainer's devices and nodes), each writes whole shards of its own.
+    Samples that are complete are never computed again, whatever stopped an earlier preload, unless their image file has
+    changed (``FeatureStore.changed``). With several processes (the trainer's devices and nodes), each writes whole
+    shards of its own. A broken image stops nothing until all others are stored.
 
     Args:
         manifest: the samples, of all splits.
@@ -68,6 +80,9 @@ def preload(
         num_workers: processes that read images ahead.
         trainer: whose devices do it; one device, chosen by Lightning, by default.
         overwrite: remove the store that is there, and start anew.
+        repair: read the whole store first, and compute again what is damaged.
+        on_error: ``stop`` with the list of all images that cannot be read, at the end; or ``skip`` them: the store
+            records them as left out, and ``{url}.left_out.csv`` lists them.
         rebuild: the command that a mismatch names.
 
     Returns:
@@ -75,16 +90,20 @@ def preload(
 
     Raises:
         StaleStoreError: the store there was made with other settings.
-        ImageError: an image that cannot be read; what was complete before it is kept.
-        StoreError: too little disk space, or features that do not fit the codec, naming the image.
+        ImageError: images that cannot be read; all others are stored.
+        StoreError: another preload is writing it, too little disk space, a place that cannot be written, or features
+            that do not fit the codec, naming the image.
     """
     ids = [sample.id for sample in manifest.samples]
-    if FeatureStore.exists(url) and not overwrite:
+    if FeatureStore.exists(url) and not overwrite and not repair:
         store = FeatureStore.open(url)
         store.require(specification, rebuild)
-        if not store.missing(ids) and not store.changed(manifest.root, ids):
+        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.root, ids)
+        if fresh and (on_error == "skip" or not store.left_out(ids)):
             return store
-    frozen_pass = FrozenPass(manifest, encoder, specification, url, batch_size, num_workers, overwrite, rebuild)
+    frozen_pass = FrozenPass(
+        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild
+    )
     if trainer is None:
         trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
     writer = _StoreWriter()
@@ -93,10 +112,35 @@ def preload(
         trainer.predict(frozen_pass, return_predictions=False)
     finally:
         trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
+        frozen_pass.unlock()
+    trainer.strategy.barrier("preloaded")  # here, as a process without a share never enters the loop
     store = FeatureStore.open(url)
     if missing := store.missing(ids):
         raise StoreError(f"the feature store {url} still lacks {len(missing)} of {len(ids)} samples after its preload.")
+    _report_left_out(store, manifest, on_error)
     return store
+
+
+def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError) -> None:
+    broken = store.left_out([sample.id for sample in manifest.samples])
+    if not broken:
+        Path(f"{store.url}.left_out.csv").unlink(missing_ok=True)  # of an earlier preload
+        return
+    reasons = unreadable({id: manifest.root / id for id in broken}, store.specification.reader)
+    listed = "\n  ".join(reasons.values())
+    if on_error == "stop":
+        raise ImageError(
+            f"{len(broken)} of {len(manifest.samples)} images cannot be read, all others are stored:\n  {listed}\nMend "
+            "them, or take them out of the data set, and preload again; or leave them out by data.on_error skip."
+        )
+    write_left_out(f"{store.url}.left_out.csv", reasons)
+
+
+def write_left_out(path: str, reasons: Mapping[str, str]) -> None:
+    """Warn of images that are left out, and list them in a CSV file (image, reason) on the first process."""
+    rank_zero_warn(f"{len(reasons)} images cannot be read and are left out: {path} lists them.")
+    if "://" not in path:
+        rank_zero_only(write_rows)(Path(path), [["image", "reason"], *reasons.items()])
 
 
 class FrozenPass(L.LightningModule):
@@ -112,15 +156,20 @@ class FrozenPass(L.LightningModule):
         url: str,
         batch_size: int,
         num_workers: int,
-        overwrite: bool,
-        rebuild: str,
+        overwrite: bool = False,
+        repair: bool = False,
+        on_error: OnError = "stop",
+        rebuild: str = "",
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
         self.specification = specification
-        self.batch_size, self.num_workers, self.overwrite = batch_size, num_workers, overwrite
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.overwrite, self.repair, self.on_error = overwrite, repair, on_error
         self.encoder: FrozenEncoder | None = None
         self.store: FeatureStore | None = None
+        self._lock: IO[bytes] | None = None
 
     def _build(self) -> FrozenEncoder:
         if self.encoder is None:
@@ -134,23 +183,40 @@ class FrozenPass(L.LightningModule):
         ids = [sample.id for sample in self.manifest.samples]
         asked = replace(self.specification, weights_digest=self._build().digest)
         size = asked.views * bytes_per_row(asked.codec, shape, asked.image_size)
+        self._lock = lock_store(self.url)
         if self.overwrite and FeatureStore.exists(self.url):
             FeatureStore.delete(self.url)
         if FeatureStore.exists(self.url):
-            store = FeatureStore.open(self.url, writable=True)
+            store = FeatureStore.open(self.url, writable=True, tolerant=self.repair)
             store.require(asked, self.rebuild)
+            store.remove_partial_files()
+            if self.repair:
+                rank_zero_info(f"repair: {len(store.forget_damaged())} samples of {self.url} are damaged")
             store.forget(store.changed(self.manifest.root, ids))
+            if self.on_error == "stop":
+                store.forget(store.left_out(ids))
             _check_space(self.url, len(store.missing(ids)) * size)
         else:
             _check_space(self.url, len(ids) * size)
             if not asked.mean:
                 paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
-                mean, std = channel_statistics(paths, asked.resolution, self.num_workers, asked.crop_border)
+                mean, std = channel_statistics(
+                    paths, asked.resolution, self.num_workers, asked.crop_border, self.on_error
+                )
                 asked = replace(asked, mean=mean, std=std)
             store = FeatureStore.create(self.url, asked, shape, _made_with())
         store.extend(ids)
+        if self._lock is not None:
+            share_lock(self._lock, self.url)
+
+    def unlock(self) -> None:
+        """Let other preloads write."""
+        if self._lock is not None:
+            self._lock.close()
 
     def setup(self, stage: str) -> None:
+        if self._lock is None:
+            self._lock = lock_store(self.url, shared=True)
         self._build()
         self.store = FeatureStore.open(self.url, writable=True)
         self.specification = self.store.specification
@@ -173,7 +239,7 @@ class FrozenPass(L.LightningModule):
         missing = self.store.missing_rows([sample.id for sample in self.manifest.samples])
         spec = self.specification
         size = self.store.bytes_per_row
-        seconds = self._seconds_per_image(self.store.source(missing[0])[0]) * len(missing) / self.trainer.world_size
+        seconds = self._seconds_per_image() * len(missing) / self.trainer.world_size
         rank_zero_info(
             f"preload: {len(missing):,} of {spec.views * len(self.manifest.samples):,} images"
             f"{' and mirror images' if spec.mirrored else ''} through {spec.encoder} at "
@@ -181,17 +247,17 @@ class FrozenPass(L.LightningModule):
             f"({size / 1e6:.2f} MB an image), about {_duration(seconds)} on {self.trainer.world_size} device(s)"
         )
 
-    def _seconds_per_image(self, id: str) -> float:
-        spec = self.specification
+    def _seconds_per_image(self) -> float:
         for _ in range(2):  # the first run warms up
             start = time.perf_counter()
-            pixels = unit_pixels(spec.reader(self.manifest.root / id), spec.resolution)
-            self._build()(normalise(pixels, spec.mean, spec.std)[None].to(self.device)).features.cpu()
+            self._build()(torch.zeros(1, 3, *self.specification.resolution, device=self.device)).features.cpu()
         return time.perf_counter() - start
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Encoded:
-        """What the encoder gives for the batch's images."""
-        encoded: Encoded = self._build()(batch[1])
+    def predict_step(self, batch: _PreloadBatch, batch_idx: int) -> Encoded | tuple[()]:
+        """What the encoder gives for the batch's images, of which there may be none."""
+        if not batch.rows:
+            return ()
+        encoded: Encoded = self._build()(batch.images)
         return encoded
 
 
@@ -208,66 +274,103 @@ class _ShardBatches(DistributedSampler[list[int]]):
         return len(self.batches)
 
 
-class _PreloadImages(Dataset[Any]):
-    """From rows of the store to (rows, images (B, 3, height, width), low-resolution copies, file sizes)."""
+class _PreloadBatch(NamedTuple):
+    """Rows of one shard.
+
+    Attributes:
+        rows: those with an image.
+        images: (len(rows), 3, height, width), fp32, normalised.
+        copies: the low-resolution copies (len(rows), size, size, 3), uint8.
+        broken: rows whose images cannot be read.
+        files: of all images, by row.
+    """
+
+    rows: list[int]
+    images: Tensor
+    copies: NDArray[np.uint8]
+    broken: list[int]
+    files: dict[int, FileRecord]
+
+
+class _PreloadImages(Dataset[_PreloadBatch]):
+    """Batches by their rows."""
 
     def __init__(self, manifest: Manifest, store: FeatureStore, specification: FeatureSpecification) -> None:
         self.root, self.source, self.specification = manifest.root, store.source, specification
 
-    def __getitem__(self, rows: list[int]) -> tuple[list[int], Tensor, NDArray[np.uint8], list[int]]:
+    def __getitem__(self, rows: list[int]) -> _PreloadBatch:
         spec = self.specification
-        sources = [self.source(row) for row in rows]
-        read = {id: spec.reader(self.root / id) for id in dict.fromkeys(id for id, _ in sources)}
-        images = [read[id][:, ::-1] if mirrored else read[id] for id, mirrored in sources]
-        pixels = torch.stack([unit_pixels(image, spec.resolution) for image in images])
-        copies = np.stack([stored_copy(image, spec.image_size) for image in images])
-        return (
-            rows,
-            normalise(pixels, spec.mean, spec.std),
-            copies,
-            [file_and_page(self.root / id)[0].stat().st_size for id, _ in sources],
+        sources = {row: self.source(row) for row in rows}
+        files = {id: FileRecord.of(self.root / id) for id, _ in sources.values()}  # before it is read
+        read = {id: self._read(id) for id in files}
+        images = {
+            row: image[:, ::-1] if mirrored else image
+            for row, (id, mirrored) in sources.items()
+            if (image := read[id]) is not None
+        }
+        return _PreloadBatch(
+            list(images),
+            normalise(_stack([unit_pixels(image, spec.resolution) for image in images.values()]), spec.mean, spec.std),
+            np.array([stored_copy(image, spec.image_size) for image in images.values()], np.uint8),
+            [row for row in rows if row not in images],
+            {row: files[id] for row, (id, _) in sources.items()},
         )
+
+    def _read(self, id: str) -> NDArray[Any] | None:
+        try:
+            return self.specification.reader(self.root / id)
+        except ImageError as error:
+            warnings.warn(str(error), stacklevel=2)  # at once; the list comes at the end
+            return None
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
 
 
 class _StoreWriter(L.Callback):
     """Collects a shard's samples and writes them together; what was computed is written whatever stops the pass."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[int, dict[str, NDArray[Any]], int]] = []  # row, its arrays, its image's file size
+        self.pending: list[tuple[int, dict[str, NDArray[Any]], FileRecord]] = []  # row, its arrays, its image's file
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, FrozenPass)
         assert pl_module.store is not None
-        rows, _images, copies, sizes = batch
-        if self.pending and self.pending[0][0] // SHARD != rows[0] // SHARD:
+        if batch.broken:
+            pl_module.store.leave_out(batch.broken, [batch.files[row] for row in batch.broken])
+        if not batch.rows:
+            return
+        if self.pending and self.pending[0][0] // SHARD != batch.rows[0] // SHARD:
             self._flush(pl_module.store)
-        names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in rows]
+        names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in batch.rows]
         content = {
             **encode(outputs.features, pl_module.specification, names),
             "indices": outputs.indices.to("cpu", torch.int32).numpy(),
             "pooled": outputs.pooled.cpu().numpy(),
-            "images": copies.cpu().numpy(),
+            "images": batch.copies,
         }
-        samples = [{name: block[i] for name, block in content.items()} for i in range(len(rows))]
-        self.pending += zip(rows, samples, sizes, strict=True)
+        samples = [{name: block[i] for name, block in content.items()} for i in range(len(batch.rows))]
+        self.pending += zip(batch.rows, samples, [batch.files[row] for row in batch.rows], strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, FrozenPass)
-        assert pl_module.store is not None
-        self._flush(pl_module.store)
-        trainer.strategy.barrier("preloaded")
+        self._flush_module(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(pl_module, FrozenPass) and pl_module.store is not None:
+        self._flush_module(pl_module)
+
+    def _flush_module(self, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, FrozenPass)
+        if pl_module.store is not None:
             self._flush(pl_module.store)
 
     def _flush(self, store: FeatureStore) -> None:
         if self.pending:
-            rows, samples, sizes = zip(*self.pending, strict=True)
-            store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, sizes)
-            self.pending = []
+            rows, samples, files = zip(*self.pending, strict=True)
+            self.pending = []  # before writing, which is not tried again after an error
+            store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
 
 
 def _made_with() -> dict[str, str]:

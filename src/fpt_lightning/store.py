@@ -7,44 +7,106 @@ Layout (Zarr v3, one row a chunk, whole shards of rows, every chunk with a crc32
     indices     (rows, L, H, T)                their tokens, int32, most important first
     pooled      (rows, D)                      the pooled feature after the last tapped block, fp32
     images      (rows, size, size, 3)          the low-resolution copies, uint8
-    file_sizes  (rows,)                        bytes of the image file, int64
-    done        (rows,)                        1 once all of the above is written, uint8
+    records     (rows, 4)                      int64: 0 absent, 1 complete, 2 left out (its image is broken); and of the
+                                               image file the bytes, the time of change in ns, and the first 8 bytes of
+                                               its SHA-256
 
 A sample has one row, or two where the store is mirrored: its image's, then the mirror image's. The group's attributes
-hold the specification, its fingerprint and the sample ids in the order of the rows. A shard has one writer; ``done`` is
-written last, so whatever stops a writer leaves only complete rows and absent ones.
+hold the specification, the sample ids in the order of the rows, a copy of the arrays' metadata, and a fingerprint of
+all that. A shard has one writer. A row's record is written after its data, and the group after its arrays, each file
+under a partial name first: whatever stops a writer leaves complete rows and absent ones, or no store. Only who holds
+``lock_store`` writes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
 import fsspec
 import numpy as np
 import torch
 import zarr
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
 
 from fpt_lightning.codecs import CODECS, FeatureShape, relative_error
-from fpt_lightning.errors import StaleStoreError, StoreError
+from fpt_lightning.errors import StaleStoreError, StoreError, in_one_line
 from fpt_lightning.images import INTERPOLATION, ImageReader
+from fpt_lightning.manifest import file_digest
 from fpt_lightning.pages import file_and_page
 from fpt_lightning.reader import AT_ONCE, BufferPool, ShardCache, ShardIndex, ShardReader, index_bytes
 
 FORMAT = 4  # of the layout above and of what the numbers in it mean
 SHARD = 16  # rows
-_RECORD_BYTES = 8 + 1  # file_sizes and done
+ABSENT, COMPLETE, LEFT_OUT = range(3)  # what a record says of its row
+_RECORDS = {"records": ((4,), np.dtype("int64"))}
+_RECORD_BYTES = 4 * 8
+REPAIR = "fpt-lightning store repair --config CONFIG"
+
+
+class FileRecord(NamedTuple):
+    """What tells an image file from another.
+
+    Attributes:
+        size: in bytes.
+        changed: time of its last change in ns.
+        digest: the first 8 bytes of its SHA-256, as a signed number.
+    """
+
+    size: int
+    changed: int
+    digest: int
+
+    @classmethod
+    def of(cls, image: Path) -> FileRecord:
+        """Of an image's file; zeros where there is none."""
+        path = file_and_page(image)[0]
+        if not path.is_file():
+            return cls(0, 0, 0)
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, _digest(path, status.st_size, status.st_mtime_ns))
+
+    def describes(self, image: Path) -> bool:
+        """Whether an image's file is still the one recorded; it is read only if its time alone differs."""
+        path = file_and_page(image)[0]
+        status = path.stat()
+        if self.size != status.st_size:
+            return False
+        return self.changed == status.st_mtime_ns or self.digest == FileRecord.of(image).digest
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> int:
+    return int(file_digest(path)[:16], 16) - 2**63
+
+
+class Damage(NamedTuple):
+    """What cannot be read of a store.
+
+    Attributes:
+        row: whose.
+        array: of ``FeatureStore.sample_arrays``, or ``records``.
+        reason: for people.
+    """
+
+    row: int
+    array: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -96,21 +158,21 @@ class FeatureSpecification:
         """The inverse of ``to_dict``.
 
         Raises:
-            StoreError: fields are missing or unknown.
+            StoreError: fields are missing, unknown or of another type.
         """
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
+        for name, kind in _FIELDS.items():
+            value = content[name] if isinstance(content[name], list) else [content[name]]
+            if isinstance(content[name], list) != (name in _LISTS) or not all(type(v) in kind for v in value):
+                raise StoreError(f"the specification's {name} is {content[name]!r}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     @property
     def reader(self) -> ImageReader:
@@ -136,6 +198,14 @@ class FeatureSpecification:
             for field in fields(self)
             if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
         ]
+
+
+_LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
+_FIELDS = {
+    field.name: _KINDS[str(field.type).removeprefix("tuple[").split(",")[0]] for field in fields(FeatureSpecification)
+}
+"""The types of a specification's values, or of those in its lists."""
 
 
 def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -205,10 +275,11 @@ class FeatureStore:
         sample_arrays: shape and dtype of what each array has for a row.
         ids: sample ids in the order of the rows.
         rows: the first (or only) row of each sample, by its id.
-        done: whether each row is complete.
+        records: (rows, 4), int64; see the layout above.
+        lost_records: those of rows whose records are damaged, where that is tolerated; they are 0.
     """
 
-    def __init__(self, url: str, group: zarr.Group, cache: str | None = None) -> None:
+    def __init__(self, url: str, group: zarr.Group, cache: str | None = None, tolerant: bool = False) -> None:
         self.url = url
         self._group = group
         try:
@@ -219,24 +290,29 @@ class FeatureStore:
                     f"version of fpt-lightning reads {FORMAT}: rebuild it."
                 )
             self.specification = FeatureSpecification.from_dict(attributes["specification"])
+            if attributes.get("fingerprint") != _fingerprint(attributes):
+                raise StoreError(
+                    f"the attributes of the feature store {url} do not match their fingerprint: rebuild it."
+                )
             self.shape = FeatureShape(**attributes["shape"])
             self.made_with: dict[str, str] = attributes["made_with"]
             self.ids: tuple[str, ...] = tuple(attributes["ids"])
+            if not all(isinstance(id, str) for id in self.ids) or len(set(self.ids)) < len(self.ids):
+                raise TypeError("the ids are not text, or not unique")
+            documents = dict(attributes["arrays"])
             self.sample_arrays = sample_arrays(self.specification.codec, self.shape, self.specification.image_size)
-            self._arrays = {name: self._array(name) for name in (*self.sample_arrays, "file_sizes", "done")}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
-        if attributes.get("fingerprint") != self.specification.fingerprint():
-            raise StoreError(
-                f"the specification of the feature store {url} does not match its fingerprint: rebuild it."
-            )
+        if _array_documents(url, documents) != documents:
+            raise StoreError(f"the metadata of an array of the feature store {url} are damaged: rebuild it.")
+        self._arrays = {name: self._array(name, *row) for name, row in (self.sample_arrays | _RECORDS).items()}
         self.views = self.specification.views
         self.rows = {id: position * self.views for position, id in enumerate(self.ids)}
         self._folder = None if "://" in url else url  # of a local store
         self._cache = None if cache is None else ShardCache(url, cache)
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
         self._memory: dict[str, Tensor] = {}  # arrays that were loaded whole
-        self.done = self._record("done").astype(bool)
+        self.records, self.lost_records = self._read_records(tolerant)
 
     @classmethod
     def create(
@@ -245,41 +321,41 @@ class FeatureStore:
         """Make an empty store.
 
         Args:
-            url: where; nothing may be there.
+            url: where; nothing may be there, but what an earlier ``create`` or ``delete`` left that was stopped.
             specification: complete (mean, std and weights digest known).
             shape: of one sample.
             made_with: versions and device, for the record.
 
         Raises:
-            StoreError: something is there already.
+            StoreError: something is there already, or nothing can be written there.
         """
-        try:
-            group = zarr.open_group(url, mode="w-")
-        except FileExistsError as error:
-            raise StoreError(f"there is something at {url} already, which is not a complete feature store.") from error
-        for name, (sample, dtype) in sample_arrays(specification.codec, shape, specification.image_size).items():
-            _create_array(group, name, sample, dtype)
-        for name, number in (("file_sizes", "int64"), ("done", "uint8")):
-            group.create_array(name, shape=(0,), chunks=(SHARD,), dtype=number, compressors=None, fill_value=0)
-        group.attrs.put(
-            {
-                "specification": specification.to_dict(),
-                "fingerprint": specification.fingerprint(),
-                "shape": asdict(shape),
-                "made_with": made_with,
-                "ids": [],
-            }
-        )
+        arrays = sample_arrays(specification.codec, shape, specification.image_size) | _RECORDS
+        filesystem, path = fsspec.core.url_to_fs(url)
+        there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        if not {name.rstrip("/").rsplit("/", 1)[-1] for name in there} <= arrays.keys():
+            raise StoreError(f"there is something at {url} already, which is not a complete feature store.")
+        attributes: dict[str, Any] = {
+            "specification": specification.to_dict(),
+            "shape": asdict(shape),
+            "made_with": made_with,
+            "ids": [],
+        }
+        with _writing(url):
+            for name, row in arrays.items():
+                _create_array(f"{url}/{name}", name, 0, *row)
+            attributes["arrays"] = _array_documents(url, arrays)
+            group = zarr.create_group(url, attributes=attributes | {"fingerprint": _fingerprint(attributes)})
         return cls(url, group)
 
     @classmethod
-    def open(cls, url: str, writable: bool = False, cache: str | None = None) -> FeatureStore:
+    def open(cls, url: str, writable: bool = False, cache: str | None = None, tolerant: bool = False) -> FeatureStore:
         """Open an existing store.
 
         Args:
             url: where.
             writable: whether samples are to be written.
             cache: folder of local copies of the shards that are read (``fpt_lightning.reader.ShardCache``).
+            tolerant: whether damaged records count as absent, for ``verify`` to name them.
 
         Raises:
             StoreError: there is none, or it is of another format or damaged, or the cache's folder cannot be made.
@@ -290,7 +366,7 @@ class FeatureStore:
             raise StoreError(f"there is no feature store at {url}.") from error
         except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
             raise StoreError(f"the feature store {url} cannot be opened: {type(error).__name__}: {error}.") from error
-        return cls(url, group, cache)
+        return cls(url, group, cache, tolerant)
 
     @staticmethod
     def exists(url: str) -> bool:
@@ -313,7 +389,9 @@ class FeatureStore:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: it is not deleted.")
         if "://" in url:
             raise StoreError(f"the feature store {url} is remote: delete it with your storage's own tool.")
-        shutil.rmtree(Path(url))
+        with _writing(url):
+            (Path(url) / "zarr.json").unlink()  # first, so that what is half deleted is no store
+            shutil.rmtree(Path(url))
 
     @property
     def bytes_per_row(self) -> int:
@@ -347,40 +425,78 @@ class FeatureStore:
                 + f"\nRebuild it with\n  {rebuild}\nor name another data.store.{remedy}"
             )
 
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """Whether each row is complete."""
+        return cast(NDArray[np.bool_], self.records[:, 0] == COMPLETE)
+
     def missing(self, ids: Sequence[str]) -> list[str]:
-        """Those of the samples that are not complete in the store."""
-        return [id for id in ids if id not in self.rows or not all(self.done[row] for row in self._rows_of([id]))]
+        """Those of the samples that are neither complete nor left out in the store."""
+        return [id for id in ids if id not in self.rows or ABSENT in self._states(id)]
+
+    def left_out(self, ids: Sequence[str]) -> list[str]:
+        """Those of the samples that were left out, as their images could not be read."""
+        return [id for id in ids if id in self.rows and LEFT_OUT in self._states(id)]
 
     def missing_rows(self, ids: Sequence[str]) -> list[int]:
-        """Ascending, the incomplete rows of samples that the store has."""
-        return sorted(row for row in self._rows_of(ids) if not self.done[row])
+        """Ascending, the absent rows of samples that the store has."""
+        return sorted(row for row in self._rows_of(ids) if self.records[row, 0] == ABSENT)
+
+    def _states(self, id: str) -> list[int]:
+        return [int(self.records[row, 0]) for row in self._rows_of([id])]
 
     def _rows_of(self, ids: Sequence[str]) -> list[int]:
         return [self.rows[id] + view for id in ids for view in range(self.views)]
 
     def extend(self, ids: Sequence[str]) -> FeatureStore:
-        """The store with rows for new samples at its end; known ones keep theirs. One process does this."""
+        """The store with rows for new samples at its end; known ones keep theirs. One process does this.
+
+        Raises:
+            StoreError: nothing can be written there.
+        """
         new = [id for id in ids if id not in self.rows]
         total = self.views * (len(self.ids) + len(new))
-        for array in self._arrays.values():
-            array.resize((total, *array.shape[1:]))
-        self._group.attrs.update({"ids": [*self.ids, *new]})
+        attributes: dict[str, Any] = {**self._group.attrs.asdict(), "ids": [*self.ids, *new]}
+        with _writing(self.url):
+            for array in self._arrays.values():
+                array.resize((total, *array.shape[1:]))
+            attributes["arrays"] = _array_documents(self.url, attributes["arrays"])
+            self._group.attrs.put({**attributes, "fingerprint": _fingerprint(attributes)})
         return FeatureStore.open(self.url, writable=True)
 
-    def write(self, rows: Sequence[int], content: Mapping[str, NDArray[Any]], file_sizes: Sequence[int]) -> None:
+    @property
+    def extended(self) -> bool:
+        """Whether the arrays have the rows of all samples, and no other; ``extend`` may have been stopped."""
+        return {array.shape[0] for array in self._arrays.values()} == {self.views * len(self.ids)}
+
+    def write(self, rows: Sequence[int], content: Mapping[str, NDArray[Any]], files: Sequence[FileRecord]) -> None:
         """Write complete rows of one shard; others of the shard are left as they are.
 
         Args:
             rows: ascending, all within one shard, which no other process writes.
             content: (rows, ...) of each of ``sample_arrays``.
-            file_sizes: bytes.
+            files: of the rows' images.
+
+        Raises:
+            StoreError: they cannot be written, such as on a full disk.
         """
-        for name, block in {**content, "file_sizes": np.asarray(file_sizes)}.items():
-            for start, stop in _runs(rows):
-                self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
+        with _writing(self.url):
+            for name, block in content.items():
+                self._put(name, rows, block)
+        self._record(rows, [(COMPLETE, *file) for file in files])
+
+    def leave_out(self, rows: Sequence[int], files: Sequence[FileRecord]) -> None:
+        """Record that rows of one shard have no data, as their images cannot be read; see ``write``."""
+        self._record(rows, [(LEFT_OUT, *file) for file in files])
+
+    def _record(self, rows: Sequence[int], records: Sequence[Sequence[int]]) -> None:
+        with _writing(self.url):
+            self._put("records", rows, np.array(records, np.int64))
+        self.records[list(rows)] = records
+
+    def _put(self, name: str, rows: Sequence[int], block: NDArray[Any]) -> None:
         for start, stop in _runs(rows):
-            self._arrays["done"][rows[start] : rows[stop - 1] + 1] = np.ones(stop - start, np.uint8)
-        self.done[list(rows)] = True
+            self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
 
     def load(self, names: Sequence[str], shared: bool = False) -> None:
         """Hold arrays in memory from now on; ``read`` takes from it.
@@ -413,7 +529,7 @@ class FeatureStore:
     def share(self, other: FeatureStore) -> None:
         """Take over what another instance of the same store holds in memory; nothing if it is another by now."""
         same = self.specification == other.specification and self.ids == other.ids
-        if same and np.array_equal(self.done, other.done):
+        if same and np.array_equal(self.records, other.records):
             self._memory = other._memory
 
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
@@ -437,7 +553,7 @@ class FeatureStore:
                 self._read_sample(row, name, sample)
             except Exception as error:  # zarr raises differently for each kind of damage
                 raise StoreError(
-                    f"the feature store {self.url} cannot give the {name} of {self._name(row)}: "
+                    f"the feature store {self.url} cannot give the {name} of {self.name(row)}: "
                     f"{type(error).__name__}: {error}."
                 ) from error
         return buffer
@@ -454,8 +570,11 @@ class FeatureStore:
             self._reader.read(f"{self._folder}/{shard}", row % SHARD, sample)
         else:
             sample[...] = self._arrays[name][row]
+            if not sample.any() and not self._present(name, row // SHARD)[row % SHARD]:
+                raise ValueError("the shard does not hold it")  # Zarr gives zeros
 
-    def _name(self, row: int) -> str:
+    def name(self, row: int) -> str:
+        """What a row is of, for people."""
         id, mirrored = self.source(row)
         return f"the mirror image of {id}" if mirrored else id
 
@@ -464,72 +583,219 @@ class FeatureStore:
         return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
 
     def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
-        """Those of the samples that are stored, but whose image file below ``root`` has another size by now."""
-        sizes = self._record("file_sizes").tolist()
+        """Those of the samples that are stored or left out, but whose image file below ``root`` is another by now.
+
+        A file is another if its size differs; if only its time of change does, its content decides.
+        """
         found = []
         for id in ids:
-            path = file_and_page(root / id)[0]
-            rows = self._rows_of([id]) if id in self.rows else []
-            stored = {sizes[row] for row in rows if self.done[row]}
-            if stored and path.is_file() and {path.stat().st_size} != stored:
+            known = [FileRecord(*record[1:].tolist()) for record in self._known(id)]
+            if known and file_and_page(root / id)[0].is_file() and not all(r.describes(root / id) for r in known):
                 found.append(id)
         return found
 
+    def _known(self, id: str) -> NDArray[np.int64]:
+        records = self.records[self._rows_of([id])] if id in self.rows else self.records[:0]
+        known: NDArray[np.int64] = records[records[:, 0] != ABSENT]
+        return known
+
     def forget(self, ids: Sequence[str]) -> None:
         """Count samples as absent, so that the next preload computes them again."""
-        for row in self._rows_of(ids):
-            self._arrays["done"][row] = 0
-            self.done[row] = False
+        self._forget_rows(self._rows_of(ids))
+
+    def _forget_rows(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._record([row], [(ABSENT, 0, 0, 0)])
 
     def check_present(self) -> None:
         """Make sure that every complete row has its chunks, as Zarr reads an absent chunk as zeros.
 
         Raises:
-            StoreError: naming the first sample whose data are gone.
+            StoreError: naming the first sample whose data are gone, or the extension of the store was stopped.
         """
-        filesystem, path = fsspec.core.url_to_fs(self.url)
-        rows = np.flatnonzero(self.done)
-        shards = [(name, int(shard)) for name in self.sample_arrays for shard in np.unique(rows // SHARD)]
+        if not self.extended:
+            raise StoreError(f"the arrays of the feature store {self.url} have not {len(self.ids)} samples: {REPAIR}.")
+        for name, shard, present in self._shards():
+            rows = self._complete_rows(shard)
+            absent = rows[~present[rows % SHARD]]
+            if len(absent):
+                raise StoreError(
+                    f"the feature store {self.url} has lost the {name} of {self.name(absent[0])} (shard {shard}): "
+                    f"rebuild it, or what is lost of it, with `{REPAIR}`."
+                )
 
-        def lost(given: tuple[str, int]) -> NDArray[Any]:
-            name, shard = given
-            present = _shard_entries(filesystem, f"{path}/{self._shard(name, shard)}")
-            own = rows[rows // SHARD == shard]
-            absent: NDArray[Any] = own[~present[own % SHARD]]
-            return absent
-
+    def _shards(self) -> Iterator[tuple[str, int, NDArray[np.bool_]]]:
+        """Each array and shard that has complete rows, and which of its chunks are there."""
+        shards = [
+            (name, int(shard)) for name in self.sample_arrays for shard in np.unique(np.flatnonzero(self.done) // SHARD)
+        ]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for (name, shard), absent in zip(shards, pool.map(lost, shards), strict=True):
-                if len(absent):
-                    raise StoreError(
-                        f"the feature store {self.url} has lost the {name} of {self._name(absent[0])} (shard {shard}): "
-                        "rebuild it."
-                    )
+            for given, present in zip(shards, pool.map(lambda given: self._present(*given), shards), strict=True):
+                yield *given, present
 
-    def _array(self, name: str) -> Any:
-        array: Any = self._group[name]
+    def _complete_rows(self, shard: int) -> NDArray[np.intp]:
+        return np.flatnonzero(self.done[shard * SHARD : (shard + 1) * SHARD]) + shard * SHARD
+
+    def _present(self, name: str, shard: int) -> NDArray[np.bool_]:
+        filesystem, path = fsspec.core.url_to_fs(self.url)
+        return _shard_entries(filesystem, f"{path}/{self._shard(name, shard)}")
+
+    def verify(self) -> list[Damage]:
+        """All that cannot be read of the complete rows: every chunk is read, and its checksum compared.
+
+        The store must have been opened ``tolerant``, else damaged records were an error already.
+        """
+        damage = [Damage(row, "records", "the checksum of the records is wrong") for row in self.lost_records]
+        self._reader = ShardReader(SHARD)  # which has verified nothing yet
+        for name, shard, _ in self._shards():
+            for row in self._complete_rows(shard).tolist():
+                try:
+                    self.read([row], name)
+                except StoreError as error:
+                    damage.append(Damage(row, name, str(error.__cause__)))
+        return damage
+
+    def forget_damaged(self) -> list[str]:
+        """Count the samples that ``verify`` finds damaged as absent, so that a preload computes them again.
+
+        Returns:
+            Their ids.
+        """
+        damage = self.verify()
+        filesystem, path = fsspec.core.url_to_fs(self.url)
+        broken = {f"records/c/{row // SHARD}/0" for row in self.lost_records}
+        broken |= {
+            self._shard(d.array, d.row // SHARD)
+            for d in damage
+            if d.array in self.sample_arrays and not self._present(d.array, d.row // SHARD).any()
+        }
+        for file in broken:  # what Zarr could not write into; rows that are forgotten next, or found lost until then
+            if filesystem.exists(f"{path}/{file}"):
+                filesystem.rm(f"{path}/{file}")
+        self._forget_rows(sorted({d.row for d in damage if d.array != "records"}))
+        return list(dict.fromkeys(self.source(d.row)[0] for d in damage))
+
+    def remove_partial_files(self) -> None:
+        """Remove what writers that were killed left of files; only who holds the store's lock may."""
+        if self._folder is not None:
+            for file in Path(self._folder).rglob("*.partial"):
+                file.unlink()
+
+    def _array(self, name: str, sample: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        try:
+            array: Any = self._group[name]
+            expected = _create_array(MemoryStore(), name, array.shape[0], sample, dtype).metadata
+        except Exception as error:  # damaged metadata surfaces as errors of many kinds
+            raise StoreError(
+                f"the array {name} of the feature store {self.url} is damaged ({in_one_line(error)}): rebuild it."
+            ) from error
+        if array.metadata != expected:
+            raise StoreError(
+                f"the array {name} of the feature store {self.url} is not as fpt-lightning makes it: rebuild it."
+            )
         return array.with_config({"write_empty_chunks": True})  # an absent chunk must mean an absent sample
 
-    def _record(self, name: str) -> NDArray[Any]:
-        """One number a sample."""
+    def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], list[int]]:
+        """The records, and the rows whose are damaged; those are 0."""
+        array, total, lost = self._arrays["records"], self.views * len(self.ids), list[int]()
+        records = np.zeros((total, 4), np.int64)
         try:
-            return np.asarray(self._arrays[name][: self.views * len(self.ids)])
-        except Exception as error:  # zarr raises differently for each kind of damage
+            records[: array.shape[0]] = array[:total]
+        except Exception:  # zarr raises differently for each kind of damage: which rows?
+            for start in range(0, total, SHARD):
+                rows = range(start, min(start + SHARD, total))
+                try:
+                    records[start : rows.stop] = array[start : rows.stop]
+                except Exception as error:
+                    if not tolerant:
+                        raise StoreError(
+                            f"the records of {self.name(start)} to {self.name(rows[-1])} in the feature store "
+                            f"{self.url} are damaged ({error}): compute them again with `{REPAIR}`."
+                        ) from error
+                    lost += rows
+        return records, lost
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """Say which store could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"the feature store {url} cannot be written: {error.strerror or error}. What is complete of it is kept: "
+            "make room, or make it writable, and preload again; or name another data.store."
+        ) from error
+
+
+def lock_store(url: str, shared: bool = False) -> IO[bytes] | None:
+    """Keep other preloads from writing a local store while the file that is returned is open, or until a crash.
+
+    The lock is that of the operating system on ``{url}.lock``. A remote store has none: None is returned.
+
+    Args:
+        url: of the store, which need not be there yet.
+        shared: whether other processes of this preload may hold the lock too.
+
+    Raises:
+        StoreError: another preload holds it, or nothing can be written beside the store.
+    """
+    if "://" in url:
+        return None
+    with _writing(url):
+        path = Path(f"{url}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab+")
+    share_lock(file, url, shared)
+    return file
+
+
+def share_lock(file: IO[bytes], url: str, shared: bool = True) -> None:
+    """Take a store's lock, or turn the exclusive one into a shared one."""
+    try:
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise StoreError(
+            f"another preload is writing the feature store {url}: wait for it, or stop it, then preload again."
+        ) from error
+    except OSError as error:
+        rank_zero_warn(f"{url} cannot be locked ({error.strerror}): do not run two preloads of it at once.")
+
+
+def _array_documents(url: str, names: Iterable[str]) -> dict[str, Any]:
+    """Zarr's metadata of arrays as they lie there, but for their number of rows, which alone changes."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    documents = {}
+    for name in names:
+        try:
+            documents[name] = json.loads(filesystem.cat_file(f"{path}/{name}/zarr.json"))
+            documents[name]["shape"][0] = 0
+        except (OSError, ValueError, TypeError, LookupError) as error:
             raise StoreError(
-                f"the record {name!r} of the feature store {self.url} is damaged ({type(error).__name__}): rebuild it."
+                f"the metadata of the array {name} of the feature store {url} are damaged or gone "
+                f"({type(error).__name__}: {error}): rebuild it."
             ) from error
+    return documents
 
 
-def _create_array(group: zarr.Group, name: str, sample: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    group.create_array(
-        name,
-        shape=(0, *sample),
-        chunks=(1, *sample),
-        shards=(SHARD, *sample),
+def _fingerprint(attributes: Mapping[str, Any]) -> str:
+    """SHA-256 of a store's attributes but for itself, as canonical JSON."""
+    content = {name: value for name, value in attributes.items() if name != "fingerprint"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _create_array(where: str | MemoryStore, name: str, rows: int, sample: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    sharded = name not in _RECORDS
+    return zarr.create_array(
+        where,
+        shape=(rows, *sample),
+        chunks=(1 if sharded else SHARD, *sample),
+        shards=(SHARD, *sample) if sharded else None,
         dtype=dtype,
         compressors=[Crc32cCodec()],
         filters=None,
         fill_value=0,
+        overwrite=True,  # what an earlier ``create`` left that was stopped
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder import EncoderConfig, EncoderShape
-from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.errors import CheckpointError, ConfigurationError, StoreError
 from fpt_lightning.evaluation import fit_temperature, fit_thresholds
 from fpt_lightning.manifest import Manifest
 from fpt_lightning.predictions import Predictions
@@ -295,7 +295,7 @@ class ClassificationModule(L.LightningModule, ABC):
         if trained and self.class_names and names and self.task.KIND != "regression":
             self._match_classes(names)
         if manifest is not None:
-            self._check_split(manifest, trained)
+            self._check_split(getattr(data, "listed", None) or manifest, trained)
         if trained and self.specification is not None and specification is not None:
             differences = self.specification.differences(
                 specification, ignore=("codec", "precision", "mirrored", "format")
@@ -354,7 +354,15 @@ class ClassificationModule(L.LightningModule, ABC):
         about = checkpoint.get(KEY)
         if not isinstance(about, dict):
             raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
-        saved = {"method": about["method"], **checkpoint.get("hyper_parameters", {})}
+        try:
+            self._take_over(about, checkpoint.get("hyper_parameters", {}))
+        except (KeyError, TypeError, ValueError, AttributeError, StoreError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
+            ) from error
+
+    def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+        saved = {"method": about["method"], **arguments}
         own = {"method": type(self).__name__, **self.hparams}
         differences = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
@@ -367,4 +375,5 @@ class ClassificationModule(L.LightningModule, ABC):
         content = about["specification"]
         self.specification = None if content is None else FeatureSpecification.from_dict(content)
         self._seed, self._split_digest = about["seed"], about["split"]
-        self.thresholds, self.temperature = about["thresholds"], about["temperature"]
+        self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
+        self.temperature = float(about["temperature"])
