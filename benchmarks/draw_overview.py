@@ -59,14 +59,15 @@ def draw(axes: Axes) -> None:
     arrow(axes, (13.35, upper), (13.35, lower + HEIGHT), "tokens\nof B images")
     arrow(axes, (11.9, down), (10.5, down), "L x (B, M, d)")
     arrow(axes, (6.2, down), (7.6, down), "(B, 3, s, s)")
-    arrow(axes, (12.4, upper), (12.4, upper - 0.55))
-    axes.plot([12.4, 4.75], [upper - 0.55] * 2, color="#333333", lw=1.4)
+    axes.plot([12.4, 12.4, 4.75], [upper, upper - 0.55, upper - 0.55], color="#333333", lw=1.4)
     arrow(axes, (4.75, upper - 0.55), (4.75, lower + HEIGHT))
     axes.text(8.6, upper - 0.5, "copies", ha="center", va="bottom", fontsize=9)
     axes.plot([9.05, 9.05, 1.05], [lower, lower - 0.4, lower - 0.4], color="#333333", lw=1.4)
     arrow(axes, (1.05, lower - 0.4), (1.05, lower))
     for number, (colour, text) in enumerate(((FROZEN, "frozen"), (LEARNS, "learns"), (DATA, "data"))):
-        axes.add_patch(FancyBboxPatch((9.2 + 1.9 * number, 5.55), 0.3, 0.2, boxstyle="square,pad=0", fc=colour, ec="#555555"))
+        axes.add_patch(
+            FancyBboxPatch((9.2 + 1.9 * number, 5.55), 0.3, 0.2, boxstyle="square,pad=0", fc=colour, ec="#555555")
+        )
         axes.text(9.65 + 1.9 * number, 5.65, text, va="center", fontsize=10)
     axes.set(xlim=(-0.1, 14.9), ylim=(-0.35, 5.95), aspect="equal")
     axes.axis("off")
