@@ -74,6 +74,7 @@ def classify(model: YourModule, path: Path) -> Tensor:
 
 
 def main() -> None:
+    """Draw, store, train and classify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/embedded"), help="of the images and the store")
     parser.add_argument("--count", type=int, default=60, help="of images")

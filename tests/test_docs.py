@@ -6,7 +6,7 @@
 - ``text`` is output. After ``<!-- fails -->``, the command must fail with that text, where ``...`` stands for anything.
 - After ``<!-- not run: why -->``, commands are parsed alone.
 
-Encoders become ``test_vit``, and resolutions, epochs and the like small (``small``), where a page has those of real use.
+Encoders become ``test_vit``, and resolutions, epochs and the like small, where a page has those of real use.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from conftest import write_images
 from fpt_lightning import planner
 from fpt_lightning.cli import main
 from fpt_lightning.encoder import EncoderConfig, build_encoder, encoder_shape, load_weights
+from fpt_lightning.methods import METHODS
 from miniatures import build, write_dicom
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,8 @@ SMALL: dict[str, Any] = {
 }
 CHANGED_OPTIONS = ("encoder", "side_resolution", "max_epochs", "num_workers")  # where a command line gives them
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>fails|not run: [^\n]+) -->\n)?^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
+    r"(?:^<!-- (?P<mark>fails|not run: [^\n]+) -->\n)?"
+    r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 INDENTED = re.compile(r"(?:^ {4}[^\n]*\n|^\n(?= {4}))+", re.MULTILINE)
@@ -137,8 +139,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{p.parent.name}/{p.name},{p.parent.name}{p.stem},{marks[p.parent.name]}" for p in sorted(chest.rglob("*.png"))
     ]
     (chest / "labels.csv").write_text("\n".join(["image,patient,edema,effusion,pneumothorax", *rows]))
-    ages = write_images(folder / "data/ages", {"all": 20})
-    (ages / "ages.csv").write_text("\n".join(["image,age", *(f"all/{i:03d}.png,{30 + i}" for i in range(20))]))
+    ages = write_images(folder / "data/ages", {"all": 40})
+    (ages / "ages.csv").write_text("\n".join(["image,age", *(f"all/{i:03d}.png,{30 + i}" for i in range(40))]))
     grades = ("no DR", "mild NPDR", "moderate NPDR", "severe NPDR", "PDR")
     other = write_images(folder / "data/OtherHospital", {"a": 4, "b": 4}, seed=5)
     (other / "elsewhere.csv").write_text(
@@ -174,6 +176,7 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(planner, "LARGEST_BATCH", 16)  # what is looked for
     monkeypatch.setattr(planner, "LARGEST_RESOLUTION", 128)
+    monkeypatch.setattr("fpt_lightning.cli.METHODS", {name: METHODS[name] for name in ("linear", "fpt_plus")})
     known = set(sys.modules)
     yield folder
     for name in set(sys.modules) - known:
@@ -272,11 +275,11 @@ def run_block(block: Block, output: str, page: Path, capsys: pytest.CaptureFixtu
         said = " ".join(capsys.readouterr().err.split("fpt-lightning: ", 1)[-1].split())
         pattern = ".*".join(re.escape(" ".join(part.split())) for part in output.split("..."))
         assert re.match(pattern.replace(r"\ .*\ ", ".*"), said), said
-    elif block.language == "bash" and block.title != "torchrun":
+    elif block.language == "bash":
         for words in commands(body):
             run(words)
     else:
-        assert block.language in ("text", "csv", "bash"), block.language
+        assert block.language in ("text", "csv"), block.language
 
 
 def run_page(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,7 +389,7 @@ def test_the_plan_of_the_page_is_what_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = blocks("docs/memory.md")
-    (at,) = [i for i, block in enumerate(found) if block.title == "plan"]
+    (at,) = [i for i, block in enumerate(found) if block.language == "bash"][:1]
     monkeypatch.chdir(ROOT)
     main(commands(found[at].body)[0][1:])
     assert found[at + 1].body in capsys.readouterr().out
@@ -394,7 +397,7 @@ def test_the_plan_of_the_page_is_what_is_printed(
 
 @pytest.mark.slow
 def test_torchrun_on_two_processes(workspace: Path) -> None:
-    (block,) = [block for block in blocks("docs/devices.md") if block.title == "torchrun"]
+    (block,) = [block for block in blocks("docs/devices.md") if block.body.startswith("torchrun --nproc_per_node 2")]
     (words,) = commands(block.body)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words[1:]], capture_output=True, text=True, timeout=280
