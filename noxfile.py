@@ -1,4 +1,4 @@
-"""Sessions: tests (default), slow, lint, types, quickstart, benchmarks, build."""
+"""Sessions: tests (default), slow, lint, types, quickstart, benchmarks, docs, build."""
 
 import shutil
 
@@ -60,6 +60,13 @@ def benchmarks(session: nox.Session) -> None:
     install(session, "dev")
     session.run("python", "benchmarks/quickstart.py", env=ENV)
     session.run("python", "benchmarks/memory_by_resolution.py", *session.posargs, env=ENV)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, in site/; a warning is an error."""
+    install(session, "docs")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={**ENV, "NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

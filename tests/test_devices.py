@@ -120,3 +120,25 @@ def test_one_process_writes_and_leaves_the_same_files(runs: dict[int, Path]) -> 
     with (runs[2] / "metrics.csv").open(newline="") as file:
         epochs = [row["epoch"] for row in csv.DictReader(file) if row["val_auc"]]
     assert epochs == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_a_live_encoder_divided_among_processes_trains_as_a_whole_one(tmp_path: Path) -> None:
+    """``ShardedEncoder`` on two processes against one process: the recipe of docs/devices.md."""
+    for seed, (split, count) in enumerate({"train": 8, "val": 2, "test": 2}.items()):
+        write_images(tmp_path / "images" / split, dict.fromkeys("abc", count), seed=seed)
+    found = {}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        config = configuration(tmp_path / "images", folder, devices)
+        config["data"]["class_path"] = "ImageDataModule"
+        del config["data"]["init_args"]["store"]
+        if devices == 2:
+            config["trainer"]["callbacks"] = [{"class_path": "fpt_lightning.callbacks.ShardedEncoder"}]
+        said = run(config, folder, "fit")
+        assert ("divided among 2 processes" in said) == (devices == 2)
+        found[devices] = folder / "run"
+    one, two = (weights(found[devices]) for devices in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
+from fpt_lightning.encoder import FrozenEncoder
+from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import Evaluation, confusion_matrix, evaluate
 from fpt_lightning.files import read_rows, write_rows, write_text
 from fpt_lightning.manifest import SPLITS, Manifest
@@ -144,6 +146,37 @@ class PeakMemory(L.Callback):
             if stage in self._peaks:
                 values[f"{stage}_peak_live_mib"] = self._peaks[stage] / _MIB
         pl_module.log_dict(values, sync_dist=True, reduce_fx="max")
+
+
+class ShardedEncoder(L.Callback):
+    """Divides a frozen encoder that is too large for one device among the processes of ``ddp``, where it runs live.
+
+    Each process keeps its part of every block and gathers a block when it runs (``fully_shard``, PyTorch 2.6 or newer);
+    what learns is trained by ``ddp`` as ever. Every process builds the whole encoder in its host's memory first.
+
+    Raises:
+        ConfigurationError: the method or the data module has no encoder that runs live.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        resolution = getattr(getattr(trainer, "datamodule", None), "resolution", None)
+        if not isinstance(pl_module, FeatureModule) or resolution is None:
+            raise ConfigurationError(
+                f"ShardedEncoder is for methods on stored features that run without a store, with data modules of "
+                f"fpt-lightning; {type(pl_module).__name__} trains the encoder itself, or the data have no resolution."
+            )
+        if any(encoder.resolution == resolution for encoder in pl_module.encoders):
+            return
+        encoder = FrozenEncoder(pl_module.encoder_config, resolution)
+        mesh = init_device_mesh(trainer.strategy.root_device.type, (trainer.world_size,))
+        for block in encoder.model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        fully_shard(encoder, mesh=mesh)
+        pl_module.use_encoder(encoder)
+        rank_zero_info(f"the frozen encoder is divided among {trainer.world_size} processes")
 
 
 class ResultsWriter(L.Callback):
