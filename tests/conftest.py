@@ -119,7 +119,7 @@ def save_trained(
         "fit": "letterbox",
     }
     module.specification = FeatureSpecification(**asked | (specification or {}))
-    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint = {"global_step": 1, "state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     module.on_save_checkpoint(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(checkpoint, path)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from conftest import write_images
 from fpt_lightning import planner
 from fpt_lightning.cli import main
+from fpt_lightning.codecs import CODECS
 from fpt_lightning.encoder import EncoderConfig, build_encoder, encoder_shape, load_weights
 from fpt_lightning.methods import METHODS
 from miniatures import build, write_dicom
@@ -170,7 +171,8 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(planner, "LARGEST_RESOLUTION", 128)
     monkeypatch.setattr("fpt_lightning.cli.METHODS", {name: METHODS[name] for name in ("linear", "fpt_plus")})
     known = set(sys.modules)
-    yield folder
+    with mock.patch.dict(CODECS):  # a page adds one
+        yield folder
     for name in set(sys.modules) - known:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]

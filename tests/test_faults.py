@@ -35,7 +35,8 @@ from zarr.storage import LocalStore
 
 from conftest import quiet_trainer, tiny_model, write_images
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule, cli
-from fpt_lightning.cli import WholeCheckpoints, _read_checkpoint, main
+from fpt_lightning.checkpoints import read_checkpoint
+from fpt_lightning.cli import WholeCheckpoints, main
 from fpt_lightning.encoder import EncoderConfig
 from fpt_lightning.errors import CheckpointError, DataError, FPTError, StoreError
 from fpt_lightning.files import write_rows
@@ -728,7 +729,7 @@ def test_any_checkpoint_file(tmp_path: Path, content: bytes, cut: int, whole: bo
     if not whole:
         saved = path.read_bytes()
         path.write_bytes(saved[:cut] + content)
-    raises_only_ours(_read_checkpoint, str(path))
+    raises_only_ours(read_checkpoint, str(path))
 
 
 @pytest.fixture(scope="module")

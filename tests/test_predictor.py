@@ -174,9 +174,10 @@ def test_what_is_no_checkpoint_of_this_package(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Predictor(tmp_path / "none.ckpt")
     for content, message in (
-        ([1], "holds a list"),
-        ({"state_dict": {}}, "not written by a method of fpt-lightning"),
-        ({"fpt_lightning": {"method": "Other"}}, "not written by a method of fpt-lightning"),
+        ([1], "is not a checkpoint of Lightning"),
+        ({"state_dict": {}}, "is not a checkpoint of Lightning"),
+        ({"global_step": 1, "state_dict": {}}, "not written by a method of fpt-lightning"),
+        ({"global_step": 1, "fpt_lightning": {"method": "Other"}}, "not written by a method of fpt-lightning"),
     ):
         torch.save(content, tmp_path / "other.ckpt")
         with pytest.raises(CheckpointError, match=message):
