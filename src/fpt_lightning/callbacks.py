@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import sys
@@ -20,8 +19,8 @@ from matplotlib.figure import Figure
 
 from fpt_lightning.encoder import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.evaluation import Evaluation, confusion_matrix, evaluate
-from fpt_lightning.files import read_rows, write_rows, write_text
+from fpt_lightning.evaluation import Evaluation, confusion_matrix, evaluate, without_nan
+from fpt_lightning.files import read_rows, write_json, write_rows
 from fpt_lightning.manifest import SPLITS, Manifest
 from fpt_lightning.memory import LiveTensorBytes
 from fpt_lightning.methods import ClassificationModule
@@ -229,8 +228,8 @@ class ResultsWriter(L.Callback):
             return
         folder = self._folder(trainer, "test")
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
-        self.metrics[self.checkpoint] = {k: v if v == v else None for k, v in found.items()}  # NaN is no JSON
-        write_text(folder / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        self.metrics[self.checkpoint] = without_nan(found)
+        write_json(folder / "metrics.json", self.metrics)
         predictions.write(folder / "predictions.csv")
         if predictions.kind == "single-label":
             write_confusion(folder, predictions)
@@ -238,7 +237,7 @@ class ResultsWriter(L.Callback):
             assert isinstance(pl_module, ClassificationModule)
             evaluation = evaluate(predictions, pl_module.thresholds or None)
             self.evaluations[self.checkpoint] = evaluation.to_dict()
-            write_text(folder / "evaluation.json", json.dumps(self.evaluations, indent=2) + "\n")
+            write_json(folder / "evaluation.json", self.evaluations)
             self._report(folder, trainer, pl_module, predictions, evaluation)
             rank_zero_info(f"\n{evaluation.table()}\n")
         rank_zero_info(f"metrics, predictions and the report of {self.checkpoint} are in {folder}")
@@ -253,7 +252,7 @@ class ResultsWriter(L.Callback):
     ) -> None:
         root = Path(trainer.default_root_dir)
         history, configuration = root / "metrics.csv", root / "config.yaml"
-        manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+        manifest = _manifest(trainer)
         write_report(
             folder / "report.html",
             predictions,
@@ -282,7 +281,7 @@ class ResultsWriter(L.Callback):
         rows, self._rows = from_all_processes(self._rows), []
         if not rows or not trainer.is_global_zero or not isinstance(module, ClassificationModule):
             return None
-        manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+        manifest = _manifest(trainer)
         groups = {} if manifest is None else {sample.id: sample.group for sample in manifest.samples}
         own = [groups.get(id, "") for id, *_ in rows]
         return module.predictions(rows, own if any(own) else ())
@@ -291,6 +290,12 @@ class ResultsWriter(L.Callback):
         folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / stage
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _manifest(trainer: L.Trainer) -> Manifest | None:
+    """Of the labelled images, where the trainer has a data module of this package."""
+    manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+    return manifest
 
 
 def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:

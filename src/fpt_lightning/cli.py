@@ -204,9 +204,8 @@ class RunLogger(CSVLogger):
             if path.is_file() and not earlier.is_file():
                 os.replace(path, earlier)
             rows = list(csv.DictReader(earlier.open(newline=""))) if earlier.is_file() else []
-            whole = [
-                row for row in rows if None not in row.values() and row["step"].isdecimal()
-            ]  # a kill cuts the last
+            # a kill may have cut the last row
+            whole = [row for row in rows if None not in row.values() and row["step"].isdecimal()]
             kept = [{k: v for k, v in row.items() if v != ""} for row in whole if int(row["step"]) < self.resumed_at]
             writer: Any = super().experiment
             writer.metrics = kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import fpt_lightning
 from fpt_lightning import evaluation as scoring
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.files import write_text
+from fpt_lightning.files import write_json
 from fpt_lightning.predictions import Predictions
 from fpt_lightning.report import write_report
 from fpt_lightning.store import LEFT_OUT, REPAIR, FeatureStore
@@ -66,7 +65,7 @@ def evaluate(
     evaluation = scoring.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
     folder = Path(predictions).parent if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "evaluation.json", json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "evaluation.json", evaluation.to_dict())
     about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
     write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
     print(f"{evaluation.table()}\n\nThe report is {folder / 'report.html'}.")

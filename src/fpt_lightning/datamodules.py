@@ -533,8 +533,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         if left_out:
             told = (
                 f"the feature store {self.url} left out {len(left_out)} of {len(ids)} samples, as their images could "
+                f"not be read ({', '.join(left_out[:3])}; {self.url}.left_out.csv lists them)"
             )
-            told += f"not be read ({', '.join(left_out[:3])}; {self.url}.left_out.csv lists them)"
             if self.on_error == "stop":
                 raise StoreError(f"{told}: mend them and preload again, or go on without them by data.on_error skip.")
             rank_zero_warn(f"{told}: every stage goes on without them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from fpt_lightning.datamodules import ImageDataModule
 from fpt_lightning.encoder import EncoderShape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import without_nan
-from fpt_lightning.files import write_text
+from fpt_lightning.files import write_json
 from fpt_lightning.manifest import Manifest, Sample
 from fpt_lightning.methods import ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.base import from_all_processes
@@ -127,7 +126,7 @@ class ExplanationWriter(L.Callback):
         side = self._side_attention(pl_module, np.stack(shares), groups)
         deletion = None if pl_module.task.KIND == "regression" else self._deletion(np.stack(curves), groups)
         content = {"images": len(ids), "groups": len(set(groups)), "side_attention": side, "deletion": deletion}
-        write_text(self.folder / "explanation.json", json.dumps(without_nan(content), indent=2) + "\n")
+        write_json(self.folder / "explanation.json", without_nan(content))
         drawn = len(self._drawn)
         rank_zero_info(f"pictures of {drawn} of {len(ids)} images and explanation.json are in {self.folder}")
 
