@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning import cli
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)

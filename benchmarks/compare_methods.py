@@ -19,17 +19,17 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from cells import Cell
-from environment import environment, write_result
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from variants import ABLATIONS, Setting, Variant, ablation_variants, method_variants, published, read_setting
 
+from cells import Cell
+from environment import environment, write_result
+from fpt_lightning.data.manifest import SPLITS
 from fpt_lightning.errors import ConfigurationError, FPTError
-from fpt_lightning.evaluation import interval, resample
-from fpt_lightning.manifest import SPLITS
+from fpt_lightning.evaluation.metrics import performance_efficiency
+from fpt_lightning.evaluation.resampling import interval, resample, resampled_auc
 from fpt_lightning.methods import METHODS
-from fpt_lightning.metrics import performance_efficiency, resampled_auc
+from variants import ABLATIONS, Setting, Variant, ablation_variants, method_variants, published, read_setting
 
 
 class Comparison:

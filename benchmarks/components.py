@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning import FPTPlusModule
-from fpt_lightning.encoder import Encoded
+from fpt_lightning.encoder.frozen import Encoded
 
 
 class SideNetworkAlone(FPTPlusModule):

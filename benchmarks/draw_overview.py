@@ -5,14 +5,14 @@ Writes ``docs/overview.svg``. Run from the repository's root: ``python benchmark
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-PATH = Path(__file__).parent.parent / "docs" / "overview.svg"
+from environment import DOCS
+
+PATH = DOCS / "overview.svg"
 FROZEN, LEARNS, DATA = "#d6e4f0", "#fbe3c0", "#eeeeee"
 HEIGHT = 1.5
 

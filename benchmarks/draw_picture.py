@@ -13,10 +13,11 @@ import yaml
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from environment import DOCS
 from fpt_lightning import FPTPlusModule
-from fpt_lightning.encoder import FrozenEncoder
-from fpt_lightning.images import normalise, stored_copy, unit_pixels
-from fpt_lightning.synthetic import CLASSES, fundus_image
+from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
+from fpt_lightning.datamodules.synthetic import CLASSES, fundus_image
+from fpt_lightning.encoder.frozen import FrozenEncoder
 
 ROOT = Path(__file__).parent.parent
 EYE = 7
@@ -57,7 +58,7 @@ def main() -> None:
         axes[0].set_ylabel(name, fontsize=13)
         for each, title in zip(axes, titles if row == 0 else [""] * 4, strict=True):
             each.set_title(title, fontsize=12)
-    path = ROOT / "docs" / "quickstart.png"
+    path = DOCS / "quickstart.png"
     figure.savefig(path, dpi=80)
     print(path)
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, environment, write_result
-from store_codecs import ENCODERS, RESOLUTION, Setting, weights
 from torch import Tensor
-from training_step import in_turns
 
-from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder
-from fpt_lightning.images import normalise, read_image, unit_pixels
+from environment import RESULTS, environment, write_result
+from fpt_lightning.data.images import read_image
+from fpt_lightning.data.transforms import normalise, unit_pixels
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from store_codecs import ENCODERS, RESOLUTION, Setting, weights
+from training_step import in_turns
 
 
 def spread(encoded: Encoded, tokens: int) -> tuple[Tensor, Tensor]:

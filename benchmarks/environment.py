@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"  # of pictures that its pages show
 
 
 def _git(*arguments: str) -> str:

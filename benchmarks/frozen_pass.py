@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from environment import RESULTS, environment, write_result
 from torch import nn
-from training_step import exponent, in_turns
 
-from fpt_lightning.encoder import EncoderConfig, FrozenEncoder, build_encoder
-from fpt_lightning.memory import encoding_bytes, predict_encoding_memory
+from environment import RESULTS, environment, write_result
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.frozen import FrozenEncoder, build_encoder
+from fpt_lightning.planning.memory import encoding_bytes, predict_encoding_memory
+from training_step import exponent, in_turns
 
 ENCODER, MIB = "vit_base_patch16_224.augreg_in21k", 2**20
 RESOLUTIONS, LARGEST = (512, 1024), 2048

@@ -22,15 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import RESULTS, environment, write_result
 from PIL import Image
 from torch.utils.data import DataLoader
-from training_step import exponent
 
+from environment import RESULTS, environment, write_result
 from fpt_lightning import PreloadedFeatureDataModule
-from fpt_lightning.encoder import EncoderConfig
-from fpt_lightning.preload import feature_shape
-from fpt_lightning.store import SHARD, FeatureStore, FileRecord
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.store.index import FileRecord
+from fpt_lightning.store.layout import SHARD
+from fpt_lightning.store.preload import feature_shape
+from fpt_lightning.store.writing import WritableStore
+from training_step import exponent
 
 ENCODER = EncoderConfig("vit_base_patch16_224.augreg_in21k", pretrained=False)
 CODECS, WORKERS = ("fp16", "int8", "int4"), (0, 1, 2)
@@ -59,10 +61,10 @@ def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> Prelo
             path.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(path / f"{index:05d}.png")
     manifest = data.read_manifest()
-    if not FeatureStore.exists(url):
+    if not WritableStore.exists(url):
         specification = replace(data.asked_store(ENCODER), weights_digest="none")
         shape = feature_shape(ENCODER, data.resolution)
-        store = FeatureStore.create(url, specification, shape, {}).extend([sample.id for sample in manifest.samples])
+        store = WritableStore.create(url, specification, shape, {}).extend([sample.id for sample in manifest.samples])
         rng = np.random.default_rng(0)
         block = {
             name: np.broadcast_to(rng.integers(0, 100, size).astype(dtype), (SHARD, *size))

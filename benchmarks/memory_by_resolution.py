@@ -3,7 +3,8 @@
     python benchmarks/memory_by_resolution.py                  # predicted on fake tensors: no GPU, 30 minutes
     python benchmarks/memory_by_resolution.py --device cuda    # measured
 
-Writes ``results/memory_by_resolution.json``, ``.md`` and ``.png`` (``..._cuda`` with a GPU), with the paper's figures.
+Writes ``results/memory_by_resolution.json`` and ``.md``, with the paper's figures, and ``docs/memory_by_resolution.png``
+(``..._cuda`` with a GPU).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import RESULTS, write_result
 from matplotlib.figure import Figure
 
+from environment import DOCS, RESULTS, write_result
 from fpt_lightning import methods
-from fpt_lightning.memory import (
+from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule
+from fpt_lightning.planning.memory import (
     Attention,
     Precision,
     TrainingStep,
@@ -28,8 +31,6 @@ from fpt_lightning.memory import (
     example_batch,
     predict_training_memory,
 )
-from fpt_lightning.methods import ClassificationModule
-from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule
 
 CLASSES, BATCH_SIZE = 5, 16
 RESOLUTIONS = (128, 256, 384, 512, 640, 768, 1024, 2048)
@@ -282,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     path = write_result(name, {"batch_size": BATCH_SIZE, "classes": CLASSES, "cells": results, "paper": published})
     (RESULTS / f"{name}.md").write_text(report(results, args.encoders, args.device) + "\n")
-    draw(results, args.encoders, RESULTS / f"{name}.png")
-    print(f"results are in {path}, and .md and .png beside it")
+    draw(results, args.encoders, DOCS / f"{name}.png")
+    print(f"results are in {path}, and .md beside it; the figure is in {DOCS}")
 
 
 if __name__ == "__main__":

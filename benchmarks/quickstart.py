@@ -15,12 +15,12 @@ from typing import Any
 
 import lightning as L
 import yaml
+
 from components import SideNetworkAlone
 from environment import write_result
-
 from fpt_lightning import FPTPlusModule
-from fpt_lightning.cli import BestCheckpoint
-from fpt_lightning.synthetic import SyntheticFundusDataModule, write_fundus_images
+from fpt_lightning.cli.run_folder import BestCheckpoint
+from fpt_lightning.datamodules.synthetic import SyntheticFundusDataModule, write_fundus_images
 
 CONFIG = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 

@@ -21,16 +21,19 @@ from typing import Any
 import lightning as L
 import timm
 import torch
-from environment import RESULTS, environment, write_result
 from safetensors.torch import save_file
 
+from environment import RESULTS, environment, write_result
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
-from fpt_lightning.codecs import CODECS, as_features, relative_error
-from fpt_lightning.encoder import EncoderConfig
+from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.errors import StoreError
+from fpt_lightning.evaluation.metrics import classification_metrics
 from fpt_lightning.methods import FineTuningModule
-from fpt_lightning.metrics import classification_metrics
-from fpt_lightning.store import SHARD, FeatureStore, FileRecord, encode
+from fpt_lightning.store.codecs import CODECS, as_features, encode, relative_error
+from fpt_lightning.store.index import FileRecord
+from fpt_lightning.store.layout import SHARD
+from fpt_lightning.store.store import FeatureStore
+from fpt_lightning.store.writing import WritableStore
 
 ENCODERS = {  # label: timm's name
     "ViT-Ti, fine-tuned": "vit_tiny_patch16_224",
@@ -124,9 +127,9 @@ def coded_again(source: FeatureStore, url: Path, codec: str, root: Path) -> Feat
     """
     specification = replace(source.specification, codec=codec)
     if FeatureStore.exists(str(url)):
-        store = FeatureStore.open(str(url), writable=True)
+        store = WritableStore.open(str(url))
     else:
-        store = FeatureStore.create(str(url), specification, source.shape, {}).extend(source.ids)
+        store = WritableStore.create(str(url), specification, source.shape, {}).extend(source.ids)
     for start in range(0, len(source.ids), SHARD):
         rows = range(start, min(start + SHARD, len(source.ids)))
         if store.done[list(rows)].all():

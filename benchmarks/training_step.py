@@ -19,11 +19,17 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from environment import RESULTS, environment, write_result
 from torch import Tensor, nn, optim
 
-from fpt_lightning.memory import LiveTensorBytes, Precision, TrainingStep, example_batch, predict_training_memory
+from environment import RESULTS, environment, write_result
 from fpt_lightning.methods import FPTPlusModule
+from fpt_lightning.planning.memory import (
+    LiveTensorBytes,
+    Precision,
+    TrainingStep,
+    example_batch,
+    predict_training_memory,
+)
 
 ENCODER, CLASSES, MIB = "vit_base_patch16_224.augreg_in21k", 5, 2**20
 CODECS = ("fp32", "fp16", "int8", "int4")

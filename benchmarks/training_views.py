@@ -24,13 +24,13 @@ from statistics import mean, stdev
 from typing import Any, cast
 
 import lightning as L
-from environment import RESULTS, environment, write_result
-from store_codecs import ENCODERS, Setting, auc, evaluated, weights
 
+from environment import RESULTS, environment, write_result
 from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
-from fpt_lightning.datamodules import Batch, _Samples, _StoredSamples, _Views
-from fpt_lightning.encoder import EncoderConfig
-from fpt_lightning.images import read_image
+from fpt_lightning.data.images import read_image
+from fpt_lightning.datamodules.samples import Batch, Samples, StoredSamples, Views
+from fpt_lightning.encoder.config import EncoderConfig
+from store_codecs import ENCODERS, Setting, auc, evaluated, weights
 
 LABEL = "ViT-Ti, fine-tuned"
 
@@ -38,15 +38,15 @@ LABEL = "ViT-Ti, fine-tuned"
 class WholeFiles(PreloadedFeatureDataModule):
     """Side images from decoded files."""
 
-    def _dataset(self, split: str, augmentation: str) -> _Samples:
+    def _dataset(self, split: str, augmentation: str) -> Samples:
         stored = super()._dataset(split, augmentation)
-        assert isinstance(stored, _StoredSamples)
+        assert isinstance(stored, StoredSamples)
         return _WholeFileSamples(
             stored.manifest, stored.samples, stored.side_views, stored.store, stored.arrays, stored.mirror_seed
         )
 
 
-class _WholeFileSamples(_StoredSamples):
+class _WholeFileSamples(StoredSamples):
     def _fetch(self, samples: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:
         batch = super()._fetch(samples, keys)
         assert self.side_views is not None
@@ -59,7 +59,7 @@ class NeverFlipped(PreloadedFeatureDataModule):
 
     def _side_views(
         self, augmentation: str, mean: tuple[float, ...], std: tuple[float, ...], mirror: bool = True
-    ) -> _Views | None:
+    ) -> Views | None:
         return super()._side_views(augmentation, mean, std, mirror=False)
 
 

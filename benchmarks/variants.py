@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from components import MLPTransfer, SideNetworkAlone
 
+from components import MLPTransfer, SideNetworkAlone
 from fpt_lightning import methods
-from fpt_lightning.datamodules import STORED, ImageDataModule
-from fpt_lightning.encoder import EncoderConfig
+from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.datamodules.samples import STORED
+from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.memory import build_on_meta
 from fpt_lightning.methods import METHODS, ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.planner import shared_arguments
+from fpt_lightning.planning.memory import build_on_meta
+from fpt_lightning.planning.planner import shared_arguments
 
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "prompts": (4, 8, 16, 32, 64, 128),  # Table 4
@@ -97,7 +98,7 @@ def read_setting(path: Path, epochs: int | None = None, encoder: str | None = No
 
     Raises:
         ConfigurationError: it is not there, or lacks ``model`` or ``data``.
-        DataError: see ``fpt_lightning.manifest.read_manifest``.
+        DataError: see ``fpt_lightning.data.sources.read_manifest``.
     """
     content = yaml.safe_load(path.read_text()) if path.is_file() else None
     sections: dict[str, Any] = content if isinstance(content, dict) else {}

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning import PreloadedFeatureDataModule
-from fpt_lightning.codecs import Features, as_features
-from fpt_lightning.encoder import EncoderConfig, FrozenEncoder
-from fpt_lightning.fusion import FineGrainedFusion
-from fpt_lightning.images import normalise, read_image, unit_pixels
-from fpt_lightning.metrics import classification_metrics
-from fpt_lightning.side import SideViT
-from fpt_lightning.synthetic import CLASSES, write_fundus_images
+from fpt_lightning.data.images import read_image
+from fpt_lightning.data.transforms import normalise, unit_pixels
+from fpt_lightning.datamodules.synthetic import CLASSES, write_fundus_images
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.evaluation.metrics import classification_metrics
+from fpt_lightning.methods.fusion import FineGrainedFusion
+from fpt_lightning.methods.side import SideViT
+from fpt_lightning.store.codecs import Features, as_features
 
 ENCODER = EncoderConfig("test_vit", pretrained=False, layers=(0, 1, 2, 3))  # a timm name, and True for its weights
 RESOLUTION, SIDE = (320, 320), 128

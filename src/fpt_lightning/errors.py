@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FPTError(Exception):
     """Base of every error this package raises on purpose."""
@@ -37,6 +39,11 @@ class CheckpointError(FPTError):
 
 class ExportError(FPTError):
     """A model that cannot be exported, or whose export computes something else."""
+
+
+def a_few(names: Sequence[str], most: int = 5) -> str:
+    """A few of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def in_one_line(error: BaseException) -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from fpt_lightning.data.images import read_image
+from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.sources import read_manifest
+from fpt_lightning.data.splits import fold_split, random_split
 from fpt_lightning.datasets import DATASETS, Found, Recipe
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
-from fpt_lightning.images import read_image
-from fpt_lightning.manifest import Manifest, Sample, file_digest, fold_split, random_split, read_manifest
+from fpt_lightning.files import file_digest
 
 LEFT_OUT = "left_out.csv"
 _VALIDATION_FOLDS = 8  # an eighth of the training images is to the rest as the paper's 10% are to 70%

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
+from fpt_lightning.data.manifest import Sample
+from fpt_lightning.data.sources import IMAGE_SUFFIXES
 from fpt_lightning.errors import DataError
-from fpt_lightning.manifest import IMAGE_SUFFIXES, Sample
 
 DR_GRADES = ("no DR", "mild NPDR", "moderate NPDR", "severe NPDR", "PDR")
 """Grades 0 to 4 of diabetic retinopathy (international clinical scale)."""

@@ -1,29 +1,24 @@
-"""What every method shares: loss, metrics, optimiser, schedule, and what a checkpoint says of itself."""
+"""What every method shares: loss, metrics, optimiser and schedule (paper, section 4.2)."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fpt_lightning.encoder import EncoderConfig, EncoderShape
-from fpt_lightning.errors import CheckpointError, ConfigurationError, StoreError
-from fpt_lightning.evaluation import fit_temperature, fit_thresholds
-from fpt_lightning.manifest import Manifest
-from fpt_lightning.predictions import Predictions
-from fpt_lightning.store import FeatureSpecification
-from fpt_lightning.tasks import TaskName, Weights, make_task
-
-KEY = "fpt_lightning"
-"""Of this package's part of a checkpoint."""
+from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.calibration import fit_temperature
+from fpt_lightning.evaluation.decisions import fit_thresholds
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.methods.tasks import TaskName, Weights, make_task
+from fpt_lightning.methods.trained import TrainedModule
 
 
 def from_all_processes(rows: list[Any]) -> list[Any]:
@@ -42,7 +37,7 @@ def initialise_head(head: nn.Linear) -> nn.Linear:
     return head
 
 
-class ClassificationModule(L.LightningModule, ABC):
+class ClassificationModule(TrainedModule, ABC):
     """Base of the methods: a subclass says what it takes of a batch, and how that becomes logits.
 
     Training as published: AdamW, cosine decay to 0 over all steps, cross-entropy (paper, section 4.2.1). All arguments
@@ -52,7 +47,7 @@ class ClassificationModule(L.LightningModule, ABC):
         num_classes: number of classes; of labels in a multi-label task; 1 in a regression.
         task: ``multiclass``, ``multilabel``, ``ordinal`` (grades as classes), ``coral`` (grades by ordered thresholds)
             or ``regression``: the head, the loss, the metrics and what the best epoch is chosen by
-            (``fpt_lightning.tasks``).
+            (``fpt_lightning.methods.tasks``).
         encoder: a plain ViT of timm, by name.
         pretrained: True for timm's published weights, False for a fixed random initialisation, or a local file.
         learning_rate: the highest.
@@ -62,7 +57,7 @@ class ClassificationModule(L.LightningModule, ABC):
         class_weights: None, ``balanced`` or one number a class; in a multi-label task, of a class's positive images.
         label_smoothing: of the cross-entropy, in [0, 1).
         temperature_scaling: whether probabilities in test and prediction are calibrated by a temperature that is fitted
-            to the validation images (``fpt_lightning.evaluation.fit_temperature``).
+            to the validation images (``fpt_lightning.evaluation.calibration.fit_temperature``).
 
     Raises:
         ConfigurationError: values that cannot work.
@@ -74,9 +69,6 @@ class ClassificationModule(L.LightningModule, ABC):
 
     INPUTS: ClassVar[frozenset[str]]
     """What ``forward`` takes of a ``Batch``: of ``side_images``, ``features``, ``pooled`` and ``images``."""
-
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
-    """Arguments that a checkpoint must share with the module that loads it."""
 
     side_resolution: int | None = None
     encoder_config: EncoderConfig
@@ -106,25 +98,13 @@ class ClassificationModule(L.LightningModule, ABC):
                 "model.temperature_scaling is true, which is for probabilities, not for regression."
             )
         self.temperature_scaling = temperature_scaling
-        self.temperature, self.thresholds = 1.0, dict[str, float]()
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()  # over images, of however many processes
-        self.class_names: tuple[str, ...] = ()
-        self.specification: FeatureSpecification | None = None
-        self._digest = ""  # of the encoder's weights, once they are loaded
-        self._split_digest = ""  # of the split trained on, where it was drawn
-        self._columns: list[int] | None = None  # of the data's classes among this model's, where they differ
-        self._seed: int | None = None
 
     @property
     def encoder_shape(self) -> EncoderShape:
         return self.encoder_config.shape
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        """The classes' names; numbers for a model that never met a data module of this package."""
-        return self.class_names or tuple(f"class_{label}" for label in range(self.num_classes))
 
     @property
     def learnable_parameters(self) -> int:
@@ -143,27 +123,7 @@ class ClassificationModule(L.LightningModule, ABC):
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits (B, ``task.outputs``) of a ``fpt_lightning.datamodules.Batch``."""
-
-    def check_weights(self, digest: str) -> None:
-        """Hold the weights of the encoder that was loaded against those that this model was trained with.
-
-        Args:
-            digest: ``weights_digest`` of the encoder.
-
-        Raises:
-            CheckpointError: they differ.
-        """
-        self._digest = digest
-        if self.specification is None:
-            return
-        if self.specification.weights_digest not in ("", digest):
-            raise CheckpointError(
-                f"this model was trained with other weights of {self.specification.encoder} than those loaded now "
-                f"({self.specification.weights}; digest {self.specification.weights_digest[:16]}, now "
-                f"{digest[:16]}): give the original weights as model.pretrained."
-            )
-        self.specification = replace(self.specification, weights_digest=digest)
+        """Logits (B, ``task.outputs``) of a ``fpt_lightning.datamodules.samples.Batch``."""
 
     # Steps
 
@@ -184,7 +144,7 @@ class ClassificationModule(L.LightningModule, ABC):
         return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.scores(self(batch).float())}
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
-        logits, labels = self(batch).float(), self._own_labels(batch["labels"])
+        logits, labels = self(batch).float(), self.own_labels(batch["labels"])
         scores = self.scores(logits)
         if stage == "val":
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
@@ -223,16 +183,6 @@ class ClassificationModule(L.LightningModule, ABC):
         classes = () if self.task.KIND == "regression" else self.output_names
         return Predictions(self.task.KIND, ids, np.array(labels, dtype), np.array(scores), classes, tuple(groups))
 
-    def _own_labels(self, labels: Tensor) -> Tensor:
-        """Labels of data whose classes are others, or in another order, than this model's."""
-        if self._columns is None:
-            return labels
-        if labels.ndim == 1:
-            return torch.tensor(self._columns, device=labels.device)[labels]
-        own = labels.new_full((len(labels), self.num_classes), torch.nan)
-        own[:, self._columns] = labels
-        return own
-
     def configure_optimizers(self) -> Any:
         """AdamW over what is learnable, and a cosine decay to 0 by step after an optional linear warm-up."""
         learnable = [p for p in self.parameters() if p.requires_grad]
@@ -260,12 +210,10 @@ class ClassificationModule(L.LightningModule, ABC):
         entropy = [self._seed or 0, self.current_epoch, self.trainer.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
-    # What a checkpoint says of itself
-
     def on_fit_start(self) -> None:
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**32
-        self._meet_data(trained=self.trainer.ckpt_path is not None)
+        self.meet_data(trained=self.trainer.ckpt_path is not None)
         labels: Tensor | None = getattr(getattr(self.trainer, "datamodule", None), "training_labels", None)
         if labels is not None:
             self.task.adapt(labels.to(self.device))
@@ -274,106 +222,3 @@ class ClassificationModule(L.LightningModule, ABC):
                 f"model.task {self.hparams['task']!r} with class_weights {self.hparams['class_weights']!r} needs the "
                 "training labels: use a data module that has them as `training_labels`."
             )
-
-    def on_validation_start(self) -> None:
-        if self.trainer.state.fn != "fit":
-            self._meet_data(trained=True)
-
-    def on_test_start(self) -> None:
-        self._meet_data(trained=True)
-
-    def on_predict_start(self) -> None:
-        self._meet_data(trained=True)
-
-    def _meet_data(self, trained: bool) -> None:
-        """Take over, or hold against what this model was trained with, the data module's classes and features."""
-        data = getattr(self.trainer, "datamodule", None)
-        labelled = self.trainer.state.fn != "predict" or getattr(data, "explained", None) is not None
-        manifest: Manifest | None = getattr(data, "manifest", None) if labelled else None
-        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if manifest is not None else ()
-        specification: FeatureSpecification | None = getattr(data, "specification", None)
-        if trained and self.class_names and names and self.task.KIND != "regression":
-            self._match_classes(names)
-        if manifest is not None:
-            self._check_split(getattr(data, "listed", None) or manifest, trained)
-        if trained and self.specification is not None and specification is not None:
-            differences = self.specification.differences(
-                specification, ignore=("codec", "precision", "mirrored", "format")
-            )
-            differences = [line for line in differences if not line.startswith("statistics")]
-            if differences:
-                raise CheckpointError(
-                    "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)
-                )
-        if not trained or not self.class_names:
-            self.class_names = names
-        if not trained or self.specification is None:
-            self.specification = specification
-        if self._digest:
-            self.check_weights(self._digest)
-
-    def _match_classes(self, names: tuple[str, ...]) -> None:
-        """Find the data's classes among this model's, by name; when training goes on, they are the same."""
-        fits = names == self.class_names if self.trainer.state.fn == "fit" else set(names) <= set(self.class_names)
-        if not fits:
-            raise CheckpointError(
-                f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}: name "
-                "them alike."
-            )
-        self._columns = None if names == self.class_names else [self.class_names.index(name) for name in names]
-
-    def _check_split(self, manifest: Manifest, trained: bool) -> None:
-        """Where a split is drawn, it must be the one trained on, or training images would be tested."""
-        digest = manifest.split_digest() if manifest.random else ""
-        if trained and digest and self._split_digest not in ("", digest):
-            raise CheckpointError(
-                f"the data set {manifest.root} is split at random, and not as it was in training (other images, "
-                "data.split_seed, data.fold or data.folds): give the run's split.csv as data.manifest, or "
-                "data.external true to test on all of these images."
-            )
-        if not trained:
-            self._split_digest = digest
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = {
-            "method": type(self).__name__,
-            "classes": list(self.class_names),
-            "specification": None if self.specification is None else self.specification.to_dict(),
-            "seed": self._seed,
-            "split": self._split_digest,
-            "thresholds": self.thresholds,
-            "temperature": self.temperature,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Hold a checkpoint against this module.
-
-        Raises:
-            CheckpointError: it is not from this package, or from another method, encoder or architecture.
-        """
-        about = checkpoint.get(KEY)
-        if not isinstance(about, dict):
-            raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
-        try:
-            self._take_over(about, checkpoint.get("hyper_parameters", {}))
-        except (KeyError, TypeError, ValueError, AttributeError, StoreError) as error:
-            raise CheckpointError(
-                f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
-            ) from error
-
-    def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-        saved = {"method": about["method"], **arguments}
-        own = {"method": type(self).__name__, **self.hparams}
-        differences = [
-            f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
-            for name in ("method", *self.ARCHITECTURE)
-            if saved.get(name) != own.get(name)
-        ]
-        if differences:
-            raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))
-        self.class_names = tuple(about["classes"])
-        content = about["specification"]
-        self.specification = None if content is None else FeatureSpecification.from_dict(content)
-        self._seed, self._split_digest = about["seed"], about["split"]
-        self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
-        self.temperature = float(about["temperature"])

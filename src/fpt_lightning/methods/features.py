@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fpt_lightning.codecs import Features, as_features
-from fpt_lightning.encoder import Encoded, EncoderConfig, FrozenEncoder, Precision, encoder_shape
+from fpt_lightning.encoder.config import EncoderConfig, Precision, encoder_shape
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.encoder.selection import Criterion
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
-from fpt_lightning.selection import Criterion
+from fpt_lightning.store.codecs import Features, as_features
 
 
 class FeatureModule(ClassificationModule):

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fpt_lightning.encoder import check_resolution
+from fpt_lightning.encoder.config import check_resolution
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.fusion import FineGrainedFusion, ProjectedFusion
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.side import SideViT
+from fpt_lightning.methods.fusion import FineGrainedFusion, ProjectedFusion
+from fpt_lightning.methods.side import SideViT
 
 
 class FPTPlusModule(FeatureModule):

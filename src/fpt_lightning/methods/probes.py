@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.fusion import FineGrainedFusion, cross_attention
 from fpt_lightning.methods.base import initialise_head
 from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.methods.fusion import FineGrainedFusion, cross_attention
 
 
 class StoredLinearProbingModule(FeatureModule):

@@ -12,7 +12,9 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from fpt_lightning.encoder import EncoderConfig, build_encoder, check_resolution, weights_digest
+from fpt_lightning.encoder.config import EncoderConfig, check_resolution
+from fpt_lightning.encoder.frozen import build_encoder
+from fpt_lightning.encoder.weights import weights_digest
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
 from fpt_lightning.methods.base import ClassificationModule, initialise_head
 

@@ -1,0 +1,360 @@
+"""What a run reports of itself: learnable parameters, peak memory, metrics and predictions."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from matplotlib.figure import Figure
+
+from fpt_lightning.data.manifest import SPLITS, Manifest
+from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.measures import confusion_matrix
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.report import SplitSummary, write_report
+from fpt_lightning.evaluation.scores import Evaluation, evaluate
+from fpt_lightning.files import read_rows, without_nan, write_json, write_rows
+from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.base import from_all_processes
+from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.planning.memory import LiveTensorBytes
+
+_MIB = 2**20
+
+
+class LearnableParameters(L.Callback):
+    """Says at the start of fit how many parameters learn, and their share of all, the frozen encoder's included."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, ClassificationModule):
+            learnable, frozen = pl_module.learnable_parameters, pl_module.frozen_parameters
+            rank_zero_info(
+                f"learnable parameters: {learnable:,}; {100 * pl_module.learnable_ratio:.2f}% of the total "
+                f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}"
+            )
+
+
+class EpochSeconds(L.Callback):
+    """Logs ``epoch_seconds``, the time of an epoch's training steps, data included and validation not."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._paused += time.perf_counter() - self._validation
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("epoch_seconds", time.perf_counter() - self._start - self._paused, sync_dist=True)
+
+
+class PeakMemory(L.Callback):
+    """Logs the peak memory of each stage like a metric, in MiB.
+
+    On CUDA ``{stage}_peak_allocated_mib`` and ``{stage}_peak_reserved_mib`` over the whole stage, from PyTorch's
+    allocator. On the CPU ``{stage}_peak_live_mib``, the peak bytes of live tensors in one batch (the second of
+    training, when the optimiser's state exists; the first elsewhere), exact; and ``peak_resident_mib``, the largest
+    resident size of the process so far, which includes libraries and caches.
+    """
+
+    def __init__(self) -> None:
+        self._live: LiveTensorBytes | None = None
+        self._peaks: dict[str, int] = {}
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start_stage(pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start_stage(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == min(1, int(trainer.num_training_batches) - 1):
+            self._start_batch("train", trainer, pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._end_batch("train")
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            self._start_batch("test", trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._end_batch("test")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log("train", pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log("test", pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end_batch("interrupted")
+
+    def _start_stage(self, pl_module: L.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def _start_batch(self, stage: str, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        if pl_module.device.type != "cpu" or stage in self._peaks:
+            return
+        self._live = LiveTensorBytes()
+        self._live.count([list(pl_module.parameters()), list(pl_module.buffers()), batch])
+        if isinstance(pl_module, FeatureModule):
+            self._live.count([list(encoder.parameters()) for encoder in pl_module.encoders])
+        self._live.count([p.grad for p in pl_module.parameters()])
+        self._live.count([list(o.state.values()) for o in trainer.optimizers])
+        self._live.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end_batch(self, stage: str) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._peaks[stage], self._live = self._live.peak, None
+
+    def _log(self, stage: str, pl_module: L.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            values = {
+                f"{stage}_peak_allocated_mib": torch.cuda.max_memory_allocated(pl_module.device) / _MIB,
+                f"{stage}_peak_reserved_mib": torch.cuda.max_memory_reserved(pl_module.device) / _MIB,
+            }
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss in bytes
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            values = {"peak_resident_mib": resident / _MIB}
+            if stage in self._peaks:
+                values[f"{stage}_peak_live_mib"] = self._peaks[stage] / _MIB
+        pl_module.log_dict(values, sync_dist=True, reduce_fx="max")
+
+
+class ShardedEncoder(L.Callback):
+    """Divides a frozen encoder that is too large for one device among the processes of ``ddp``, where it runs live.
+
+    Each process keeps its part of every block and gathers a block when it runs (``fully_shard``, PyTorch 2.6 or newer);
+    what learns is trained by ``ddp`` as ever. Every process builds the whole encoder in its host's memory first.
+
+    Raises:
+        ConfigurationError: the method or the data module has no encoder that runs live.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        resolution = getattr(getattr(trainer, "datamodule", None), "resolution", None)
+        if not isinstance(pl_module, FeatureModule) or resolution is None:
+            raise ConfigurationError(
+                f"ShardedEncoder is for methods on stored features that run without a store, with data modules of "
+                f"fpt-lightning; {type(pl_module).__name__} trains the encoder itself, or the data have no resolution."
+            )
+        if any(encoder.resolution == resolution for encoder in pl_module.encoders):
+            return
+        encoder = FrozenEncoder(pl_module.encoder_config, resolution)
+        mesh = init_device_mesh(trainer.strategy.root_device.type, (trainer.world_size,))
+        for block in encoder.model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh)
+        fully_shard(encoder, mesh=mesh)
+        pl_module.use_encoder(encoder)
+        rank_zero_info(f"the frozen encoder is divided among {trainer.world_size} processes")
+
+
+class ResultsWriter(L.Callback):
+    """Writes what test and predict find.
+
+    ``predictions.csv``: see ``fpt_lightning.evaluation.predictions.Predictions``. After test also ``metrics.json``, the
+    logged metrics; ``evaluation.json`` and ``report.html``, metrics with bootstrap intervals
+    (``fpt_lightning.evaluation.scores.evaluate``), decided by the thresholds that were fitted to validation; and of
+    single-label data ``confusion_matrix.csv`` and ``.png``, with true classes in rows.
+
+    Attributes:
+        folder: where to write; ``{trainer.default_root_dir}/test``, ``/predict`` or ``/validate`` by default.
+        checkpoint: the name under which the JSON files hold what was found.
+        metrics: what ``metrics.json`` holds, by checkpoint.
+        evaluations: what ``evaluation.json`` holds, by checkpoint.
+    """
+
+    def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+        self.metrics: dict[str, dict[str, float | None]] = {}
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        self._rows: list[tuple[str, Any, Any]] = []
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._collect(outputs)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._collect(outputs)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if trainer.state.fn == "validate":
+            self._collect(outputs)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._write_predictions(trainer, pl_module, "validate")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write_predictions(trainer, pl_module, "predict")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        predictions = self._predictions(trainer, pl_module)
+        if predictions is None:
+            return
+        folder = self._folder(trainer, "test")
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
+        self.metrics[self.checkpoint] = without_nan(found)
+        write_json(folder / "metrics.json", self.metrics)
+        predictions.write(folder / "predictions.csv")
+        if predictions.kind == "single-label":
+            write_confusion(folder, predictions)
+        if predictions.known.any():
+            assert isinstance(pl_module, ClassificationModule)
+            evaluation = evaluate(predictions, pl_module.thresholds or None)
+            self.evaluations[self.checkpoint] = evaluation.to_dict()
+            write_json(folder / "evaluation.json", self.evaluations)
+            self._report(folder, trainer, pl_module, predictions, evaluation)
+            rank_zero_info(f"\n{evaluation.table()}\n")
+        rank_zero_info(f"metrics, predictions and the report of {self.checkpoint} are in {folder}")
+
+    def _report(
+        self,
+        folder: Path,
+        trainer: L.Trainer,
+        module: ClassificationModule,
+        predictions: Predictions,
+        evaluation: Evaluation,
+    ) -> None:
+        root = Path(trainer.default_root_dir)
+        history, configuration = root / "metrics.csv", root / "config.yaml"
+        manifest = _manifest(trainer)
+        write_report(
+            folder / "report.html",
+            predictions,
+            evaluation,
+            title=f"{module.LABEL} on {'images' if manifest is None else manifest.root.name}",
+            data=None if manifest is None else _split_summaries(manifest),
+            history=history if history.is_file() else None,
+            memory=_peaks(trainer, history),
+            configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
+            about={"checkpoint": self.checkpoint, **_about(module)},
+        )
+
+    def _write_predictions(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        predictions = self._predictions(trainer, module)
+        if predictions is not None:
+            path = self._folder(trainer, stage) / "predictions.csv"
+            predictions.write(path)
+            rank_zero_info(f"{len(predictions.ids)} predictions are in {path}")
+
+    def _collect(self, outputs: Any) -> None:
+        if isinstance(outputs, Mapping) and "scores" in outputs:
+            self._rows += zip(outputs["ids"], outputs["labels"].tolist(), outputs["scores"].tolist(), strict=True)
+
+    def _predictions(self, trainer: L.Trainer, module: L.LightningModule) -> Predictions | None:
+        """Of every process, on the first; None elsewhere, or where there are none."""
+        rows, self._rows = from_all_processes(self._rows), []
+        if not rows or not trainer.is_global_zero or not isinstance(module, ClassificationModule):
+            return None
+        manifest = _manifest(trainer)
+        groups = {} if manifest is None else {sample.id: sample.group for sample in manifest.samples}
+        own = [groups.get(id, "") for id, *_ in rows]
+        return module.predictions(rows, own if any(own) else ())
+
+    def _folder(self, trainer: L.Trainer, stage: str) -> Path:
+        folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _manifest(trainer: L.Trainer) -> Manifest | None:
+    """Of the labelled images, where the trainer has a data module of this package."""
+    manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
+    return manifest
+
+
+def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:
+    summaries = {}
+    for split in SPLITS:
+        samples = manifest.split(split)
+        groups = {sample.group for sample in samples}
+        counts = dict(zip(manifest.classes, manifest.class_counts(split), strict=True))
+        if samples:
+            summaries[split] = SplitSummary(
+                len(samples), {} if manifest.kind == "regression" else counts, None if "" in groups else len(groups)
+            )
+    return summaries
+
+
+def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:
+    """Peak memory of training and test, in MiB, as ``PeakMemory`` logs it."""
+    rows: list[Mapping[str, str]] = list(read_rows(history, "history")) if history.is_file() else []
+    rows.append({name: str(float(value)) for name, value in trainer.callback_metrics.items()})
+    peaks: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith("_mib") and value:
+                peaks[name] = max(peaks.get(name, 0.0), float(value))
+    return {name.removesuffix("_mib").replace("_", " "): value for name, value in peaks.items()}
+
+
+def _about(module: ClassificationModule) -> dict[str, str]:
+    """What identifies a model and the software that tested it."""
+    learnable = f"{module.learnable_parameters:,} ({100 * module.learnable_ratio:.2f}% of all)"
+    fitted = {} if not module.temperature_scaling else {"temperature": f"{module.temperature:.4g}"}
+    names = ("fpt-lightning", "torch", "lightning", "timm")
+    return {
+        "method": module.LABEL,
+        "encoder": module.encoder_config.name,
+        "learnable parameters": learnable,
+        **fitted,
+        **{name: version(name) for name in names},
+        "Python": platform.python_version(),
+        "device": torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type,
+    }
+
+
+def write_confusion(folder: Path, predictions: Predictions) -> None:
+    """Write the confusion matrix as CSV and PNG: true classes in rows, the most probable ones in columns."""
+    classes, counts = predictions.classes, confusion_matrix(predictions)
+    write_rows(
+        folder / "confusion_matrix.csv",
+        [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))],
+    )
+    figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(counts.shape):
+        shade = "white" if shares[i, j] > 0.5 else "black"
+        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=shade)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.savefig(folder / "confusion_matrix.png", dpi=150)

@@ -1,0 +1,160 @@
+"""The console script: the table of commands, each imported when it is called, and errors said for people."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from fpt_lightning.errors import FPTError
+
+
+class Command(NamedTuple):
+    """A command of the table.
+
+    Attributes:
+        help: in a line.
+        source: ``module:name`` of what runs it.
+    """
+
+    help: str
+    source: str
+
+    def load(self) -> Any:
+        module, name = self.source.split(":")
+        return getattr(import_module(f"fpt_lightning.{module}"), name)
+
+
+_TRAINING = "cli.training:CommandLine"  # Lightning's own command line, which knows its commands by name
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("make the store if it is missing, train, and test the best and the last epoch", _TRAINING),
+    "validate": Command("a trained model on the validation images", _TRAINING),
+    "test": Command("a trained model on the test images, or on those of another hospital", _TRAINING),
+    "predict": Command("a trained model on every image of a folder", _TRAINING),
+    "preload": Command("the frozen pass alone: every image once through the encoder, into the store", _TRAINING),
+    "plan": Command("parameters, memory and store that a run will need; nothing runs", _TRAINING),
+    "explain": Command("pictures of what a trained model looked at, and how far to trust them", _TRAINING),
+    "datasets list": Command("the paper's data sets", "datasets.preparation:list_datasets"),
+    "datasets prepare": Command("write the manifest of one, from its owners' files", "datasets.preparation:prepare"),
+    "store info": Command("what a feature store holds", "cli.store_info:store_info"),
+    "store verify": Command("read all of a feature store to find damage", "cli.store_verify:store_verify"),
+    "store repair": Command("compute again what is damaged", _TRAINING),
+    "evaluate": Command("score a predictions file, of any model", "cli.evaluate:evaluate"),
+    "compare": Command("two predictions files of the same images", "cli.compare:compare"),
+    "export": Command("a trained model as one file: ONNX or torch.export", "deployment.export:export"),
+}
+"""By name, in the order of use."""
+
+_GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store holds, and damage of it"}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script: errors made for people are one message on stderr, with exit status 2."""
+    _quieten()
+    given = sys.argv[1:] if args is None else list(args)
+    try:
+        _run(_spelled(given))
+    except Exception as raised:
+        error = _made_for_people(raised)
+        if error is None or os.environ.get("FPT_TRACEBACK"):
+            raise
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message
+            text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"fpt-lightning: {type(error).__name__}: {text}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(args: list[str]) -> None:
+    first = args[0] if args else ""
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        COMMANDS["fit"].load()(args)  # Lightning's options ahead of a command
+        return
+    named = [name for name in COMMANDS if name.split() == args[: len(name.split())]]
+    called = named or [name for name in COMMANDS if name.split()[0] == first]  # of a group, such as datasets --help
+    if not called:
+        _parser().parse_args(args)  # prints help or version, or refuses what is no command
+    elif any(COMMANDS[name].source == _TRAINING for name in named):
+        COMMANDS[first].load()(args)
+    else:
+        from jsonargparse import auto_cli
+
+        auto_cli(_components(called), args=args, prog="fpt-lightning")
+
+
+def _components(names: Sequence[str]) -> dict[str, Any]:
+    """Functions by name, those of a group in a dictionary of their own, as jsonargparse takes them."""
+    components: dict[str, Any] = {}
+    for name in names:
+        if COMMANDS[name].source != _TRAINING:
+            *group, last = name.split()
+            within = components.setdefault(group[0], {"_help": _GROUPS[group[0]]}) if group else components
+            within[last] = COMMANDS[name].load()
+    return components
+
+
+def _parser() -> argparse.ArgumentParser:
+    """What says which commands there are, without importing them."""
+    parser = argparse.ArgumentParser(
+        "fpt-lightning",
+        description="Train classifiers on high-resolution medical images with a frozen vision transformer.",
+        epilog="Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('fpt-lightning')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
+    return parser
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says at every start and nobody can act on."""
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # each operation that is not folded
+    noise = ("💡 Tip", "TPU available")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(noise)
+    )
+
+
+def _spelled(args: list[str]) -> list[str]:
+    """Commands as jsonargparse has them.
+
+    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` it knows no hyphens and no bare flags.
+    """
+    if args[:2] == ["store", "repair"]:
+        return ["preload", *args[2:], "--repair", "true"]
+    if "plan" not in args:
+        return args
+    spelled = [arg.replace("--gpu-memory", "--gpu_memory").replace("--all-methods", "--all_methods") for arg in args]
+    bare = [
+        i
+        for i, arg in enumerate(spelled)
+        if arg == "--all_methods" and spelled[i + 1 : i + 2] not in (["true"], ["false"])
+    ]
+    return [f"{arg}=true" if i in bare else arg for i, arg in enumerate(spelled)]
+
+
+def _made_for_people(error: BaseException | None) -> FPTError | None:
+    """The error of ours that a library passed on as one of its own, if there is one."""
+    while error is not None and not isinstance(error, FPTError):
+        error = error.__cause__ or error.__context__
+    return error

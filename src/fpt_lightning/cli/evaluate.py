@@ -1,0 +1,72 @@
+"""The command ``evaluate``: any predictions file to scores and a report, without a model."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+
+import fpt_lightning
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation import scores
+from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
+from fpt_lightning.evaluation.decisions import fit_thresholds
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.report import write_report
+from fpt_lightning.files import write_json
+
+
+def evaluate(
+    predictions: str,
+    out: str | None = None,
+    validation: str | None = None,
+    thresholds: dict[str, float] | None = None,
+    calibrate: bool = False,
+    title: str | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    specificity: float = 0.9,
+) -> None:
+    """Score a predictions file: a table, ``evaluation.json`` and ``report.html``.
+
+    Args:
+        predictions: the CSV file.
+        out: folder of the results; that of the predictions by default.
+        validation: predictions of validation images, on which thresholds are fitted (Youden's index).
+        thresholds: by class, in place of fitted ones.
+        calibrate: whether a temperature is fitted on the validation images too, and applied.
+        title: of the report; the name of the predictions file by default.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        specificity: at which a sensitivity is given.
+
+    Raises:
+        ConfigurationError: ``calibrate`` without ``validation``, validation images of other classes, or a number out of
+            its range.
+        DataError: a file that cannot be used as it is.
+    """
+    found = Predictions.read(predictions)
+    about = {"predictions": predictions}
+    if calibrate and validation is None:
+        raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
+    if validation is not None:
+        fitting = Predictions.read(validation)
+        if (fitting.kind, fitting.classes) != (found.kind, found.classes):
+            raise ConfigurationError(
+                f"validation is {validation}, {fitting.kind} of {', '.join(fitting.classes)}, but {predictions} is "
+                f"{found.kind} of {', '.join(found.classes)}: give predictions of the same model."
+            )
+        about["fitted on"] = validation
+        if calibrate:
+            temperature = fit_temperature(fitting)
+            found, fitting = (with_temperature(each, temperature) for each in (found, fitting))
+            about["temperature"] = f"{temperature:.4g}"
+        thresholds = fit_thresholds(fitting) | (thresholds or {})
+    evaluation = scores.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
+    folder = Path(predictions).parent if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "evaluation.json", evaluation.to_dict())
+    about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
+    write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
+    print(f"{evaluation.table()}\n\nThe report is {folder / 'report.html'}.")

@@ -1,0 +1,107 @@
+"""What a run leaves in its folder while it trains: configuration, splits, history and checkpoints, each file whole."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from fpt_lightning.datamodules.base import ManifestDataModule
+from fpt_lightning.errors import CheckpointError
+
+
+class RunLogger(CSVLogger):
+    """``metrics.csv`` in the run's own folder; a resumed run goes on where its checkpoint was written.
+
+    Args:
+        save_dir: the run's folder.
+        resumed_at: the global step of the checkpoint that a run goes on from.
+    """
+
+    def __init__(self, save_dir: str, resumed_at: int | None = None) -> None:
+        super().__init__(save_dir, name="", version="")
+        self.resumed_at = resumed_at
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is None and self.resumed_at is not None:
+            path = Path(self.log_dir) / "metrics.csv"
+            earlier = path.with_name("metrics.csv.earlier")  # stays until its rows are written again
+            if path.is_file() and not earlier.is_file():
+                os.replace(path, earlier)
+            rows = list(csv.DictReader(earlier.open(newline=""))) if earlier.is_file() else []
+            # a kill may have cut the last row
+            whole = [row for row in rows if None not in row.values() and row["step"].isdecimal()]
+            kept = [{k: v for k, v in row.items() if v != ""} for row in whole if int(row["step"]) < self.resumed_at]
+            writer: Any = super().experiment
+            writer.metrics = kept
+            writer.save()
+            earlier.unlink(missing_ok=True)
+            return writer
+        return super().experiment
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are written under a partial name: a run that is killed keeps its last whole one.
+
+    Lightning moves a temporary file in its place, which is a copy where the temporary folder is on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # PyTorch has one of its own for a full disk
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be written: {error}. An earlier one is kept: make room, then go on by "
+                "--ckpt_path."
+            ) from error
+        os.replace(partial, path)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` and ``split.csv`` in the run's folder when fit starts; a run that goes on keeps its own."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or self.already_saved:
+            return
+        self.already_saved = True
+        if trainer.is_global_zero and self.config.get("ckpt_path") is None:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            data = getattr(trainer, "datamodule", None)
+            if isinstance(data, ManifestDataModule) and data.listed is not None:
+                data.listed.write(folder / "split.csv")
+            partial = folder / f"{self.config_filename}.partial"
+            self.parser.save(self.config, partial, overwrite=True, multifile=False)
+            os.replace(partial, folder / self.config_filename)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Of equal scores the later wins: a small validation split is soon perfect, and the model goes on learning."""
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return tied or super().check_monitor_top_k(trainer, current)
+
+
+def checkpoint_callbacks(root: str, metric: str, mode: str) -> list[ModelCheckpoint]:
+    """``best.ckpt`` (weights only) by a validation metric, ``last.ckpt`` (all that resuming needs) after each epoch."""
+    best = BestCheckpoint(
+        root, "best", monitor=f"val_{metric}", mode=mode, save_weights_only=True, enable_version_counter=False
+    )
+    last = ModelCheckpoint(root, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    return [best, last]

@@ -1,0 +1,145 @@
+"""Lightning's trainer with what else a configuration serves: the frozen pass, the planner, explanations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import lightning as L
+
+from fpt_lightning.data.manifest import Kind
+from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
+from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.explanation.writer import ExplanationWriter
+from fpt_lightning.methods import METHODS, ClassificationModule
+from fpt_lightning.planning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer with the frozen pass, the planner and explanations as three more things it does."""
+
+    def preload(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        overwrite: bool = False,
+        repair: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Run every image through the frozen encoder into the feature store, or go on with it.
+
+        Args:
+            model: whose encoder.
+            datamodule: whose images and store.
+            overwrite: remove a store made with other settings, and start anew.
+            repair: read the whole store first, and compute again what is damaged.
+            ckpt_path: not used; a configuration saved by fit holds it.
+            weights_only: not used; a configuration saved by fit holds it.
+        """
+        if not isinstance(datamodule, PreloadedFeatureDataModule):
+            raise ConfigurationError(
+                f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
+            )
+        datamodule.preload(model, self, overwrite, repair)
+
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        gpu_memory: str | None = None,
+        all_methods: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Print parameters, memory and store that a run will need; nothing is loaded, encoded or trained.
+
+        Args:
+            model: the method.
+            datamodule: its data; images need not be there.
+            gpu_memory: of the GPU, such as 8GiB: the largest batch and resolution that fit are looked for.
+            all_methods: a row for every method, with the arguments that it shares with the model.
+            ckpt_path: not used; a configuration saved by fit holds it.
+            weights_only: not used; a configuration saved by fit holds it.
+        """
+        assert isinstance(model, ClassificationModule)
+        assert isinstance(datamodule, ImageDataModule)
+        setting = _setting(model, datamodule, str(self.precision))
+        memory = None if gpu_memory is None else parse_memory(gpu_memory)
+        methods = list(METHODS.values()) if all_methods else [type(model)]
+        plans, left_out = [], []
+        for method in methods:
+            arguments = shared_arguments(method, type(model), setting.arguments)
+            try:
+                plans.append(plan(replace(setting, method=method, arguments=arguments), memory))
+            except ConfigurationError as error:
+                if not all_methods:
+                    raise
+                left_out.append(f"{method.LABEL} is left out: {error}")
+        images, uncounted = _count_images(datamodule, model.task.KIND)
+        height, width = setting.resolution
+        print(
+            f"{model.encoder_shape.name} at {height} x {width} pixels, batch {setting.batch_size}, precision "
+            f"{setting.precision}, {'no store' if setting.codec is None else f'codec {setting.codec}'}\n\n"
+            f"{table(plans, images, memory)}\n\n"
+            "Memory: peak of live tensors, predicted as on a CPU, of training and of the frozen pass (batches of "
+            f"{setting.preload_batch_size}).\nA GPU adds its context and the allocator's reserve, for which "
+            f"{CONTEXT_BYTES / 2**30:g} GiB of --gpu-memory is set aside (an assumption, not a measurement)."
+        )
+        print("\n".join([*uncounted, *left_out]))
+
+    def explain(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        out: str,
+        layer: int | None = None,
+        head: int | None = None,
+        images: int = 16,
+        split: Literal["val", "test"] | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Show what a trained model looked at: pictures of images, and over all of them how far to trust these.
+
+        Args:
+            model: FPT+ or FPT.
+            datamodule: its data.
+            out: folder of the pictures and numbers (``fpt_lightning.explanation.writer.ExplanationWriter``).
+            layer: tapped block of the encoder, counted from 0, that is drawn; the last one by default.
+            head: whose tokens and attention are drawn; all of them by default.
+            images: how many are drawn, evenly spread over all.
+            split: of the data set, from the store where the data module has one; by default every image below
+                data.root, through the encoder.
+            ckpt_path: the trained model's checkpoint.
+            weights_only: not used; only tensors and plain values are read.
+        """
+        assert isinstance(datamodule, ImageDataModule)
+        datamodule.explained = split
+        cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images))
+        self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
+
+
+def _setting(model: ClassificationModule, data: ImageDataModule, precision: str) -> Setting:
+    if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise ConfigurationError(f"trainer.precision is {precision!r}: plan predicts 32-true, 16-mixed and bf16-mixed.")
+    stored = data if isinstance(data, PreloadedFeatureDataModule) else None
+    return Setting(
+        method=type(model),
+        arguments={k: v for k, v in model.hparams.items() if not k.startswith("_")},  # those are LightningCLI's
+        resolution=data.resolution,
+        batch_size=data.batch_size,
+        precision="32-true" if precision == "32-true" else "bf16-mixed",
+        codec=None if stored is None else stored.codec,
+        mirrored=stored is not None and stored.mirrored,
+        image_size=data.image_size,
+        preload_batch_size=1 if stored is None else stored.preload_batch_size,
+    )
+
+
+def _count_images(data: ImageDataModule, kind: Kind) -> tuple[int | None, list[str]]:
+    try:
+        return len(data.read_manifest(kind).samples), []
+    except DataError as error:
+        return None, [f"The images are not counted, so the store is of 1,000: {error}"]

@@ -1,0 +1,185 @@
+"""Reading image files of any kind, and framing them for the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fpt_lightning.data.pages import file_and_page, page_index, too_large
+from fpt_lightning.errors import ConfigurationError, ImageError
+
+Fit = Literal["squash", "letterbox"]
+FITS: tuple[str, ...] = get_args(Fit)
+OnError = Literal["stop", "skip"]
+DICOM_SUFFIXES = (".dcm", ".dicom")
+INTERPOLATION = "bicubic, antialiased"  # of ``fpt_lightning.data.transforms.resize``
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Read an image file as RGB, upright.
+
+    JPEG, PNG, TIFF, BMP and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
+    orientation is applied. 16-bit grey files keep their depth (the full scale is 65,535). DICOM, by its suffix or by
+    its content: see ``fpt_lightning.data.dicom.read_dicom``.
+
+    Args:
+        path: of the file; ``scan.dcm#12`` is its page or frame 12, counted from 1.
+
+    Returns:
+        (height, width, 3), uint8 or uint16.
+
+    Raises:
+        ImageError: the file is missing, damaged, not an image, of a kind without a known scale, of several pages of
+            which none is asked for, or DICOM without pydicom being installed.
+    """
+    name, page = file_and_page(path)
+    try:
+        with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
+            return _read_dicom(file, name, page) if _is_dicom(file, name) else _read_picture(file, name, page)
+    except FileNotFoundError as error:
+        raise ImageError(f"the image {path} does not exist.") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's and pydicom's readers raise errors of many kinds on damaged files
+        raise ImageError(f"the image {path} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def _is_dicom(file: BinaryIO, path: Path) -> bool:
+    head = file.read(132)
+    file.seek(0)
+    return path.suffix.lower() in DICOM_SUFFIXES or head[128:] == b"DICM"
+
+
+def _read_dicom(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    try:
+        from fpt_lightning.data.dicom import read_dicom
+    except ModuleNotFoundError as error:
+        if error.name != "pydicom":
+            raise
+        raise ImageError(f"the image {path} is DICOM: pip install 'fpt-lightning[dicom]' to read it.") from error
+    return read_dicom(file, path, page)
+
+
+def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    with Image.open(file) as image:
+        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's JPEG with its preview
+        image.seek(page_index(path, pages, page))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "F"):
+            raise ImageError(f"the image {path} has 32-bit pixels, whose scale is unknown: save it with 8 or 16.")
+        if upright.mode.startswith("I;16"):
+            grey = np.asarray(upright).astype(np.uint16)
+            return np.repeat(grey[..., None], 3, axis=2)
+        if "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+        return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of a data set, for the encoder and for the side network alike.
+
+    Args:
+        aspect: (height, width) of the encoder's images; their ratio counts.
+        fit: ``squash`` leaves an image as it is, so that resizing changes its aspect; ``letterbox`` pads it with black,
+            evenly on two sides, to the encoder's.
+        crop_border: whether the dark border is cut off first (``bright_box``).
+
+    Raises:
+        ConfigurationError: an unknown fit.
+    """
+
+    aspect: tuple[int, int]
+    fit: str = "squash"
+    crop_border: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ConfigurationError(f"data.fit is {self.fit!r}: choose one of {', '.join(FITS)}.")
+
+    def __call__(self, path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        """(height, width, 3), uint8 or uint16, as ``read_image`` gives it and raises.
+
+        Raises:
+            ImageError: also an image so thin that padding would make it larger than Pillow reads any.
+        """
+        return self.framed(read_image(path), str(path))
+
+    def framed(
+        self, image: NDArray[np.uint8] | NDArray[np.uint16], name: str
+    ) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        """The same of an image (height, width, 3) that has been read, whose name is for errors."""
+        if self.crop_border:
+            image = image[bright_box(image)]
+        if self.fit == "squash":
+            return image
+        rows, columns = _padding(image.shape[:2], self.aspect)
+        height, width = image.shape[:2]
+        if too_large(height + sum(rows), width + sum(columns)):
+            raise ImageError(f"the image {name} of {height} x {width} pixels is too thin to letterbox.")
+        padded: NDArray[Any] = np.pad(image, (rows, columns, (0, 0)))
+        return padded
+
+
+def _padding(shape: tuple[int, ...], aspect: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows (above, below) and columns (left, right) that give (height, width) an aspect."""
+    (height, width), (tall, wide) = shape, aspect
+    rows, columns = max(0, round(width * tall / wide) - height), max(0, round(height * wide / tall) - width)
+    return (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2)
+
+
+def bright_box(image: NDArray[np.uint8] | NDArray[np.uint16]) -> tuple[slice, slice]:
+    """The rows and columns of an image without its dark border, such as those of fundus images and mammograms.
+
+    They bound the pixels whose brightest channel exceeds a tenth of the image's 99th percentile, which noise, JPEG
+    ringing and not quite black backgrounds stay below. Connected parts of less than a tenth of the largest one's area,
+    such as burnt-in letters, do not count. Found on a copy of at most 512 pixels a side. An image where less than a
+    twentieth of the area would be left is taken to be dark as a whole and stays as it is.
+
+    Args:
+        image: (height, width, 3).
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    scale = min(1, 512 / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).max(axis=2)
+    bright = (small > np.percentile(small, 99) / 10).astype(np.uint8)
+    _, _, parts, _ = cv2.connectedComponentsWithStats(bright)
+    parts = parts[1:]  # the first is the background
+    parts = parts[10 * parts[:, cv2.CC_STAT_AREA] >= parts[:, cv2.CC_STAT_AREA].max(initial=0)]
+    starts = parts[:, [cv2.CC_STAT_TOP, cv2.CC_STAT_LEFT]]
+    stops = starts + parts[:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]]
+    if not len(parts):
+        return slice(0, height), slice(0, width)
+    (top, left), (bottom, right) = starts.min(axis=0), stops.max(axis=0)
+    if 20 * (bottom - top) * (right - left) < small.size:
+        return slice(0, height), slice(0, width)
+    rows, columns = height / size[1], width / size[0]
+    return (
+        slice(int(top * rows), min(height, int(np.ceil(bottom * rows)))),
+        slice(int(left * columns), min(width, int(np.ceil(right * columns)))),
+    )
+
+
+def unreadable(paths: Mapping[str, Path], reader: ImageReader) -> dict[str, str]:
+    """Those of the images that cannot be read, and why; each is read and decoded."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            reader(path)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        reasons = zip(paths, pool.map(reason, paths.values()), strict=True)
+        return {name: why for name, why in reasons if why is not None}

@@ -1,0 +1,134 @@
+"""Splits: drawn at random or by folds, stratified, groups whole; and what may not be in two of them (paper, 4.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample
+from fpt_lightning.data.pages import file_and_page
+from fpt_lightning.errors import ConfigurationError, DataError, a_few
+from fpt_lightning.files import file_digest
+
+FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
+_ENDS = 2**16  # bytes of a file that tell most files apart
+
+
+def random_split(samples: Sequence[Sample], seed: int, kind: Kind = "single-label") -> list[Sample]:
+    """Split 70/10/20 at random, stratified; a group stays whole."""
+    dealt = _deal(samples, FRACTIONS, seed, kind)
+    return [replace(sample, split=SPLITS[part]) for sample, part in zip(samples, dealt, strict=True)]
+
+
+def fold_split(
+    samples: Sequence[Sample], fold: int, folds: int, seed: int, kind: Kind = "single-label"
+) -> list[Sample]:
+    """The splits of one fold of a cross-validation; see ``read_manifest``.
+
+    Raises:
+        ConfigurationError: there is no such fold.
+    """
+    given = bool(samples[0].split)
+    if folds < (2 if given else 3) or not 1 <= fold <= folds:
+        raise ConfigurationError(
+            f"data.fold is {fold} of data.folds {folds}: give a fold from 1 to {folds}, and at least "
+            f"{'2 folds' if given else '3 folds, of which one tests and one validates'}."
+        )
+    pool = [sample for sample in samples if not given or sample.split != "test"]
+    dealt = dict(zip((s.id for s in pool), _deal(pool, [1 / folds] * folds, seed, kind), strict=True))
+    special = {fold - 1: "val"} if given else {fold - 1: "test", fold % folds: "val"}
+    return [replace(s, split=special.get(dealt[s.id], "train")) if s.id in dealt else s for s in samples]
+
+
+def _deal(samples: Sequence[Sample], fractions: Sequence[float], seed: int, kind: Kind) -> list[int]:
+    """Which part each sample is dealt to, at random, so that each part has its fraction of each stratum.
+
+    Groups stay whole: they are dealt, large ones first, to the part that lacks most images of the group's strata.
+    """
+    strata = _strata(samples, kind)
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for position, sample in enumerate(samples):
+        groups[sample.group or f"\0{sample.id}"].append(position)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda name: len(groups[name]), reverse=True)
+    totals = Counter(stratum for own in strata for stratum in own)
+    lacking = {stratum: [total * fraction for fraction in fractions] for stratum, total in totals.items()}
+    part_of = [0] * len(samples)
+    for name in order:
+        counts = Counter(stratum for position in groups[name] for stratum in strata[position])
+        chosen = max(range(len(fractions)), key=lambda i: sum(lacking[s][i] * n for s, n in counts.items()))
+        for stratum, n in counts.items():
+            lacking[stratum][chosen] -= n
+        for position in groups[name]:
+            part_of[position] = chosen
+    return part_of
+
+
+def _strata(samples: Sequence[Sample], kind: Kind) -> list[tuple[int, ...]]:
+    """What each sample counts as: its class; its positive labels, or -1 without any; its number's fifth of all."""
+    if kind == "single-label":
+        return [(sample.label,) for sample in samples]
+    if kind == "multi-label":
+        return [tuple(i for i, t in enumerate(sample.targets) if t == 1) or (-1,) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: samples[i].targets)
+    return [(5 * rank // len(samples),) for _, rank in sorted(zip(order, range(len(samples)), strict=True))]
+
+
+def check_splits(manifest: Manifest, allow_overlap: bool) -> None:
+    """Refuse an empty split, and groups or identical files in several splits unless they are allowed.
+
+    Raises:
+        DataError: by name.
+    """
+    empty = [split for split in SPLITS if not manifest.split(split)]
+    if empty:
+        raise DataError(
+            f"the data set {manifest.root} ({len(manifest.samples)} images) leaves the split {', '.join(empty)} empty: "
+            "give it more images, or a CSV manifest with a split column."
+        )
+    for overlap in (_crossing_groups(manifest), _identical_files(manifest)):
+        if overlap and not allow_overlap:
+            raise DataError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
+        if overlap:
+            warnings.warn(f"{overlap}: test figures are too good.", stacklevel=2)
+
+
+def _crossing_groups(manifest: Manifest) -> str:
+    splits: defaultdict[str, set[str]] = defaultdict(set)
+    for sample in manifest.samples:
+        if sample.group:
+            splits[sample.group].add(sample.split)
+    crossing = sorted(group for group, used in splits.items() if len(used) > 1)
+    return f"{len(crossing)} groups have images in more than one split: {a_few(crossing)}" if crossing else ""
+
+
+def _identical_files(manifest: Manifest) -> str:
+    """Images with the same bytes in several splits; only files of the same size and ends are read whole."""
+    alike = [list(manifest.samples)]
+    for key in (_size, _ends, file_digest):
+        parts: defaultdict[object, list[Sample]] = defaultdict(list)
+        for i, some in enumerate(alike):
+            for sample in some:
+                path, page = file_and_page(manifest.path(sample))
+                parts[i, page, key(path)].append(sample)
+        alike = [some for some in parts.values() if len({sample.split for sample in some}) > 1]
+    pairs = [f"{some[0].id} = {next(s.id for s in some if s.split != some[0].split)}" for some in alike]
+    return f"{len(pairs)} images are also in another split, to the byte: {a_few(pairs)}" if pairs else ""
+
+
+def _size(path: Path) -> object:
+    return path.stat().st_size or path  # empty files are alike in nothing but their damage
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(-min(_ENDS, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(start + file.read()).hexdigest()

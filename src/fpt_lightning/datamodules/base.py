@@ -1,0 +1,161 @@
+"""The data set of a run: its manifest and splits, and the loaders over it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fpt_lightning.data.images import OnError
+from fpt_lightning.data.manifest import Kind, Manifest
+from fpt_lightning.data.prefetch import PrefetchingLoader
+from fpt_lightning.data.sources import Fill, read_manifest
+from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, labels_of, start_worker
+from fpt_lightning.errors import DataError
+
+
+class ManifestDataModule(L.LightningDataModule):
+    """Images that a manifest lists, with their labels and splits.
+
+    Args:
+        root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
+        manifest: CSV file instead of class folders; absolute or relative to ``root``. Prediction does not read it.
+        image_column: its column of image paths, relative to ``root``.
+        label_column: its column of class names or numbers; its columns of a multi-label task.
+        split_column: its column of ``train``, ``val``, ``test``; by default ``split``, if there is one.
+        group_column: its column of groups that a split keeps whole, such as patients; by default ``group``, if any.
+        classes: class names in the order wanted, such as grades from low to high; sorted by default.
+        missing_labels: what an empty field of a multi-label task stands for: ``ignore``, ``zeros`` or ``ones``.
+        uncertain_labels: what -1 stands for in training, likewise; validation and test ignore it.
+        split_seed: seed of a random split; apart from the run's seed, so that runs share a split.
+        fold: of a cross-validation, from 1 (``fpt_lightning.data.sources.read_manifest``); none by default.
+        folds: number of folds.
+        external: whether all images are test images of a model that was trained on others.
+        allow_overlap: whether groups and identical files may be in several splits, with a warning.
+        batch_size: of every stage.
+        num_workers: processes that prepare batches.
+        on_error: of images that cannot be read: ``stop``, or ``skip`` to leave them out of every stage, with a warning
+            and a list: ``left_out.csv`` in the run's folder, for which all images are read once before the first batch;
+            of a store ``{store}.left_out.csv``.
+
+    Raises:
+        DataError: a data set that cannot be used, at ``setup``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        manifest: str | None = None,
+        image_column: str = "image",
+        label_column: str | list[str] = "label",
+        split_column: str | None = None,
+        group_column: str | None = None,
+        classes: list[str] | None = None,
+        missing_labels: Fill = "ignore",
+        uncertain_labels: Fill = "ignore",
+        split_seed: int = 0,
+        fold: int | None = None,
+        folds: int = 5,
+        external: bool = False,
+        allow_overlap: bool = False,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        on_error: OnError = "stop",
+    ) -> None:
+        super().__init__()
+        self.root, self.table = root, manifest
+        self.reading: dict[str, Any] = {  # arguments of ``read_manifest``
+            "image_column": image_column,
+            "label_column": label_column,
+            "split_column": split_column,
+            "group_column": group_column,
+            "classes": classes,
+            "missing_labels": missing_labels,
+            "uncertain_labels": uncertain_labels,
+            "split_seed": split_seed,
+            "fold": fold,
+            "folds": folds,
+            "external": external,
+            "allow_overlap": allow_overlap,
+        }
+        self.external = external
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.on_error: OnError = on_error
+        self.seed: int | None = None
+        self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
+        self.listed: Manifest | None = None  # the whole data set
+        self.manifest: Manifest | None = None  # without what is left out
+        self.unlabelled: Manifest | None = None
+
+    def read_manifest(self, kind: Kind = "single-label") -> Manifest:
+        """The labelled data set, read once.
+
+        Args:
+            kind: of the labels; a model's is ``model.task.KIND``.
+
+        Raises:
+            DataError: see ``fpt_lightning.data.sources.read_manifest``.
+        """
+        if self.listed is None or self.listed.kind != kind:
+            self.manifest = self.listed = read_manifest(self.root, self.table, kind=kind, **self.reading)
+        return self.listed
+
+    @property
+    def labelled(self) -> Manifest:
+        """The manifest after ``setup``, without what is left out."""
+        if self.manifest is None:
+            raise DataError(f"{type(self).__name__} has not read its manifest: call setup('fit') first.")
+        return self.manifest
+
+    @property
+    def predicted(self) -> Manifest:
+        """What predict takes, after ``setup``: every image below ``root``, or the split that is explained."""
+        if self.explained is not None:
+            return replace(self.labelled, samples=self.labelled.split(self.explained))
+        assert self.unlabelled is not None
+        return self.unlabelled
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the label indices."""
+        return self.labelled.classes
+
+    @property
+    def training_labels(self) -> Tensor:
+        """Labels of all training images, as in batches."""
+        return labels_of(self.labelled, self.labelled.split("train"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed that orders and augments, so that a resumed run goes on as it would have."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seed = state_dict["seed"]
+
+    def _declared(self, name: str) -> Any:
+        """What the trainer's model declares that it needs, such as ``side_resolution``; None without one."""
+        return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
+
+    def _dataloader(self, dataset: Samples, shuffle: bool) -> DataLoader[Any]:
+        rank, world, epoch = 0, 1, 0
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            progress: Any = self.trainer.fit_loop.epoch_progress.current
+            epoch = progress.processed  # as ``current_epoch`` lags behind in a run that goes on
+        sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
+        sampler.set_epoch(epoch)
+        return PrefetchingLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collated,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(0),  # else each loader draws from, and so changes, the global RNG
+        )

@@ -1,0 +1,245 @@
+"""Images for the encoder and views for the side network, straight from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+
+from fpt_lightning.data.images import Fit, ImageReader, unreadable
+from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes
+from fpt_lightning.data.sources import list_images
+from fpt_lightning.data.transforms import Augmentation, ViewTransform, channel_statistics
+from fpt_lightning.datamodules.base import ManifestDataModule
+from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
+from fpt_lightning.encoder.config import EncoderConfig, check_resolution
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.store.preload import write_left_out
+from fpt_lightning.store.specification import FeatureSpecification
+
+
+class ImageDataModule(ManifestDataModule):
+    """High-resolution images for the encoder, low-resolution views for a side network; no store.
+
+    The model's ``INPUTS`` say what a batch holds: a method that trains on ``images`` gets augmented ones.
+
+    Args:
+        root: see ``ManifestDataModule``.
+        manifest: see ``ManifestDataModule``.
+        resolution: of the encoder's images in pixels: a side, or (height, width).
+        mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
+        std: like ``mean``.
+        fit: ``squash`` resizes images to the encoder's aspect, ``letterbox`` pads them to it with black first.
+        crop_border: whether the dark border of images (fundus, mammograms) is cut off
+            (``fpt_lightning.data.images.bright_box``).
+        image_size: side in pixels of the low-resolution copy that augmentation starts from.
+        side_resolution: side of the side network's images in pixels; the model's own by default.
+        augmentation: ``default`` (the published one), ``strong`` or ``none``.
+        **kwargs: see ``ManifestDataModule``.
+
+    Raises:
+        ConfigurationError: values that cannot work.
+        DataError: a data set that cannot be used, at ``setup``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        manifest: str | None = None,
+        *,
+        resolution: int | tuple[int, int] = 512,
+        mean: Literal["auto"] | list[float] = "auto",
+        std: Literal["auto"] | list[float] = "auto",
+        fit: Fit = "squash",
+        crop_border: bool = False,
+        image_size: int = 256,
+        side_resolution: int | None = None,
+        augmentation: Augmentation = "default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root, manifest, **kwargs)
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
+        self.reader = ImageReader(self.resolution, fit, crop_border)
+        self.mean, self.std = _given_statistics(mean, std)
+        self.image_size, self.side_resolution = image_size, side_resolution
+        self.augmentation: str = augmentation
+        self.computed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # mean and std, where 'auto'
+        self.specification: FeatureSpecification | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read the manifest and hold it against the model.
+
+        Raises:
+            DataError: see ``read_manifest``.
+            ConfigurationError: the model and the data do not fit each other.
+        """
+        task = self._declared("task")
+        kind: Kind = "single-label" if task is None else task.KIND
+        if stage == "predict" and self.explained is None:
+            self.unlabelled = self._readable(list_images(self.root, kind, self._declared("num_classes") or 1))
+            encoder = self._declared("encoder_config")
+            self.specification = None if encoder is None else self.asked(encoder)
+            return
+        if self.external and "test" not in (stage, self.explained):
+            raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
+        self.read_manifest(kind)
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**32
+        self._setup_features(stage)
+        if stage == "fit":
+            rank_zero_info(self.labelled.summary())
+        for split in ("test",) if self.external else SPLITS:
+            absent = [
+                n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count
+            ]
+            if absent:
+                rank_zero_warn(f"the split {split} has no image of {', '.join(absent)}: its AUC leaves them out.")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order, and with views, that the seed and the epoch alone decide."""
+        return self._loader("train", augmentation=self.augmentation)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Every image below ``root``, through the encoder: no store, no labels; or the split that is explained."""
+        if self.explained is not None:
+            return self._loader(self.explained)
+        return self._dataloader(self._image_dataset(self.predicted, self.predicted.samples, "none"), shuffle=False)
+
+    def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
+        """The specification of the features that an encoder gives for this module's images."""
+        auto = "auto"
+        if self.listed is not None:
+            ids = [sample.id for sample in self.listed.split("train")]
+            auto += f" over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
+        return FeatureSpecification(
+            encoder=encoder.name,
+            weights=encoder.weights(),
+            layers=encoder.tapped_layers,
+            token_ratio=encoder.token_ratio,
+            criterion=encoder.criterion,
+            resolution=self.resolution,
+            mean=self.mean,
+            std=self.std,
+            statistics="given" if self.mean else auto,
+            image_size=self.image_size,
+            codec="fp32",
+            precision=encoder.precision,
+            fit=self.reader.fit,
+            crop_border=self.reader.crop_border,
+        )
+
+    def _setup_features(self, stage: str) -> None:
+        self._check_model()
+        if self.manifest is self.listed:  # once
+            self.manifest = self._readable(self.labelled)
+        if stage == "fit" and not self.mean and not self.computed[0]:
+            paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
+            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader.crop_border)
+            rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
+        encoder = self._declared("encoder_config")
+        if encoder is not None:
+            asked = self.asked(encoder)
+            self.specification = asked if asked.mean else replace(asked, mean=self.computed[0], std=self.computed[1])
+
+    def _readable(self, listed: Manifest) -> Manifest:
+        """What there is without the images that cannot be read, if those are to be left out."""
+        if self.on_error == "stop":
+            return listed
+        reasons = unreadable({sample.id: listed.path(sample) for sample in listed.samples}, self.reader)
+        if reasons:
+            folder = "." if self.trainer is None else self.trainer.default_root_dir
+            write_left_out(f"{folder}/left_out.csv", reasons)
+        return listed.without(reasons)
+
+    def _check_model(self) -> None:
+        num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
+        if num_classes is not None and not self.external:  # other hospitals may lack a class
+            check_classes("model.num_classes", num_classes, self.labelled)
+        if encoder is not None:
+            check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+
+    def _side_resolution(self) -> int:
+        declared: int | None = self._declared("side_resolution")
+        if self.side_resolution is None and declared is None:
+            raise ConfigurationError("data.side_resolution is not given, and the model declares no side_resolution.")
+        if None not in (self.side_resolution, declared) and self.side_resolution != declared:
+            raise ConfigurationError(
+                f"data.side_resolution is {self.side_resolution}, but model.side_resolution is {declared}: "
+                "give the model's alone."
+            )
+        side = declared if declared is not None else self.side_resolution
+        assert side is not None
+        if side > self.image_size:
+            raise ConfigurationError(
+                f"the side network's resolution is {side}, but the low-resolution copies have {self.image_size} "
+                f"pixels a side: set data.image_size to at least {side}."
+            )
+        return side
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std: the trained model's where it has them, this module's otherwise."""
+        trained: FeatureSpecification | None = self._declared("specification")
+        for mean, std in (
+            (trained.mean, trained.std) if trained is not None else ((), ()),
+            (self.mean, self.std),
+            self.computed,
+        ):
+            if mean:
+                return mean, std
+        raise ConfigurationError(
+            "data.mean and data.std are 'auto', which only fit computes: give a checkpoint (ckpt_path) or the numbers."
+        )
+
+    def _inputs(self) -> frozenset[str]:
+        """What the model's forward takes; what FPT+ takes, for a model that does not say."""
+        declared: frozenset[str] | None = self._declared("INPUTS")
+        return frozenset({"side_images", "features"}) if declared is None else declared
+
+    def _side_views(
+        self, augmentation: str, mean: tuple[float, ...], std: tuple[float, ...], mirror: bool = True
+    ) -> Views | None:
+        if "side_images" not in self._inputs():
+            return None
+        return Views(ViewTransform(self._side_resolution(), augmentation, mirror), mean, std, self.seed or 0)
+
+    def _image_dataset(self, manifest: Manifest, samples: Sequence[Sample], augmentation: str) -> Samples:
+        mean, std = self._statistics()
+        views: Views | None = None
+        if self._inputs() & {"images", *STORED}:
+            transform = ViewTransform(self.resolution, augmentation if "images" in self._inputs() else "none")
+            views = Views(transform, mean, std, self.seed or 0)
+        side_views = self._side_views(augmentation, mean, std)
+        return ImageSamples(manifest, samples, side_views, views, self.reader, self.image_size)
+
+    def _dataset(self, split: str, augmentation: str) -> Samples:
+        return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
+
+    def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
+        return self._dataloader(self._dataset(split, augmentation), shuffle=split == "train")
+
+
+def _given_statistics(
+    mean: Literal["auto"] | Sequence[float], std: Literal["auto"] | Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if mean == "auto" and std == "auto":
+        return (), ()
+    values = []
+    for name, given in (("mean", mean), ("std", std)):
+        if isinstance(given, str) or len(given) not in (1, 3) or (name == "std" and min(given) <= 0):
+            raise ConfigurationError(
+                f"data.{name} is {given!r}: give one number for grey images or three for colour (std above 0), "
+                "or 'auto' for both mean and std."
+            )
+        values.append(tuple(float(v) for v in given) * (3 // len(given)))
+    return values[0], values[1]

@@ -1,0 +1,196 @@
+"""Batches: what methods get, drawn by (epoch, index) from image files or from a store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from fpt_lightning.data.images import ImageReader
+from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.transforms import ViewTransform, normalise, stored_copy
+from fpt_lightning.store.store import FeatureStore
+
+
+class Batch(TypedDict, total=False):
+    """What both data modules yield: ids, labels and those of the rest that the method names in its ``INPUTS``.
+
+    Attributes:
+        ids: B sample ids.
+        labels: (B,), int64, -1 where unlabelled; (B, classes), fp32, NaN where unknown, in a multi-label task; (B,),
+            fp32, in a regression.
+        side_images: (B, 3, side, side), fp32, normalised, augmented in training.
+        features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
+        key_scales: of the codec, where it has any (``fpt_lightning.store.codecs.Features``).
+        value_scales: like those of the keys.
+        indices: of the tokens that features are of (B, L, H, T), int32; from a store, where they are explained.
+        pooled: pooled features (B, D), fp32.
+        images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
+            where they stand in for stored features that have yet to be computed.
+    """
+
+    ids: list[str]
+    labels: Tensor
+    side_images: Tensor
+    features: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    indices: Tensor
+    pooled: Tensor
+    images: Tensor
+
+
+STORED = frozenset({"features", "pooled"})
+"""Inputs that a feature store holds."""
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Pairs (epoch, index): with them a view depends on the seed, the epoch and the sample, on no worker.
+
+    Training ranks get equally many pairs, the first ones repeated where needed; others get each sample once.
+
+    Args:
+        count: of samples.
+        rank: of this process.
+        world_size: of all.
+        shuffle: a new order each epoch.
+        seed: of the orders.
+    """
+
+    def __init__(self, count: int, rank: int, world_size: int, shuffle: bool, seed: int) -> None:
+        self.count, self.rank, self.world_size = count, rank, world_size
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = list(range(self.count))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
+            order += (order * self.world_size)[: -self.count % self.world_size]
+        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size]])
+
+    def __len__(self) -> int:
+        total = self.count + (-self.count % self.world_size if self.shuffle else 0)
+        return len(range(self.rank, total, self.world_size))
+
+
+@dataclass(frozen=True)
+class Views:
+    """How images become normalised, augmented ones."""
+
+    transform: ViewTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+
+    def draw(self, images: Iterable[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
+        """(B, 3, height, width), fp32, from B images (height, width, 3) and their (epoch, index)."""
+        seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
+        views = [self.transform(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return normalise(torch.stack(views), self.mean, self.std)
+
+
+class Samples(Dataset[Batch], ABC):
+    """Samples by (epoch, index), fetched a batch at a time."""
+
+    def __init__(self, manifest: Manifest, samples: Sequence[Sample], side_views: Views | None) -> None:
+        self.manifest, self.samples, self.side_views = manifest, samples, side_views
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        """A batch of one."""
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        samples = [self.samples[index] for _, index in keys]
+        return {
+            "ids": [sample.id for sample in samples],
+            "labels": labels_of(self.manifest, samples),
+            **self._fetch(samples, keys),
+        }
+
+    @abstractmethod
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
+        """The inputs of the samples, drawn for their (epoch, index)."""
+
+
+class ImageSamples(Samples):
+    """Samples read from their image files."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        samples: Sequence[Sample],
+        side_views: Views | None,
+        views: Views | None,
+        reader: ImageReader,
+        image_size: int,
+    ) -> None:
+        super().__init__(manifest, samples, side_views)
+        self.views, self.reader, self.image_size = views, reader, image_size
+
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
+        images = [self.reader(self.manifest.path(sample)) for sample in samples]
+        batch: Batch = {}
+        if self.views is not None:
+            batch["images"] = self.views.draw(images, keys)
+        if self.side_views is not None:
+            batch["side_images"] = self.side_views.draw([stored_copy(i, self.image_size) for i in images], keys)
+        return batch
+
+
+class StoredSamples(Samples):
+    """Samples read from a feature store."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        samples: Sequence[Sample],
+        side_views: Views | None,
+        store: FeatureStore,
+        arrays: Sequence[str],
+        mirror_seed: int | None,
+    ) -> None:
+        super().__init__(manifest, samples, side_views)
+        self.store, self.arrays, self.mirror_seed = store, arrays, mirror_seed
+
+    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
+        rows = [self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, keys, strict=True)]
+        batch: dict[str, Tensor] = {name: torch.from_numpy(self.store.read(rows, name)) for name in self.arrays}
+        if self.side_views is not None:
+            batch["side_images"] = self.side_views.draw(self.store.read(rows, "images"), keys)
+        return cast(Batch, batch)
+
+    def _mirrored(self, key: tuple[int, int]) -> bool:
+        """Whether the mirror image is drawn."""
+        if self.mirror_seed is None:
+            return False
+        return bool(np.random.SeedSequence([self.mirror_seed, *key, 1]).generate_state(1)[0] & 1)
+
+
+def labels_of(manifest: Manifest, samples: Sequence[Sample]) -> Tensor:
+    """The labels of samples, as a batch has them."""
+    if manifest.kind == "single-label":
+        return torch.tensor([sample.label for sample in samples])
+    targets = torch.tensor([sample.targets for sample in samples])
+    return targets if manifest.kind == "multi-label" else targets[:, 0]
+
+
+def collated(batch: Any) -> Any:
+    """The batch, which ``Samples`` gave whole."""
+    return batch
+
+
+def start_worker(worker: int) -> None:
+    """Keep a loader's worker to one thread; OpenCV would start one a core."""
+    import cv2
+
+    cv2.setNumThreads(0)

@@ -1,0 +1,75 @@
+"""Checkpoints as files: read safely, and turned into the trained model that they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpt_lightning.errors import CheckpointError, in_one_line
+from fpt_lightning.methods import METHODS, ClassificationModule
+from fpt_lightning.methods.trained import KEY
+from fpt_lightning.store.specification import FeatureSpecification
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds; only tensors and plain values are read, no code is run.
+
+    Raises:
+        CheckpointError: no such file, or one that cannot be read.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {in_one_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
+        raise CheckpointError(f"the file {path} (ckpt_path) is not a checkpoint of Lightning: give a run's best.ckpt.")
+    return content
+
+
+def load_trained(
+    path: str | Path, pretrained: str | bool | None = None
+) -> tuple[ClassificationModule, FeatureSpecification]:
+    """The model that a checkpoint holds, in evaluation mode on the CPU, and what its images must be.
+
+    An encoder that trains is built; a frozen one is not yet loaded.
+
+    Args:
+        path: of the checkpoint, written by a method of this package.
+        pretrained: the encoder's weights in place of the checkpoint's ``pretrained``, where that file has moved. They
+            are held against the digest of those trained with.
+
+    Raises:
+        CheckpointError: a file that is no such checkpoint, does not say what its images are, or whose encoder weights
+            are gone or others.
+        EncoderError: weights that are out of reach or do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    about = checkpoint.get(KEY)
+    methods = {method.__name__: method for method in METHODS.values()}
+    if not isinstance(about, dict) or about.get("method") not in methods:
+        raise CheckpointError(
+            f"the checkpoint {path} was not written by a method of fpt-lightning ({', '.join(methods)}): give one that "
+            "`fpt-lightning fit` wrote, such as best.ckpt."
+        )
+    arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
+    if pretrained is not None:
+        checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
+    weights = arguments["pretrained"]
+    if isinstance(weights, str) and not Path(weights).expanduser().is_file():
+        raise CheckpointError(
+            f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give the "
+            "file's place now as pretrained."
+        )
+    module = methods[about["method"]](**arguments)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    if module.specification is None or not module.specification.mean:
+        raise CheckpointError(
+            f"the checkpoint {path} does not say the resolution, mean and std of its images, as it was trained without "
+            "a data module of fpt-lightning: call the module itself on images prepared as in training."
+        )
+    return module.eval(), module.specification

@@ -1,0 +1,283 @@
+"""A trained model as one file for other programs, by ``torch.export``: image in, probabilities out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpt_lightning.data.transforms import normalise
+from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.deployment.predictor import NOTICE
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.errors import ConfigurationError, ExportError
+from fpt_lightning.explanation.attention import overlay, prompt_attention
+from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.methods.fusion import Fusion
+from fpt_lightning.store.codecs import Features
+from fpt_lightning.store.specification import FeatureSpecification
+
+TOLERANCE = 1e-4
+"""Largest difference of an exported model's scores from PyTorch's; of predicted numbers above 1, relative to them."""
+
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_LARGEST_ONNX = 2 * 2**30  # bytes: what a file of Protocol Buffers can hold
+_SIDE_IMAGES = "as a low-resolution copy of the input, then resized; bicubic, antialiased"
+
+
+class Classifier(nn.Module):
+    """A trained model with its encoder as one function of images.
+
+    Args:
+        module: in evaluation mode; where its encoder is frozen, that runs in fp32 here.
+        specification: of its images.
+        attention: whether the prompts' attention is given too.
+
+    Raises:
+        ConfigurationError: ``attention`` of a method without prompts over the encoder's tokens.
+        CheckpointError: other encoder weights than in training.
+        EncoderError: weights that are out of reach or do not fit.
+    """
+
+    def __init__(
+        self, module: ClassificationModule, specification: FeatureSpecification, attention: bool = False
+    ) -> None:
+        super().__init__()
+        self.module, self.specification = module, specification
+        self.fusion: Fusion | None = getattr(module, "fusion", None) if attention else None
+        if attention and self.fusion is None:
+            raise ConfigurationError(f"attention is true, but {module.LABEL} has no prompts whose attention to show.")
+        self.encoder: FrozenEncoder | None = None
+        if isinstance(module, FeatureModule):
+            self.encoder = FrozenEncoder(replace(module.encoder_config, precision="fp32"), specification.resolution)
+            module.use_encoder(self.encoder)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Classify.
+
+        Args:
+            images: (B, 3, height, width), fp32 in [0, 1], at the resolution of training, not normalised.
+
+        Returns:
+            Probabilities (B, classes), or predicted numbers (B,); and, if asked for, the attention that the prompts pay
+            to each patch (B, rows, columns), averaged over heads, prompts and layers. With the prefix tokens, which lie
+            nowhere, it sums to 1.
+        """
+        asked = self.specification
+        normal = normalise(images, asked.mean, asked.std)
+        batch = {"images": normal}
+        if self.module.side_resolution is not None:
+            copy = _resized(images, asked.image_size)
+            batch["side_images"] = normalise(_resized(copy, self.module.side_resolution), asked.mean, asked.std)
+        if self.encoder is None:
+            return (self._scores(batch),)
+        encoded = self.encoder(normal)
+        scores = self._scores({**batch, "features": encoded.features, "pooled": encoded.pooled})
+        return (scores,) if self.fusion is None else (scores, self._attention(self.fusion, encoded))
+
+    def _scores(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.module.scores(self.module(batch).float())
+
+    def _attention(self, fusion: Fusion, encoded: Encoded) -> Tensor:
+        paid = prompt_attention(fusion, Features(encoded.features))
+        found = overlay(paid, encoded.indices, self.module.encoder_shape, self.specification.resolution)
+        return found.patches.mean(1)
+
+    @property
+    def output_names(self) -> list[str]:
+        scores = "predictions" if self.module.task.KIND == "regression" else "probabilities"
+        return [scores] if self.fusion is None else [scores, "attention"]
+
+    def about(self) -> dict[str, Any]:
+        """What a program needs to know to use the exported model, as plain values."""
+        asked, module = self.specification, self.module
+        regression = module.task.KIND == "regression"
+        patches = zip(asked.resolution, module.encoder_shape.patch_size, strict=True)
+        shapes = {"attention": ["batch", *(side // patch for side, patch in patches)]}
+        return {
+            "notice": NOTICE,
+            "task": module.hparams["task"],
+            "kind": module.task.KIND,
+            "classes": [] if regression else list(module.output_names),
+            "thresholds": module.thresholds,
+            "temperature": module.temperature if module.temperature_scaling else 1.0,
+            "input": {
+                "name": "images",
+                "shape": ["batch", 3, *asked.resolution],
+                "dtype": "float32",
+                "pixels": "RGB in [0, 1]: the full scale (255, or 65535 of 16 bits) is 1; not normalised",
+                "crop_border": asked.crop_border,
+                "fit": asked.fit,
+                "resize": asked.interpolation,
+            },
+            "outputs": {
+                name: shapes.get(name, ["batch"] if regression else ["batch", module.num_classes])
+                for name in self.output_names
+            },
+            "inside": {
+                "mean": list(asked.mean),
+                "std": list(asked.std),
+                **({} if module.side_resolution is None else {"side_images": self._side_images()}),
+            },
+            "method": type(module).__name__,
+            "encoder": asked.encoder,
+            "weights": asked.weights,
+            "weights_digest": asked.weights_digest,
+            "versions": {name: version(name) for name in ("fpt-lightning", "torch", "timm")},
+        }
+
+    def _side_images(self) -> dict[str, Any]:
+        return {"copy": self.specification.image_size, "size": self.module.side_resolution, "made": _SIDE_IMAGES}
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    return resized.clamp(0, 1)
+
+
+def export(
+    *,
+    ckpt_path: str,
+    out: str,
+    format: Literal["onnx", "torch"] = "onnx",
+    attention: bool = False,
+    pretrained: str | None = None,
+) -> None:
+    """Write a trained model as one file, encoder included: images (B, 3, height, width) in, probabilities out.
+
+    The batch may be of any size. Normalisation, the side network's image and the fitted temperature are inside;
+    decoding, cropping, padding and resizing to the resolution are not, and are described in the file's metadata with
+    classes and thresholds. Before it appears, the file's outputs are held against PyTorch's. For research only: this is
+    not a medical device.
+
+    Args:
+        ckpt_path: the checkpoint, such as runs/run/best.ckpt.
+        out: the file to write: .onnx, or .pt2 for torch.
+        format: onnx, or torch for ``torch.export``, whose file holds the metadata as fpt_lightning.json.
+        attention: whether the prompts' attention over the patches is a second output (B, rows, columns).
+        pretrained: the encoder's weights, where the file that the checkpoint names has moved.
+
+    Raises:
+        CheckpointError: no such checkpoint, or encoder weights that are gone or others than in training.
+        ConfigurationError: arguments that do not fit each other or the method, or packages that are missing or too old.
+        EncoderError: weights that are out of reach or do not fit.
+        ExportError: a model that cannot be exported, or whose export computes something else.
+    """
+    path = Path(out)
+    if path.suffix != _SUFFIXES[format]:
+        raise ConfigurationError(f"out is {out}: a file of format {format} ends in {_SUFFIXES[format]}.")
+    _check_packages(format)
+    classifier = Classifier(*load_trained(ckpt_path, pretrained), attention)
+    size = sum(p.numel() * p.element_size() for p in classifier.parameters())
+    if format == "onnx" and size >= _LARGEST_ONNX:
+        raise ExportError(f"the model has {size / 2**30:.1f} GiB, an ONNX file at most 2: use --format torch.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        run = _WRITERS[format](classifier, partial)
+        difference = _difference(classifier, run)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(
+        f"{path} ({path.stat().st_size / 2**20:.1f} MiB): {', '.join(classifier.output_names)} of images "
+        f"{'batch x 3 x {} x {}'.format(*classifier.specification.resolution)}, within {difference:.1g} of PyTorch's.\n"
+        f"{NOTICE}"
+    )
+
+
+def _check_packages(format: str) -> None:
+    if not hasattr(torch.compiler, "is_exporting"):
+        raise ConfigurationError(f"export needs torch 2.9 or later, this is {torch.__version__}: update it.")
+    if format == "onnx":
+        try:
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"export to ONNX needs {error.name}: pip install 'fpt-lightning[onnx]', or use --format torch."
+            ) from error
+
+
+def _example(classifier: Classifier, count: int) -> Tensor:
+    """Images of noise, the same every time: (count, 3, height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, *classifier.specification.resolution, generator=generator)
+
+
+def _traced(classifier: Classifier) -> torch.export.ExportedProgram:
+    batch = {0: torch.export.Dim("batch", min=1)}
+    with torch.no_grad():
+        program = torch.export.export(
+            classifier, (_example(classifier, 2),), dynamic_shapes={"images": batch}, strict=False
+        )
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it holds this machine's paths
+    return program
+
+
+def _write_torch(classifier: Classifier, path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Write, and give what the file computes."""
+    torch.export.save(_traced(classifier), path, extra_files={"fpt_lightning.json": _as_json(classifier.about())})
+    exported = torch.export.load(path).module()
+    return lambda images: list(exported(images))
+
+
+def _write_onnx(classifier: Classifier, path: Path) -> Callable[[Tensor], list[Tensor]]:
+    """Write, and give what the file computes."""
+    import onnxruntime
+
+    program = torch.onnx.export(
+        _traced(classifier),
+        dynamo=True,
+        dynamic_shapes={"images": {0: "batch"}},
+        input_names=["images"],
+        output_names=classifier.output_names,
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props.update({name: _as_json(value) for name, value in classifier.about().items()})
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+
+_WRITERS = {"onnx": _write_onnx, "torch": _write_torch}
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _difference(classifier: Classifier, run: Callable[[Tensor], list[Tensor]]) -> float:
+    """The largest one between what a file computes and what PyTorch does, for another batch than it was traced with.
+
+    Raises:
+        ExportError: it is above ``TOLERANCE``.
+    """
+    images = _example(classifier, 3)
+    with torch.no_grad():
+        expected = classifier(images)
+    found = run(images)
+    worst = (found[0] - expected[0]).abs().max() / expected[0].abs().max().clamp(min=1)
+    # Of attention the mean: where two tokens tie for the last place of a head within rounding, either may be taken
+    means = [(a - b).abs().mean() for a, b in zip(found[1:], expected[1:], strict=True)]
+    difference = float(torch.stack([worst, *means]).max())
+    if not math.isfinite(difference) or difference > TOLERANCE:
+        raise ExportError(
+            f"the exported model differs from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: it is not "
+            "written. Try other versions of torch, onnxscript and onnxruntime, or --format torch."
+        )
+    return difference

@@ -1,0 +1,182 @@
+"""A trained model on new images, in Python: from files, arrays or a folder to a table of probabilities."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpt_lightning.data.manifest import UNLABELLED
+from fpt_lightning.data.sources import list_images
+from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
+from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.encoder.selection import parts
+from fpt_lightning.errors import ConfigurationError, DataError, ImageError
+from fpt_lightning.evaluation.decisions import decide
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.files import write_rows
+from fpt_lightning.methods.features import FeatureModule
+
+NOTICE = "For research only. This is not a medical device: do not diagnose or treat anyone by what it predicts."
+
+Picture = str | Path | NDArray[np.uint8] | NDArray[np.uint16]
+"""An image: the path of a file, ``scan.dcm#12`` too, or pixels (height, width, 3) or (height, width)."""
+
+
+class Predictor:
+    """A checkpoint's model, ready for images: ``Predictor("runs/run/best.ckpt")("images/")``.
+
+    For research only. This is not a medical device: do not diagnose or treat anyone by what it predicts.
+
+    Images are read, cropped, padded, resized and normalised as in training, which the checkpoint says; the numbers are
+    those of ``fpt-lightning predict``. The encoder's weights are loaded once, and are those of training.
+
+    Args:
+        checkpoint: written by ``fpt-lightning fit`` or by a trainer with a data module of this package.
+        device: where the model runs, such as ``cpu`` or ``cuda``.
+        batch_size: images at once.
+        pretrained: the encoder's weights, where the file that the checkpoint names has moved.
+
+    Raises:
+        CheckpointError: no such checkpoint, or encoder weights that are gone or others than in training.
+        ConfigurationError: a device that is not there, or a batch size below 1.
+        EncoderError: weights that are out of reach or do not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        pretrained: str | bool | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size is {batch_size}: give at least 1.")
+        self.device, self.batch_size = _checked_device(device), batch_size
+        module, self.specification = load_trained(checkpoint, pretrained)
+        if isinstance(module, FeatureModule):
+            module.use_encoder(FrozenEncoder(module.encoder_config, self.specification.resolution))
+        self.module = module.to(self.device)
+
+    def __call__(self, images: Picture | Sequence[Picture]) -> Predictions:
+        """Predict.
+
+        Args:
+            images: a folder, of which every image below is taken; or one image, or several: paths, ``scan.dcm#12`` for
+                a frame or page, or arrays (height, width, 3) in RGB or (height, width), uint8 or uint16 at full scale.
+
+        Returns:
+            Predictions without labels, in the order given, of probabilities by the fitted temperature. The ids are
+            paths: below the folder, as in ``fpt-lightning predict``, or as given; of arrays ``array_0``, by position.
+
+        Raises:
+            DataError: no image, or one twice.
+            ImageError: an image that cannot be read, or an array of another shape or dtype.
+        """
+        pictures = _by_id(images)
+        ids, scores = list(pictures), list[Any]()
+        with torch.inference_mode():
+            for some in parts(len(ids), self.batch_size):
+                pixels = [self._read(id, pictures[id]) for id in ids[some]]
+                scores += self.module.scores(self.module(self._batch(pixels)).float()).tolist()
+        unknown: Any = {
+            "single-label": UNLABELLED,
+            "multi-label": [math.nan] * self.module.num_classes,
+            "regression": math.nan,
+        }[self.module.task.KIND]
+        return self.module.predictions([(id, unknown, score) for id, score in zip(ids, scores, strict=True)])
+
+    def decide(self, predictions: Predictions) -> NDArray[np.bool_]:
+        """Which classes each image is decided for, by the thresholds fitted to the validation images: (N, C).
+
+        Classes are decided for one by one, as in ``fpt_lightning.evaluation.decisions.decide``.
+
+        Raises:
+            ConfigurationError: a regression, or predictions of other classes.
+        """
+        return decide(predictions, self.module.thresholds)
+
+    def table(self, predictions: Predictions, path: str | Path | None = None) -> list[dict[str, Any]]:
+        """Predictions and decisions, a row an image.
+
+        Args:
+            predictions: of this model.
+            path: of a CSV file that is written too, if given.
+
+        Returns:
+            ``path``; of a regression ``prediction``; else ``prob_{class}`` and ``decided_{class}`` (0 or 1) of each
+            class, and for single-label data ``most_probable``.
+        """
+        classes = predictions.classes
+        if predictions.kind == "regression":
+            columns: dict[str, list[Any]] = {"prediction": predictions.scores.tolist()}
+        else:
+            decided = self.decide(predictions).astype(int)
+            columns = {f"prob_{name}": predictions.scores[:, i].tolist() for i, name in enumerate(classes)}
+            columns |= {f"decided_{name}": decided[:, i].tolist() for i, name in enumerate(classes)}
+        if predictions.kind == "single-label":
+            columns["most_probable"] = [classes[i] for i in predictions.scores.argmax(1)]
+        columns = {"path": list(predictions.ids), **columns}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if path is not None:
+            write_rows(Path(path), [list(columns), *(list(row.values()) for row in rows)])
+        return rows
+
+    def _read(self, id: str, picture: Picture) -> NDArray[np.uint8] | NDArray[np.uint16]:
+        reader = self.specification.reader
+        return reader.framed(_rgb(id, picture), id) if isinstance(picture, np.ndarray) else reader(picture)
+
+    def _batch(self, images: Sequence[NDArray[np.uint8] | NDArray[np.uint16]]) -> dict[str, Tensor]:
+        """The images as ``fpt_lightning.datamodules.samples.Batch`` has them, never augmented."""
+        asked = self.specification
+        views = {"images": [unit_pixels(image, asked.resolution) for image in images]}
+        if self.module.side_resolution is not None:
+            size = (self.module.side_resolution, self.module.side_resolution)
+            views["side_images"] = [unit_pixels(stored_copy(image, asked.image_size), size) for image in images]
+        return {
+            name: normalise(torch.stack(view).to(self.device), asked.mean, asked.std) for name, view in views.items()
+        }
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"device is {str(device)!r}: {reason} Give cpu, or cuda where there is one."
+        ) from error
+
+
+def _by_id(images: Picture | Sequence[Picture]) -> dict[str, Picture]:
+    if isinstance(images, str | Path) and os.path.isdir(images):
+        manifest = list_images(images)
+        return {sample.id: manifest.path(sample) for sample in manifest.samples}
+    pictures: list[Any] = [images]
+    if not isinstance(images, str | Path | np.ndarray) or (isinstance(images, np.ndarray) and images.ndim > 3):
+        pictures = list(images)
+    ids = [f"array_{i}" if isinstance(each, np.ndarray) else str(each) for i, each in enumerate(pictures)]
+    if not ids:
+        raise DataError("there is no image to predict: give paths, arrays or a folder.")
+    if twice := [id for id, count in Counter(ids).items() if count > 1]:
+        raise DataError(f"the image {twice[0]!r} is there more than once.")
+    return dict(zip(ids, pictures, strict=True))
+
+
+def _rgb(id: str, pixels: NDArray[Any]) -> NDArray[Any]:
+    grey = pixels.ndim == 2
+    if pixels.dtype not in (np.uint8, np.uint16) or not (grey or pixels.shape[2:] == (3,)) or 0 in pixels.shape:
+        raise ImageError(
+            f"{id} has the shape {pixels.shape} and dtype {pixels.dtype}: give (height, width, 3) or (height, width), "
+            "uint8 or uint16."
+        )
+    return np.repeat(pixels[..., None], 3, axis=2) if grey else pixels

@@ -1,0 +1,196 @@
+"""Which encoder: a plain ViT of timm by its name and shape, its weights, and what is taken of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import timm
+import torch
+from torch import nn
+
+from fpt_lightning.encoder.selection import CRITERIA, number_of_tokens
+from fpt_lightning.encoder.weights import WEIGHT_SUFFIXES, existing_weights
+from fpt_lightning.errors import ConfigurationError, EncoderError
+from fpt_lightning.files import file_digest
+
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What a ViT of timm looks like, known without its weights.
+
+    Attributes:
+        name: timm's model name.
+        width: D.
+        heads: H.
+        depth: number of blocks.
+        patch_size: (height, width) in pixels.
+        prefix_tokens: class token and registers ahead of the patches.
+        class_token: whether token 0 is a class token.
+        parameters: number of parameters at the native resolution with a 1000-class head, as published learnable ratios
+            count them.
+    """
+
+    name: str
+    width: int
+    heads: int
+    depth: int
+    patch_size: tuple[int, int]
+    prefix_tokens: int
+    class_token: bool
+    parameters: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    def tokens(self, resolution: tuple[int, int]) -> int:
+        """N at a resolution (height, width).
+
+        Raises:
+            ConfigurationError: the resolution is not a multiple of the patch size.
+        """
+        check_resolution("resolution", resolution, self.patch_size, self.name)
+        return self.prefix_tokens + (resolution[0] // self.patch_size[0]) * (resolution[1] // self.patch_size[1])
+
+
+def check_resolution(argument: str, resolution: tuple[int, int], patch_size: tuple[int, int], encoder: str) -> None:
+    """Refuse a resolution (height, width) in pixels that ``patch_size`` does not divide.
+
+    Raises:
+        ConfigurationError: with the nearest resolutions that would do.
+    """
+    if any(side < patch or side % patch for side, patch in zip(resolution, patch_size, strict=True)):
+        near = [
+            sorted({max(patch, side // patch * patch), (side // patch + 1) * patch})
+            for side, patch in zip(resolution, patch_size, strict=True)
+        ]
+        raise ConfigurationError(
+            f"{argument} {resolution[0]} x {resolution[1]} is not a multiple of the patch size "
+            f"{patch_size[0]} x {patch_size[1]} of {encoder}: the nearest are {near[0]} (height) and {near[1]} (width)."
+        )
+
+
+@cache
+def encoder_shape(name: str) -> EncoderShape:
+    """The shape of timm's model ``name``, from a build without memory for weights (about 0.2 s).
+
+    Raises:
+        EncoderError: timm has no such model, or it is not a plain ViT.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        raise EncoderError(f"encoder {name!r} is not a model of timm {timm.__version__}; similar names: {near}.")
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=1000)
+    return _shape_of(name, model)
+
+
+def _shape_of(name: str, model: nn.Module) -> EncoderShape:
+    blocks = getattr(model, "blocks", None)
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    attention = getattr(blocks[0], "attn", None) if isinstance(blocks, nn.ModuleList | nn.Sequential) else None
+    plain = (
+        attention is not None
+        and isinstance(patch_size, tuple)
+        and not hasattr(model.patch_embed, "backbone")  # a hybrid's patches are of its convolutions' maps
+        and hasattr(attention, "fused_attn")
+        and hasattr(attention, "num_heads")
+        and isinstance(getattr(model, "num_prefix_tokens", None), int)
+    )
+    if not plain or not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        raise EncoderError(
+            f"encoder {name!r} ({type(model).__name__}) is not a plain vision transformer: FPT+ taps one global "
+            "self-attention a block, which convolutional, windowed and hierarchical backbones do not have. Use a ViT, "
+            "DeiT, DINOv2, DINOv3, EVA02, SigLIP or BEiT of timm."
+        )
+    return EncoderShape(
+        name=name,
+        width=cast(int, model.embed_dim),
+        heads=cast(int, cast(Any, attention).num_heads),
+        depth=len(blocks),
+        patch_size=cast(tuple[int, int], patch_size),
+        prefix_tokens=cast(int, model.num_prefix_tokens),
+        class_token=getattr(model, "cls_token", None) is not None,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which features the frozen encoder gives.
+
+    Attributes:
+        name: timm's model name, a tag included where wanted (``vit_base_patch16_224.augreg_in21k``).
+        pretrained: True for timm's published weights, False for a fixed random initialisation, or the path of a local
+            ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file.
+        layers: tapped blocks, counted from 0; the upper half by default (paper, section 4.5).
+        token_ratio: share of the tokens kept in every head (paper: 0.2).
+        criterion: ``global`` (attention column mean over all tokens, the paper's) or ``class_token``.
+        precision: of the encoder's linear layers: ``fp32``, or ``bf16`` (autocast). Attention maps, their means and
+            norms are fp32 in both.
+
+    Raises:
+        ConfigurationError: a layer, ratio, criterion or precision that does not exist.
+        EncoderError: not a plain ViT of timm, or a weights file of an unknown kind.
+    """
+
+    name: str
+    pretrained: bool | str = True
+    layers: tuple[int, ...] | None = None
+    token_ratio: float = 0.2
+    criterion: str = "global"
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        layers = self.tapped_layers
+        number_of_tokens(1, self.token_ratio)
+        if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < shape.depth:
+            raise ConfigurationError(
+                f"layers is {list(layers)}: give distinct blocks of {self.name} in ascending order, "
+                f"from 0 to {shape.depth - 1}."
+            )
+        if self.criterion not in CRITERIA:
+            raise ConfigurationError(f"criterion is {self.criterion!r}: choose one of {', '.join(CRITERIA)}.")
+        if self.precision not in PRECISIONS:
+            raise ConfigurationError(f"encoder_precision is {self.precision!r}: choose one of {', '.join(PRECISIONS)}.")
+        if self.criterion == "class_token" and not shape.class_token:
+            raise ConfigurationError(
+                f"criterion is 'class_token', but {self.name} has no class token: use criterion 'global'."
+            )
+        if isinstance(self.pretrained, str):
+            path = Path(self.pretrained)
+            if path.suffix.lower() not in WEIGHT_SUFFIXES:
+                raise EncoderError(
+                    f"pretrained is {self.pretrained!r}: give true, false or a file ending in "
+                    f"{', '.join(WEIGHT_SUFFIXES)}."
+                )
+
+    @property
+    def shape(self) -> EncoderShape:
+        return encoder_shape(self.name)
+
+    @property
+    def tapped_layers(self) -> tuple[int, ...]:
+        """The tapped blocks: ``layers``, or the upper half of the encoder."""
+        return tuple(range(self.shape.depth // 2, self.shape.depth)) if self.layers is None else self.layers
+
+    def weights(self) -> str:
+        """What identifies the weights without loading them: timm's tag, ``random``, or a file's SHA-256.
+
+        Raises:
+            EncoderError: the weights file is not there.
+        """
+        if self.pretrained is True:
+            model_cfg = timm.get_pretrained_cfg(self.name)
+            tag = f".{model_cfg.tag}" if model_cfg is not None and model_cfg.tag else ""
+            return f"timm:{self.name.split('.')[0]}{tag}"
+        if self.pretrained is False:
+            return "random"
+        return "sha256:" + file_digest(existing_weights(self.pretrained))

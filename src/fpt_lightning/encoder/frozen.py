@@ -1,0 +1,216 @@
+"""The frozen vision transformer and the tap on its attention (paper, sections 3.2 and 3.5)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.selection import (
+    attention_with_importance,
+    class_token_importance,
+    exporting,
+    number_of_tokens,
+    select_tokens,
+)
+from fpt_lightning.encoder.weights import existing_weights, load_weights, weights_digest
+from fpt_lightning.errors import ConfigurationError, EncoderError
+
+
+class Encoded(NamedTuple):
+    """What the frozen encoder gives for B images.
+
+    Attributes:
+        features: keys and values of the selected tokens, (B, 2, L, H, T, head_dim), fp32.
+        indices: their tokens, most important first, (B, L, H, T), int64.
+        pooled: the class token after the last tapped block, or the mean of the patches where there is none, (B, D),
+            fp32, not normalised.
+    """
+
+    features: Tensor
+    indices: Tensor
+    pooled: Tensor
+
+
+class FrozenEncoder(nn.Module):
+    """A timm ViT that gives the keys and values of its most attended tokens; it never trains.
+
+    The keys and values are taken where the attention itself uses them: the call of
+    ``scaled_dot_product_attention`` inside every tapped block is intercepted, after biases, query/key norms and rotary
+    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one are not computed,
+    and of that one, where there is a class token, only what it becomes.
+
+    Args:
+        config: the encoder and what to select.
+        resolution: (height, width) of the images in pixels; position embeddings are interpolated by timm.
+
+    Raises:
+        ConfigurationError: the resolution is not a multiple of the patch size.
+        EncoderError: weights that do not fit.
+    """
+
+    def __init__(self, config: EncoderConfig, resolution: tuple[int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.resolution = resolution
+        self.shape = config.shape
+        self.tokens = self.shape.tokens(resolution)
+        self.selected = number_of_tokens(self.tokens, config.token_ratio)
+        self.model = build_encoder(config, resolution)
+        self.digest = "" if next(self.model.parameters()).is_meta else weights_digest(self.model)
+        cast(Any, self.model).reset_classifier(0)  # of 21,843 classes, it would be a fifth of a ViT-B
+        self.requires_grad_(False)
+        self.eval()
+        self._tap = _AttentionTap(config, self.selected)
+        for index, block in enumerate(cast(nn.ModuleList, self.model.blocks)):
+            block.register_forward_pre_hook(self._tap.enter(index))
+            block.register_forward_hook(self._tap.leave)
+        if self.shape.class_token:
+            last = cast(Any, self.model).blocks[config.tapped_layers[-1]]
+            for part in (last.attn.proj, last.mlp):
+                part.register_forward_pre_hook(_class_token_alone)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stay in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Encoded:
+        """The frozen pass, in the configuration's precision whatever autocast says.
+
+        Args:
+            images: (B, 3, height, width), normalised, at this encoder's resolution.
+
+        Raises:
+            ConfigurationError: images of another size than the resolution.
+            EncoderError: a tapped block whose attention cannot be intercepted.
+        """
+        if images.shape[-2:] != self.resolution:
+            raise ConfigurationError(
+                f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, but the encoder was built for the "
+                f"resolution {self.resolution[0]} x {self.resolution[1]}."
+            )
+        bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with bf16, self._tap, contextlib.suppress(_LastTap):
+            cast(Any, self.model).forward_features(images.float())
+        return self._tap.collect()
+
+
+def _class_token_alone(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """Take the class token out of (B, N, D); what is made of it is added to all tokens, and to it rightly."""
+    return (inputs[0][:, :1],)
+
+
+class _LastTap(Exception):  # noqa: N818 - a signal, not an error
+    """Raised after the last tapped block: nothing after it is needed."""
+
+
+class _AttentionTap(TorchFunctionMode):
+    """Intercepts the attention call of the tapped blocks and keeps the keys and values of the selected tokens."""
+
+    def __init__(self, config: EncoderConfig, selected: int) -> None:
+        super().__init__()
+        self.config, self.selected = config, selected
+        self.layers = config.tapped_layers
+        self.block: int | None = None
+        self.keys_values: list[Tensor] = []
+        self.indices: list[Tensor] = []
+        self.pooled: Tensor | None = None
+
+    def enter(self, index: int) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            self.block = index if index in self.layers else None
+            if index == 0:
+                self.keys_values, self.indices = [], []
+
+        return hook
+
+    def leave(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.block is not None and len(self.keys_values) <= self.layers.index(self.block):
+            raise EncoderError(
+                f"block {self.block} of {self.config.name} did not call scaled_dot_product_attention, so its keys and "
+                "values cannot be taken; unset TIMM_FUSED_ATTN if it is 0."
+            )
+        if self.block == self.layers[-1]:
+            prefix = self.config.shape.prefix_tokens
+            self.pooled = output[:, 0] if self.config.shape.class_token else output[:, prefix:].mean(1)
+            if not exporting():  # the graph of an export leaves out by itself what nothing needs
+                raise _LastTap
+        self.block = None
+
+    def collect(self) -> Encoded:
+        assert self.pooled is not None
+        features, indices = torch.stack(self.keys_values, 2).float(), torch.stack(self.indices, 1)
+        encoded = Encoded(features, indices, self.pooled.float())
+        self.block, self.keys_values, self.indices, self.pooled = None, [], [], None
+        return encoded
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention or self.block is None:
+            return func(*args, **(kwargs or {}))
+        return self._attention(func, *args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        position = self.layers.index(cast(int, self.block))
+        if len(self.keys_values) > position or is_causal or enable_gqa or query.shape != key.shape:
+            raise EncoderError(f"block {self.block} of {self.config.name} has no plain self-attention to tap.")
+        if self.config.criterion == "global":
+            output, importance = attention_with_importance(query, key, value, bias=attn_mask, scale=scale)
+        else:
+            output = func(query, key, value, attn_mask=attn_mask, scale=scale)
+            importance = class_token_importance(query, key, bias=attn_mask, scale=scale)
+        keys_values, indices = select_tokens(key, value, importance, self.selected)
+        self.keys_values.append(keys_values)
+        self.indices.append(indices)
+        return output
+
+
+def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: bool = False) -> nn.Module:
+    """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone.
+
+    Args:
+        config: its name and weights.
+        resolution: (height, width) of the images in pixels; position embeddings are interpolated by timm.
+        pooling: whether a weights file must hold what follows the blocks: the final norm and pooling.
+
+    Raises:
+        EncoderError: weights that are out of reach or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model: nn.Module = timm.create_model(config.name, pretrained=config.pretrained is True, img_size=resolution)
+        except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
+            if config.pretrained is not True:
+                raise
+            raise EncoderError(
+                f"timm cannot load the published weights of {config.name} ({type(error).__name__}: {error}). Without a "
+                "network, give a local file as model.pretrained."
+            ) from error
+    if isinstance(config.pretrained, str):
+        load_weights(model, existing_weights(config.pretrained), pooling)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            cast(Any, module).fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs
+    return model

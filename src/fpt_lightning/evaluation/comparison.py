@@ -1,0 +1,123 @@
+"""Two models on the same images: differences by a paired bootstrap."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_lightning.errors import DataError
+from fpt_lightning.evaluation.decisions import checked_thresholds
+from fpt_lightning.evaluation.estimates import label, number
+from fpt_lightning.evaluation.measures import Values, measure
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import check_numbers, interval, require_labelled, resampled_weights
+from fpt_lightning.files import align, without_nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of two sets of predictions: the second's minus the first's, its 95% interval and two-sided p."""
+
+    first: float
+    second: float
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of predictions of the same images.
+
+    Attributes:
+        images: how many have a label.
+        groups: how many groups they are of; None where none is known.
+        resamples: of the paired bootstrap.
+        specificity: at which a sensitivity is given.
+        differences: by metric.
+    """
+
+    images: int
+    groups: int | None
+    resamples: int
+    specificity: float
+    differences: dict[str, Difference]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: None there."""
+        plain: dict[str, Any] = without_nan(asdict(self))
+        return plain
+
+    def table(self) -> str:
+        """For people, a row a metric."""
+        rows = [["metric", "first", "second", "difference", "95% interval", "p"]]
+        for metric, d in self.differences.items():
+            bounds = f"[{number(d.low, '+')}, {number(d.high, '+')}]"
+            values = [number(d.first), number(d.second), number(d.value, "+"), bounds, f"{d.p:.4f}"]
+            rows.append([label(metric, self.specificity), *values])
+        unit = "images" if self.groups is None else f"groups ({self.groups:,})"
+        return (
+            f"{self.images:,} images; second minus first; {self.resamples:,} paired bootstrap resamples of {unit}.\n\n"
+            + align(rows)
+        )
+
+
+def compare(
+    first: Predictions, second: Predictions, *, resamples: int = 2000, seed: int = 0, specificity: float = 0.9
+) -> Comparison:
+    """Compare two sets of predictions of the same images by a paired bootstrap, metric by metric.
+
+    The metrics are the overall ones of ``evaluate`` without thresholds; groups are those of ``first``.
+
+    Args:
+        first: the reference.
+        second: what is held against it.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        specificity: at which the sensitivity of multi-label predictions is compared.
+
+    Raises:
+        ConfigurationError: a number out of its range.
+        DataError: other images, classes or labels in ``second``, or no labelled image.
+    """
+    check_numbers(resamples, specificity)
+    second = _matched(first, second)
+    pair, thresholds = (require_labelled(first), require_labelled(second)), checked_thresholds(first, {})
+
+    def both(weights: NDArray[np.float64]) -> list[Values]:
+        return [measure(each, thresholds, specificity, weights, per_class=False) for each in pair]
+
+    before, after = both(np.ones((1, len(pair[0].ids))))
+    chunks = [both(weights) for weights in resampled_weights(pair[0], resamples, seed)]
+    differences = {}
+    for key in before:
+        resampled = np.concatenate([there[key] - here[key] for here, there in chunks])
+        values = float(before[key][0]), float(after[key][0])
+        differences[key[1]] = Difference(*values, values[1] - values[0], **interval(resampled))
+    return Comparison(len(pair[0].ids), pair[0].group_count, resamples, specificity, differences)
+
+
+def _matched(first: Predictions, second: Predictions) -> Predictions:
+    """``second`` in the order of ``first``."""
+    if (first.kind, first.classes) != (second.kind, second.classes):
+        described = [f"{each.kind} of {', '.join(each.classes) or 'no classes'}" for each in (first, second)]
+        raise DataError(f"the predictions are of different things: {described[0]}, and {described[1]}.")
+    place = {id: i for i, id in enumerate(second.ids)}
+    differing = sorted({*first.ids} ^ {*second.ids})
+    if not differing:
+        second = second.take(np.array([place[id] for id in first.ids]))
+        same = (first.labels == second.labels) | (~first.known & ~second.known)
+        differing = [id for id, row in zip(first.ids, same, strict=True) if not row.all()]
+        what = "with another label in each"
+    else:
+        what = "in one only"
+    if differing:
+        raise DataError(
+            f"the predictions are not of the same images: {len(differing)} are {what}, such as "
+            f"{', '.join(differing[:5])}."
+        )
+    return second

@@ -1,0 +1,225 @@
+"""What a model predicted for each image, beside what is true: in memory and as CSV."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_lightning.data.manifest import UNLABELLED, Kind
+from fpt_lightning.errors import DataError
+from fpt_lightning.files import Row, read_rows, write_rows
+
+SUM_TOLERANCE = 0.02
+"""How far the probabilities of an image may be from a sum of 1: half precision, or two decimals."""
+
+_REMEDY = "it should be as `fpt-lightning test` writes it"
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions of N images for C classes, or of one number each.
+
+    Attributes:
+        kind: ``single-label`` (one class an image; grades too, in their order), ``multi-label`` or ``regression``.
+        ids: N paths below the data root, each once.
+        labels: (N,) int64 class indices, -1 where unknown; of multi-label (N, C) and of regression (N,) float64, NaN
+            where unknown.
+        scores: (N, C) float64 probabilities; of regression (N,) predicted values.
+        classes: C names; none of regression.
+        groups: N names of what belongs together, such as a patient, empty where unknown; or none at all.
+
+    Raises:
+        DataError: numbers of ids, labels, scores, classes and groups that do not belong together.
+    """
+
+    kind: Kind
+    ids: tuple[str, ...]
+    labels: NDArray[Any]
+    scores: NDArray[np.float64]
+    classes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        table = (count, len(self.classes))
+        labels, scores = {
+            "single-label": ((count,), table),
+            "multi-label": (table, table),
+            "regression": ((count,), (count,)),
+        }[self.kind]
+        if self.labels.shape != labels or self.scores.shape != scores or len(self.groups) not in (0, count):
+            raise DataError(
+                f"{self.kind} predictions of {count} images and {len(self.classes)} classes need labels {labels}, "
+                f"scores {scores} and a group an image or none: they have {self.labels.shape}, {self.scores.shape} and "
+                f"{len(self.groups)}."
+            )
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which labels are known: (N,), of multi-label (N, C)."""
+        known: NDArray[np.bool_] = self.labels != UNLABELLED if self.kind == "single-label" else ~np.isnan(self.labels)
+        return known
+
+    def labelled(self) -> Predictions:
+        """Those with a known label: of multi-label, with any."""
+        known = self.known.reshape(len(self.ids), -1).any(1)
+        return self.take(np.flatnonzero(known))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What is resampled: the group of each image, or the image where it has none; images where none has."""
+        if not any(self.groups):
+            return self.ids
+        return tuple(group or f"\0{id}" for group, id in zip(self.groups, self.ids, strict=True))
+
+    @property
+    def group_count(self) -> int | None:
+        """How many groups the images are of; None where no group is known."""
+        return len({*self.units}) if any(self.groups) else None
+
+    def take(self, rows: NDArray[np.int64]) -> Predictions:
+        """Those of the rows, in their order."""
+        ids, groups = tuple(self.ids[i] for i in rows), tuple(self.groups[i] for i in rows if self.groups)
+        return replace(self, ids=ids, labels=self.labels[rows], scores=self.scores[rows], groups=groups)
+
+    def of_class(self, index: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+        """One class against the rest: which images have its label known (N,); which of those K are positive; scores."""
+        known = self.known if self.kind == "single-label" else self.known[:, index]
+        labels = self.labels[known]
+        positive = labels == index if self.kind == "single-label" else labels[:, index] == 1
+        return known, positive, self.scores[known, index]
+
+    def write(self, path: str | Path) -> None:
+        """Write as CSV, whole or not at all.
+
+        The columns are ``path``; ``group`` if there are any; ``label`` and ``prob_{class}`` of each class. Multi-label
+        has ``label_{class}`` (0 or 1) of each class in place of ``label``, regression ``label`` and ``prediction``.
+        What is unknown is empty; scores have 6 decimals.
+        """
+        grouped = ["group"] if self.groups else []
+        if self.kind == "regression":
+            heads = ["label", "prediction"]
+        else:
+            labels = ["label"] if self.kind == "single-label" else [f"label_{name}" for name in self.classes]
+            heads = [*labels, *(f"prob_{name}" for name in self.classes)]
+        rows = [["path", *grouped, *heads]]
+        for i, id in enumerate(self.ids):
+            scores = [f"{score:.6f}" for score in np.atleast_1d(self.scores[i])]
+            rows.append([id, *self.groups[i : i + 1], *self._written(self.labels[i]), *scores])
+        write_rows(Path(path), rows)
+
+    def _written(self, label: Any) -> list[str]:
+        if self.kind == "single-label":
+            return ["" if label == UNLABELLED else self.classes[label]]
+        return ["" if math.isnan(value) else f"{value:.7g}" for value in np.atleast_1d(label)]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Predictions:
+        """Read what ``write`` writes; the columns may be in any order.
+
+        Raises:
+            DataError: no such file, no such columns, an image twice, a label that is no class, or probabilities that
+                are none, by line.
+        """
+        path = Path(path)
+        rows = read_rows(path, "predictions file")
+        table = _Table(path, rows)
+        kind, classes = _layout(path, list(rows[0]))
+        ids = table.texts("path")
+        empty = [row.line for row in rows if not row["path"]]
+        twice = [id for id, count in Counter(ids).items() if count > 1]
+        if empty or twice:
+            what = f"line {empty[0]}: the path is empty" if empty else f"the image {twice[0]!r} is there more than once"
+            raise DataError(f"{path}, {what}; {_REMEDY}.")
+        groups = table.texts("group") if "group" in rows[0] else ()
+        if kind == "regression":
+            true = table.numbers("label", unknown=True)
+            return cls(kind, ids, true, table.numbers("prediction"), groups=groups)
+        scores = np.column_stack([table.numbers(f"prob_{name}", within=(0, 1)) for name in classes])
+        if kind == "multi-label":
+            return cls(kind, ids, table.presences(classes), scores, classes, groups)
+        table.check_sums(scores)
+        return cls(kind, ids, table.indices(classes), scores, classes, groups)
+
+
+def _layout(path: Path, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
+    """The kind of predictions that a file with these columns holds, and the classes."""
+    classes = tuple(name.removeprefix("prob_") for name in columns if name.startswith("prob_"))
+    probabilities = [f"prob_{name}" for name in classes]
+    kinds: dict[Kind, list[str]] = {
+        "regression": ["path", "label", "prediction"],
+        "single-label": ["path", "label", *probabilities],
+        "multi-label": ["path", *(f"label_{name}" for name in classes), *probabilities],
+    }
+    fewest = {"regression": 0, "single-label": 2, "multi-label": 1}
+    for kind, needed in kinds.items():
+        if {*columns} - {"group"} == {*needed} and "" not in classes and len(classes) >= fewest[kind]:
+            return kind, classes
+    raise DataError(
+        f"the predictions file {path} has the columns {', '.join(columns)}: it needs path, group if known, and either "
+        "label and prob_CLASS of each class (two or more), label_CLASS and prob_CLASS of each class, or label and "
+        "prediction."
+    )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The columns of a predictions file, checked."""
+
+    path: Path
+    rows: Sequence[Row]
+
+    def texts(self, column: str) -> tuple[str, ...]:
+        return tuple(row[column] for row in self.rows)
+
+    def numbers(
+        self, column: str, unknown: bool = False, within: tuple[float, float] = (-math.inf, math.inf)
+    ) -> NDArray[np.float64]:
+        """(N,), NaN where an ``unknown`` one is empty."""
+        values = np.full(len(self.rows), np.nan)
+        for i, text in enumerate(self.texts(column)):
+            if unknown and not text:
+                continue
+            try:
+                values[i] = float(text)
+            except ValueError:
+                self._refuse(i, column, "a number")
+            if not math.isfinite(values[i]):
+                self._refuse(i, column, "a finite number")
+            if not within[0] <= values[i] <= within[1]:
+                self._refuse(i, column, "a probability from 0 to 1")
+        return values
+
+    def indices(self, classes: Sequence[str]) -> NDArray[np.int64]:
+        """(N,) class indices, -1 where unknown."""
+        index = {name: i for i, name in enumerate(classes)} | {"": UNLABELLED}
+        for i, name in enumerate(self.texts("label")):
+            if name not in index:
+                self._refuse(i, "label", f"one of the classes {', '.join(classes)}, or empty")
+        return np.array([index[name] for name in self.texts("label")], dtype=np.int64)
+
+    def presences(self, classes: Sequence[str]) -> NDArray[np.float64]:
+        """(N, C) of 0, 1 and NaN."""
+        labels = np.column_stack([self.numbers(f"label_{name}", unknown=True) for name in classes])
+        for i, column in np.argwhere(~np.isin(labels, (0, 1)) & ~np.isnan(labels)):
+            self._refuse(int(i), f"label_{classes[column]}", "0, 1 or empty")
+        return labels
+
+    def check_sums(self, scores: NDArray[np.float64]) -> None:
+        for row, total in zip(self.rows, scores.sum(1), strict=True):
+            if abs(total - 1) > SUM_TOLERANCE:
+                raise DataError(
+                    f"{self.path}, line {row.line}: the probabilities sum to {total:.6g}, not to 1; {_REMEDY}."
+                )
+
+    def _refuse(self, i: int, column: str, needed: str) -> None:
+        raise DataError(
+            f"{self.path}, line {self.rows[i].line}: {column} is {self.rows[i][column]!r}, which is not {needed}."
+        )

@@ -1,0 +1,404 @@
+"""An evaluation as one HTML file that stands alone: no network, no script, figures within."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from fpt_lightning.evaluation.estimates import Estimate, label, number
+from fpt_lightning.evaluation.figures import (
+    SCATTERED,
+    draw_bland_altman,
+    draw_history,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+    draw_scatter,
+    limits_of_agreement,
+)
+from fpt_lightning.evaluation.measures import confusion_matrix
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import resampled_weights
+from fpt_lightning.evaluation.scores import Evaluation
+from fpt_lightning.files import read_rows, write_text
+
+BAND_RESAMPLES = 500
+MOST_PANELS = 24
+"""How many classes have curves drawn, those with the most images first."""
+
+# Columns of a history that are drawn: losses, and the first of the others that is there.
+_HISTORY = {
+    "train_loss_epoch": "training",
+    "val_loss": "validation",
+    "val_auc": "validation AUC",
+    "val_kappa": "validation kappa",
+    "val_mae": "validation mean absolute error",
+    "val_accuracy": "validation accuracy",
+}
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split holds.
+
+    Attributes:
+        images: how many.
+        classes: how many of each class.
+        groups: how many groups, such as patients; None where unknown.
+    """
+
+    images: int
+    classes: Mapping[str, int]
+    groups: int | None = None
+
+
+def write_report(
+    path: str | Path,
+    predictions: Predictions,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    data: Mapping[str, SplitSummary] | None = None,
+    history: str | Path | None = None,
+    memory: Mapping[str, float] | None = None,
+    configuration: str | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write the report of an evaluation, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        predictions: what was evaluated.
+        evaluation: of them.
+        title: of the report.
+        data: by split.
+        history: Lightning's ``metrics.csv`` of the training.
+        memory: peaks in MiB, by name.
+        configuration: of the run, as text.
+        about: versions, file names and whatever else identifies the run, by name.
+
+    Raises:
+        DataError: a history that cannot be read.
+    """
+    labelled = predictions.labelled()
+    sections = [
+        _headline(evaluation),
+        _notes(evaluation.notes),
+        _data(data) if data else "",
+        *([_agreement(labelled)] if evaluation.kind == "regression" else _classification(labelled, evaluation)),
+        _training(Path(history)) if history is not None else "",
+        _memory(memory) if memory else "",
+        _configuration(configuration) if configuration else "",
+        _about(about) if about else "",
+    ]
+    page = _PAGE.format(title=escape(title), basis=escape(evaluation.basis()), style=_STYLE, main="\n".join(sections))
+    write_text(Path(path), page)
+
+
+# Sections
+
+
+def _section(title: str, content: str, explanation: str = "") -> str:
+    explained = f'<p class="explanation">{escape(explanation)}</p>' if explanation else ""
+    return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
+
+
+def _headline(evaluation: Evaluation) -> str:
+    tiles = [
+        f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
+        f"<small>{_bounds(estimate)}</small></dd></div>"
+        for metric, estimate in evaluation.overall.items()
+    ]
+    averaged = {
+        "single-label": "AUC, average precision, balanced accuracy and F1 are means over the classes.",
+        "multi-label": "Each is the mean over the classes.",
+        "regression": "Errors are in the unit of the label.",
+    }[evaluation.kind]
+    columns = len(tiles) if len(tiles) < 7 else 4
+    listed = f'<dl class="tiles" style="--columns:{columns}">{"".join(tiles)}</dl>'
+    return _section("Results", listed, f"Value and 95% interval. {averaged}")
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<section class="notes"><h2>Notes</h2><ul>{items}</ul></section>' if notes else ""
+
+
+def _data(data: Mapping[str, SplitSummary]) -> str:
+    classes = list(dict.fromkeys(name for split in data.values() for name in split.classes))
+    rows = [["Images", *(f"{split.images:,}" for split in data.values())]]
+    if any(split.groups is not None for split in data.values()):
+        groups = ("-" if split.groups is None else f"{split.groups:,}" for split in data.values())
+        rows.append(["Groups, such as patients", *groups])
+    rows += [[name, *(_share(split.classes.get(name, 0), split.images) for split in data.values())] for name in classes]
+    return _section("Data", _table(["", *data], [[escape(cell) for cell in row] for row in rows], "narrow"))
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({100 * count / total:.0f}%)" if total else "0"
+
+
+def _classification(labelled: Predictions, evaluation: Evaluation) -> Iterable[str]:
+    yield _class_table(evaluation)
+    yield _curves(labelled, evaluation)
+    if evaluation.kind == "single-label":
+        yield _confusion(labelled)
+
+
+def _class_table(evaluation: Evaluation) -> str:
+    metrics = list(next(iter(evaluation.per_class.values())))
+    heads = ["Class", "Images", *(_capital(label(metric, evaluation.specificity)) for metric in metrics)]
+    explanation = "Each class against the rest. Sensitivity and specificity are those of the decision for the class: "
+    explanation += "from its threshold on." if evaluation.thresholds else "where it is the most probable."
+    rows = []
+    for name, values in evaluation.per_class.items():
+        images = evaluation.positives[name] + evaluation.negatives[name]
+        counted = f"{evaluation.positives[name]:,}<small>of {images:,}</small>"
+        rows.append([escape(name), counted, *(_cell(values[metric]) for metric in metrics)])
+    if evaluation.thresholds:
+        heads.insert(2, "Threshold")
+        for row, name in zip(rows, evaluation.per_class, strict=True):
+            row.insert(2, number(evaluation.thresholds[name]) if name in evaluation.thresholds else "most probable")
+    return _section("Classes", _table(heads, rows), explanation)
+
+
+def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
+    shown = _shown(labelled, evaluation)
+    roc, recall, calibration = [], [], []
+    if evaluation.kind == "single-label":
+        top = labelled.scores.argmax(1)
+        svg = draw_reliability(labelled.scores.max(1), top == labelled.labels)
+        calibration.append(_panel("Most probable class", _named(evaluation.overall, "calibration_error"), svg))
+    for name in shown:
+        known, positive, scores = labelled.of_class(labelled.classes.index(name))
+        values = evaluation.per_class[name]
+        weights = (each[:, known] for each in resampled_weights(labelled, BAND_RESAMPLES, 0))
+        decision = values["sensitivity"].value, values["specificity"].value
+        roc.append(_panel(name, _named(values, "auc"), draw_roc(positive, scores, weights, decision)))
+        recall.append(_panel(name, _named(values, "average_precision"), draw_precision_recall(positive, scores)))
+        calibration.append(_panel(name, _named(values, "calibration_error"), draw_reliability(scores, positive)))
+    fewer = f" The {MOST_PANELS} classes with the most images are drawn." if len(labelled.classes) > MOST_PANELS else ""
+    groups = [
+        ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}", roc),
+        ("Precision-recall", "Dashed: the share of images that have the class.", recall),
+        ("Calibration", "Diagonal: probabilities that come true. Bars: images in each bin.", calibration),
+    ]
+    sections = "".join(
+        _section(title, f'<div class="panels">{"".join(panels)}</div>', explanation)
+        for title, explanation, panels in groups
+        if panels
+    )
+    return f'<div class="row">{sections}</div>' if len(shown) == 1 else sections
+
+
+def _shown(labelled: Predictions, evaluation: Evaluation) -> list[str]:
+    """Classes that have curves; of two that exclude each other the second, as the first one's would be its mirror."""
+    names = (
+        labelled.classes[1:] if evaluation.kind == "single-label" and len(labelled.classes) == 2 else labelled.classes
+    )
+    scored = [name for name in names if evaluation.positives[name] and evaluation.negatives[name]]
+    most = sorted(scored, key=lambda name: -evaluation.positives[name])[:MOST_PANELS]
+    return [name for name in scored if name in most]
+
+
+def _named(values: Mapping[str, Estimate], metric: str) -> str:
+    return f"{label(metric, 0)} {number(values[metric].value)}" if metric in values else ""
+
+
+def _panel(title: str, value: str, svg: str) -> str:
+    shown = f"<span>{escape(value)}</span>" if value else ""
+    return f"<figure><figcaption><b>{escape(title)}</b>{shown}</figcaption>{svg}</figure>"
+
+
+def _confusion(labelled: Predictions) -> str:
+    counts = confusion_matrix(labelled)
+    rows = []
+    for name, row in zip(labelled.classes, counts, strict=True):
+        shares = row / max(1, row.sum())
+        cells = [
+            f'<td class="cell" style="--share:{share:.3f}">{count:,}<small>{100 * share:.0f}%</small></td>'
+            for count, share in zip(row, shares, strict=True)
+        ]
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}<td>{row.sum():,}</td></tr>')
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in labelled.classes)
+    table = (
+        '<div class="scroll"><table class="confusion"><thead><tr><th>true \\ predicted</th>'
+        f'{heads}<th scope="col">all</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    return _section(
+        "Confusion matrix", table, "Images by true class (rows) and most probable class; shares of each row."
+    )
+
+
+def _agreement(labelled: Predictions) -> str:
+    true, found = labelled.labels, labelled.scores
+    low, high = limits_of_agreement(true, found)
+    bias = f"bias {number(float((found - true).mean()), '+')}, limits {number(low, '+')} to {number(high, '+')}"
+    panels = [
+        _panel("Predicted against true", "line: equal", draw_scatter(true, found)),
+        _panel("Bland-Altman", bias, draw_bland_altman(true, found)),
+    ]
+    explanation = "Dashed: 95% limits of agreement, the mean difference and 1.96 standard deviations to either side."
+    if len(true) > SCATTERED:
+        explanation += f" {SCATTERED} of {len(true):,} images are drawn, chosen at random."
+    return _section("Agreement", f'<div class="panels wide">{"".join(panels)}</div>', explanation)
+
+
+def _training(history: Path) -> str:
+    rows = read_rows(history, "history")
+    found = {
+        name: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name) and row.get("epoch")]
+        for name in _HISTORY
+    }
+    drawn = [name for name in _HISTORY if found[name]]
+    losses = [name for name in drawn if name.endswith(("loss", "loss_epoch"))]
+    monitor = [name for name in drawn if name not in losses][:1]
+    panels = []
+    for names in (losses, monitor):
+        if names:
+            what = "loss" if names is losses else _HISTORY[names[0]]
+            svg = draw_history(what, [(_HISTORY[name], found[name]) for name in names])
+            panels.append(_panel(_capital(what), "", svg))
+    return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>') if panels else ""
+
+
+def _memory(memory: Mapping[str, float]) -> str:
+    rows = [[escape(name), f"{value:,.1f} MiB"] for name, value in memory.items()]
+    return _section("Peak memory", _table([], rows, "narrow"))
+
+
+def _configuration(text: str) -> str:
+    return _section("Configuration", f"<details><summary>Show</summary><pre>{escape(text)}</pre></details>")
+
+
+def _about(about: Mapping[str, str]) -> str:
+    return _section(
+        "About", _table([], [[escape(name), escape(value)] for name, value in about.items()], "narrow text")
+    )
+
+
+# Pieces
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table in a box that scrolls by itself; cells are HTML, the first of a row is its name."""
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    head = f"<thead><tr>{top}</tr></thead>" if heads else ""
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _cell(estimate: Estimate) -> str:
+    return f"{number(estimate.value)}<small>{_bounds(estimate)}</small>"
+
+
+def _bounds(estimate: Estimate) -> str:
+    """A range in words of numbers: an en dash between them, or `to` where one is negative."""
+    if estimate.value != estimate.value:
+        return ""
+    between = " to " if estimate.low < 0 else "\u2013"
+    return f"{number(estimate.low)}{between}{number(estimate.high)}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
+--accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341}
+@media (prefers-color-scheme:dark){:root{--page:#14171a;--surface:#1d2125;--ink:#e7eaed;--muted:#9aa4af;
+--line:#353c44;--accent:#62b0ee;--accent-rgb:60,140,205;--second:#f0954a;--warn:#2b2517;--warn-line:#a3801f}}
+@media print{:root{color-scheme:light;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
+--accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%;-webkit-print-color-adjust:exact;
+print-color-adjust:exact}
+header,main,footer{max-width:1080px;margin:0 auto;padding:0 24px}
+header{padding-top:40px}
+h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
+header p{margin:0;color:var(--muted)}
+section{margin-top:36px}
+h2{font-size:18px;line-height:1.3;margin:0 0 4px}
+.explanation{margin:0 0 14px;color:var(--muted);font-size:14px;max-width:100ch}
+small{display:block;font-size:12px;line-height:1.35;color:var(--muted);white-space:nowrap}
+.tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:1px;margin:0;
+border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.tiles div{box-shadow:0 0 0 1px var(--line);padding:14px 16px}
+.tiles dt{color:var(--muted);font-size:13px}
+.tiles dd{margin:2px 0 0}
+.tiles b{display:block;font-size:26px;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
+.tiles small{font-size:13px;font-variant-numeric:tabular-nums}
+.notes{background:var(--warn);border-left:3px solid var(--warn-line);border-radius:0 6px 6px 0;padding:12px 18px}
+.notes h2{font-size:15px}
+.notes ul{margin:0;padding-left:18px;overflow-wrap:anywhere}
+.scroll{overflow-x:auto;max-width:100%}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums lining-nums}
+table.narrow{width:auto;min-width:min(420px,100%)}
+td{white-space:nowrap}
+th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
+thead th{font-weight:500;font-size:13px;line-height:1.3;color:var(--muted);vertical-align:bottom;
+border-bottom-color:var(--muted)}
+thead th:not(:first-child){min-width:5em}
+th:first-child{text-align:left;padding-left:0}
+tbody th{font-weight:500;min-width:11em;max-width:20em;overflow-wrap:anywhere}
+.narrow tbody th{padding-right:32px}
+.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.confusion{width:auto}
+.confusion th:not(:first-child){max-width:9em;min-width:5.2em;overflow-wrap:anywhere;text-align:center}
+.confusion td{text-align:center;border:0;vertical-align:middle}
+.confusion tbody th{vertical-align:middle;border:0;padding-right:14px}
+.confusion .cell{border:2px solid var(--page);border-radius:6px;
+background:rgba(var(--accent-rgb),calc(.05 + .55*var(--share)))}
+.confusion .cell small{color:inherit}
+.panels{display:flex;flex-wrap:wrap;gap:20px 24px}
+figure{margin:0;flex:0 1 236px;min-width:0;display:flex;flex-direction:column}
+figure svg{margin-top:auto}
+.wide figure{flex-basis:480px}
+.row{display:grid;grid-template-columns:236px 236px 1fr;gap:0 24px}
+.row .explanation{min-height:3em}
+figcaption{font-size:13px;line-height:1.35;margin-bottom:2px;overflow-wrap:anywhere}
+figcaption b{font-weight:600;display:block}
+figcaption span{color:var(--muted);display:block;font-variant-numeric:tabular-nums}
+svg{display:block;width:100%;height:auto;font-family:inherit}
+svg *{stroke-linejoin:round;stroke-linecap:butt}
+details{border:1px solid var(--line);border-radius:6px;background:var(--surface)}
+summary{cursor:pointer;padding:8px 14px;color:var(--accent)}
+pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+footer{margin-top:48px;padding-top:16px;padding-bottom:40px;color:var(--muted);font-size:13px}
+footer p{margin:0;border-top:1px solid var(--line);padding-top:14px}
+@media (max-width:640px){header,main,footer{padding-left:16px;padding-right:16px}header{padding-top:24px}
+h1{font-size:23px}.tiles{grid-template-columns:1fr 1fr}.tiles b{font-size:22px}.tiles div{padding:11px 12px}
+.tiles div:last-child:nth-child(odd){grid-column:1/-1}
+table{font-size:13px}th,td{padding:7px 6px}tbody th{min-width:7.5em}.narrow tbody th{padding-right:6px}
+.panels{gap:18px 14px}figure{flex:0 1 calc(50% - 7px)}.wide figure,.row section:not(:last-child) figure{flex:1 1 100%}
+.row{grid-template-columns:1fr 1fr;gap:0 14px}.row .explanation{min-height:4.5em}
+.row section:last-child{grid-column:1/-1}.row section:last-child .explanation{min-height:0}}
+@media print{body{font-size:11px}header{padding-top:0}figure,tr,.tiles,.notes{break-inside:avoid}
+h2,.explanation{break-after:avoid}
+figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible}section:has(details){display:none}}
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1><p>{basis}</p></header>
+<main>
+{main}
+</main>
+<footer><p>Made by fpt-lightning. Research software, not a medical device: not for diagnosis or treatment.</p></footer>
+</body>
+</html>
+"""

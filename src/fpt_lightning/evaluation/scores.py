@@ -1,0 +1,160 @@
+"""What predictions are worth: every metric with its bootstrap interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_lightning.data.manifest import Kind
+from fpt_lightning.evaluation.decisions import checked_thresholds
+from fpt_lightning.evaluation.estimates import Estimate, label, number
+from fpt_lightning.evaluation.measures import measure
+from fpt_lightning.evaluation.notes import collect_notes
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import check_numbers, interval, require_labelled, resampled_weights
+from fpt_lightning.files import align, without_nan
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What predictions are worth.
+
+    Attributes:
+        kind: see ``Predictions``.
+        images: how many have a label.
+        unlabelled: how many were left out, having none.
+        groups: how many groups the images are of; None where none is known.
+        resamples: of the bootstrap.
+        specificity: at which a sensitivity is given.
+        thresholds: by class, from which score on it was decided for; a single-label class that is not there was
+            decided for where it was the most probable.
+        positives: by class, how many images it has.
+        negatives: by class, how many images it does not have; unknown ones are neither.
+        overall: by metric.
+        per_class: by class and metric.
+        notes: what a reader must know.
+    """
+
+    kind: Kind
+    images: int
+    unlabelled: int
+    groups: int | None
+    resamples: int
+    specificity: float
+    thresholds: dict[str, float]
+    positives: dict[str, int]
+    negatives: dict[str, int]
+    overall: dict[str, Estimate]
+    per_class: dict[str, dict[str, Estimate]]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: None there."""
+        plain: dict[str, Any] = without_nan(asdict(self))
+        return plain
+
+    def basis(self) -> str:
+        """What the numbers rest on, in a sentence."""
+        sample = f"{self.images:,} images" + ("" if self.groups is None else f" of {self.groups:,} groups")
+        unit = "images" if self.groups is None else "groups"
+        return f"{sample}; 95% intervals from {self.resamples:,} bootstrap resamples of {unit}."
+
+    def table(self) -> str:
+        """For people: the metrics, the classes, the notes."""
+        parts = [
+            self.basis(),
+            align([[label(name, self.specificity), str(value)] for name, value in self.overall.items()]),
+        ]
+        if self.per_class:
+            metrics = list(next(iter(self.per_class.values())))
+            rows = [["class", "positives", *(label(metric, self.specificity) for metric in metrics)]]
+            rows += [
+                [name, f"{self.positives[name]:,}", *(str(values[metric]) for metric in metrics)]
+                for name, values in self.per_class.items()
+            ]
+            parts.append(align(rows))
+        if self.thresholds:
+            listed = ", ".join(f"{name} {number(value)}" for name, value in self.thresholds.items())
+            parts.append(f"Thresholds: {listed}.")
+        return "\n\n".join([*parts, *self.notes])
+
+
+def evaluate(
+    predictions: Predictions,
+    thresholds: Mapping[str, float] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    specificity: float = 0.9,
+) -> Evaluation:
+    """Score predictions, each number with its 95% percentile bootstrap interval.
+
+    Whole groups are resampled where they are known; an image without one is its own group. A class that has no AUC,
+    for want of an image of it or of any other, is left out of the macro means, and so in each resample.
+
+    - Single-label: macro AUC and average precision (one-vs-rest); accuracy, balanced accuracy, macro F1 (of the classes
+      that have an image) and quadratic-weighted kappa (of classes in their order) of the most probable class; Brier
+      score, the sum over the classes of squared differences, from 0 to 2; calibration error of the top probability.
+    - Multi-label: of each class where its label is known, and the mean over the classes; the Brier score is one class's
+      squared difference, from 0 to 1, and the calibration error that of the class's probability.
+    - Regression: mean absolute and root mean squared error, R², Pearson and Spearman correlation.
+
+    Each class has AUC, average precision, sensitivity and specificity of the decision for it, and the largest
+    sensitivity of all thresholds that keep ``specificity``. The calibration error is the expected one (ECE; Guo et al.,
+    ICML 2017) over 15 bins of equal width; resampling adds noise to its bins, so that its interval lies high.
+
+    Args:
+        predictions: unlabelled ones are left out.
+        thresholds: by class, from which score on the class is decided for. A class that is not named is decided for
+            where it is the most probable (single-label), or from 0.5 on (multi-label).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        specificity: to keep.
+
+    Raises:
+        ConfigurationError: a threshold of no class, or a number out of its range.
+        DataError: no labelled image.
+    """
+    check_numbers(resamples, specificity)
+    used = checked_thresholds(predictions, thresholds or {})
+    labelled = require_labelled(predictions)
+    ones = np.ones((1, len(labelled.ids)))
+    values = measure(labelled, used, specificity, ones)
+    chunks = [measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)]
+    estimates = {
+        key: _estimate(value[0], np.concatenate([chunk[key] for chunk in chunks])) for key, value in values.items()
+    }
+    positives, negatives = _class_counts(labelled)
+    return Evaluation(
+        kind=predictions.kind,
+        images=len(labelled.ids),
+        unlabelled=len(predictions.ids) - len(labelled.ids),
+        groups=labelled.group_count,
+        resamples=resamples,
+        specificity=specificity,
+        thresholds=used,
+        positives=positives,
+        negatives=negatives,
+        overall={metric: estimate for (name, metric), estimate in estimates.items() if not name},
+        per_class={
+            name: {metric: estimate for (of, metric), estimate in estimates.items() if of == name}
+            for name in predictions.classes
+        },
+        notes=collect_notes(predictions, labelled, thresholds, positives, negatives, estimates),
+    )
+
+
+def _class_counts(predictions: Predictions) -> tuple[dict[str, int], dict[str, int]]:
+    found = {name: predictions.of_class(i)[1] for i, name in enumerate(predictions.classes)}
+    positives = {name: int(positive.sum()) for name, positive in found.items()}
+    return positives, {name: len(found[name]) - count for name, count in positives.items()}
+
+
+def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
+    bounds = interval(resampled)
+    return Estimate(float(value), bounds["low"], bounds["high"]) if value == value else Estimate(*[math.nan] * 3)

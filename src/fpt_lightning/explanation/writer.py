@@ -1,0 +1,230 @@
+"""Pictures and numbers of what FPT+ or FPT looked at, written while it predicts (paper, sections 4.5 and 4.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+from zlib import crc32
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.encoder.config import EncoderShape
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.explanation import attention as looking
+from fpt_lightning.explanation.pictures import (
+    Explanation,
+    shortened,
+    shrunk,
+    write_deletion,
+    write_pictures,
+    write_side_attention,
+)
+from fpt_lightning.files import without_nan, write_json
+from fpt_lightning.methods import ClassificationModule, FPTPlusModule
+from fpt_lightning.methods.base import from_all_processes
+from fpt_lightning.store.codecs import Features, as_features
+
+Floats = NDArray[np.float64]
+
+
+class ExplanationWriter(L.Callback):
+    """Writes what FPT+ or FPT looked at, while it predicts (paper, sections 4.5 and 4.7).
+
+    Pictures of some images: see ``fpt_lightning.explanation.pictures.write_pictures``. Over all images:
+    ``side_attention.png``, the attention that the side network pays to the prompts by block; ``deletion.png``, how fast
+    the score of the predicted class falls as tokens are taken out
+    (``fpt_lightning.explanation.attention.deletion_curves``); both in ``explanation.json``, with 95% bootstrap
+    intervals that keep groups whole. A regression has no class, and no deletion.
+
+    Args:
+        folder: where to write.
+        model: that is to be explained.
+        layer: tapped block, counted from 0, of the tokens and attention that are drawn; the last by default.
+        head: whose; all heads by default.
+        images: how many are drawn, evenly spread over all.
+
+    Raises:
+        ConfigurationError: a model without fine-grained prompts, or an argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: L.LightningModule,
+        layer: int | None = None,
+        head: int | None = None,
+        images: int = 16,
+    ) -> None:
+        if not isinstance(model, FPTPlusModule):
+            name = model.LABEL if isinstance(model, ClassificationModule) else type(model).__name__
+            raise ConfigurationError(
+                f"{name} has no fine-grained prompts whose attention could be shown: use FPTPlusModule or FPTModule."
+            )
+        layers, heads = model.encoder_config.tapped_layers, model.encoder_shape.heads
+        self.folder, self.head, self.images = Path(folder), head, images
+        self.layer = layers[-1] if layer is None else layer
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigurationError(f"out is {str(folder)!r}, which is a file: give a folder for the pictures.")
+        if self.layer not in layers:
+            raise ConfigurationError(f"layer is {layer}: choose one of the tapped blocks {list(layers)}.")
+        if head is not None and not 0 <= head < heads:
+            raise ConfigurationError(f"head is {head}: {model.encoder_shape.name} has heads 0 to {heads - 1}.")
+        if images < 0:
+            raise ConfigurationError(f"images is {images}: give the number of images to draw, 0 or more.")
+        self._heads = slice(None) if head is None else slice(head, head + 1)
+        self._found: list[tuple[str, Floats, Floats]] = []  # id, curves (3, S), attention to prompts (L,)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = _image_data(trainer)
+        self._samples = {sample.id: sample for sample in data.predicted.samples}
+        ids = list(self._samples)
+        drawn = np.linspace(0, len(ids) - 1, min(self.images, len(ids))).round().astype(int)
+        self._drawn = {ids[i] for i in drawn}
+
+    def on_predict_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if "features" not in batch:
+            assert isinstance(pl_module, FPTPlusModule)
+            encoded = pl_module.encode(batch["images"])
+            batch |= {"features": encoded.features, "indices": encoded.indices}  # once, for prediction too
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, FPTPlusModule)
+        features, scores = as_features(batch), outputs["scores"]
+        attention = looking.prompt_attention(pl_module.fusion, features)
+        side = looking.side_attention(pl_module.side, batch["side_images"], pl_module.fusion(features))
+        shares = side.sum(-1).mean((2, 3)).double().cpu().numpy()
+        curves: Floats = np.empty((len(shares), 0, 0))
+        if pl_module.task.KIND != "regression":
+            predicted = scores.argmax(-1, keepdim=True)
+
+            def score(features: Features) -> Tensor:
+                changed = pl_module.predict_step({**batch, **features._asdict()}, batch_idx)
+                return cast(Tensor, changed["scores"].gather(-1, predicted)[:, 0])
+
+            seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
+            found = looking.deletion_curves(score, features, attention, seeds)
+            curves = torch.stack([*found.values()], 1).double().cpu().numpy()
+        self._found += zip(batch["ids"], curves, shares, strict=True)
+        for i, id in enumerate(batch["ids"]):
+            if id in self._drawn:
+                self._draw(trainer, pl_module, self._samples[id], batch["indices"][i], attention[i], scores[i])
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found, self._found = from_all_processes(self._found), []
+        if not found or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, FPTPlusModule)
+        ids, curves, shares = zip(*found, strict=True)
+        groups = [self._samples[id].group or id for id in ids]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        side = self._side_attention(pl_module, np.stack(shares), groups)
+        deletion = None if pl_module.task.KIND == "regression" else self._deletion(np.stack(curves), groups)
+        content = {"images": len(ids), "groups": len(set(groups)), "side_attention": side, "deletion": deletion}
+        write_json(self.folder / "explanation.json", without_nan(content))
+        drawn = len(self._drawn)
+        rank_zero_info(f"pictures of {drawn} of {len(ids)} images and explanation.json are in {self.folder}")
+
+    def _draw(
+        self,
+        trainer: L.Trainer,
+        module: FPTPlusModule,
+        sample: Sample,
+        indices: Tensor,
+        attention: Tensor,
+        scores: Tensor,
+    ) -> None:
+        data, shape = _image_data(trainer), module.encoder_shape
+        here = module.encoder_config.tapped_layers.index(self.layer), self._heads
+        selected = looking.token_maps(indices[here], shape, data.resolution)
+        attended = looking.overlay(attention[here], indices[here], shape, data.resolution)
+        everywhere = looking.overlay(attention, indices, shape, data.resolution).patches.mean(0)
+        prefix = ""
+        if shape.prefix_tokens:
+            prefix = (
+                f"{_prefix_name(shape)}: {float(attended.prefix.sum()):.1%} of the attention, "
+                f"{int(selected.prefix.sum())} of {indices[here].numel():,} selected"
+            )
+        write_pictures(
+            self.folder,
+            sample.id,
+            Explanation(
+                pixels=shrunk(data.reader(data.predicted.path(sample))),
+                selected=selected.patches.sum(0).cpu().numpy(),
+                heads=len(selected.patches),
+                attention=attended.patches.double().cpu().numpy(),
+                overlay=everywhere.double().cpu().numpy(),
+                caption=_caption(module, data.predicted, sample, scores.tolist()),
+                where=f"block {self.layer}, " + ("all heads" if self.head is None else f"head {self.head}"),
+                prefix=prefix,
+            ),
+        )
+
+    def _side_attention(self, module: FPTPlusModule, shares: Floats, groups: Sequence[str]) -> dict[str, Any]:
+        blocks = module.encoder_config.tapped_layers
+        means = looking.mean_with_interval(shares, groups)
+        prompts = module.fusion.prompts.shape[1]
+        uniform = prompts / (prompts + module.side.positions.shape[1])
+        write_side_attention(self.folder / "side_attention.png", blocks, means, uniform)
+        by_block = {str(block): asdict(mean) for block, mean in zip(blocks, means, strict=True)}
+        return {"by_block": by_block, "if_uniform": uniform}
+
+    def _deletion(self, curves: Floats, groups: Sequence[str]) -> dict[str, Any]:
+        """Of curves (N, 3, S), in the order that ``deletion_curves`` gives."""
+        means = {name: looking.mean_with_interval(curves[:, i], groups) for i, name in enumerate(looking.ORDERS)}
+        most, random, least = (curves[:, i] for i in range(3))
+        areas = {
+            "random - most attended": looking.area_between(random, most),
+            "least - most attended": looking.area_between(least, most),
+        }
+        estimates = {name: looking.mean_with_interval(area[:, None], groups)[0] for name, area in areas.items()}
+        note = f"area between random and most attended: {estimates['random - most attended']}, {len(curves)} images"
+        write_deletion(self.folder / "deletion.png", looking.FRACTIONS, means, note)
+        rank_zero_info("deletion, " + note)
+        return {
+            "fractions": looking.FRACTIONS,
+            "scores": {name: [asdict(mean) for mean in of] for name, of in means.items()},
+            "areas": {name: asdict(estimate) for name, estimate in estimates.items()},
+        }
+
+
+def _image_data(trainer: L.Trainer) -> ImageDataModule:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, ImageDataModule):
+        raise ConfigurationError(f"data is {type(data).__name__}: explain needs a data module of this package.")
+    return data
+
+
+def _prefix_name(shape: EncoderShape) -> str:
+    if not shape.class_token:
+        return "registers"
+    return "class token" if shape.prefix_tokens == 1 else "class token and registers"
+
+
+def _caption(module: ClassificationModule, manifest: Manifest, sample: Sample, scores: Any) -> str:
+    """Which image, what is predicted of it, and what is known."""
+    known: list[str] = []
+    if manifest.kind == "single-label" and sample.label >= 0:
+        known = [manifest.classes[sample.label]]
+    elif manifest.kind == "multi-label":
+        known = [name for name, target in zip(manifest.classes, sample.targets, strict=False) if target == 1]
+    elif manifest.kind == "regression" and sample.targets[0] == sample.targets[0]:
+        known = [f"{sample.targets[0]:.4g}"]
+    if manifest.kind == "regression":
+        predicted = f"{scores:.4g}"
+    else:
+        ranked = sorted(zip(scores, module.output_names, strict=True), reverse=True)
+        predicted = ", ".join(f"{name} {score:.3f}" for score, name in ranked[:4])
+    return f"{shortened(sample.id)}\npredicted: {predicted}" + (f"     true: {', '.join(known)}" if known else "")

@@ -1,0 +1,186 @@
+"""What a model knows of its training: kept in its checkpoint, and held against whatever it meets later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.errors import CheckpointError, StoreError
+from fpt_lightning.methods.tasks import Task
+from fpt_lightning.store.specification import FeatureSpecification
+
+KEY = "fpt_lightning"
+"""Of this package's part of a checkpoint."""
+
+
+class TrainedModule(L.LightningModule):
+    """Classes, features, split and fitted decisions of a training; a later test or prediction must fit them.
+
+    Attributes:
+        task: what is learned.
+        num_classes: number of classes.
+        class_names: in the order of the outputs; empty for a model that never met a data module of this package.
+        specification: of the features trained on, which says what images must be; None likewise.
+        thresholds: by class, fitted to the validation images.
+        temperature: fitted likewise; 1 changes nothing.
+    """
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
+    """Arguments that a checkpoint must share with the module that loads it."""
+
+    task: Task
+    num_classes: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_names: tuple[str, ...] = ()
+        self.specification: FeatureSpecification | None = None
+        self.temperature, self.thresholds = 1.0, dict[str, float]()
+        self._digest = ""  # of the encoder's weights, once they are loaded
+        self._split_digest = ""  # of the split trained on, where it was drawn
+        self._columns: list[int] | None = None  # of the data's classes among this model's, where they differ
+        self._seed: int | None = None
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The classes' names; numbers for a model that never met a data module of this package."""
+        return self.class_names or tuple(f"class_{label}" for label in range(self.num_classes))
+
+    def check_weights(self, digest: str) -> None:
+        """Hold the weights of the encoder that was loaded against those that this model was trained with.
+
+        Args:
+            digest: ``weights_digest`` of the encoder.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        self._digest = digest
+        if self.specification is None:
+            return
+        if self.specification.weights_digest not in ("", digest):
+            raise CheckpointError(
+                f"this model was trained with other weights of {self.specification.encoder} than those loaded now "
+                f"({self.specification.weights}; digest {self.specification.weights_digest[:16]}, now "
+                f"{digest[:16]}): give the original weights as model.pretrained."
+            )
+        self.specification = replace(self.specification, weights_digest=digest)
+
+    def own_labels(self, labels: Tensor) -> Tensor:
+        """Labels of data whose classes are others, or in another order, than this model's."""
+        if self._columns is None:
+            return labels
+        if labels.ndim == 1:
+            return torch.tensor(self._columns, device=labels.device)[labels]
+        own = labels.new_full((len(labels), self.num_classes), torch.nan)
+        own[:, self._columns] = labels
+        return own
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn != "fit":
+            self.meet_data(trained=True)
+
+    def on_test_start(self) -> None:
+        self.meet_data(trained=True)
+
+    def on_predict_start(self) -> None:
+        self.meet_data(trained=True)
+
+    def meet_data(self, trained: bool) -> None:
+        """Take over, or hold against what this model was trained with, the data module's classes and features."""
+        data = getattr(self.trainer, "datamodule", None)
+        labelled = self.trainer.state.fn != "predict" or getattr(data, "explained", None) is not None
+        manifest: Manifest | None = getattr(data, "manifest", None) if labelled else None
+        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if manifest is not None else ()
+        specification: FeatureSpecification | None = getattr(data, "specification", None)
+        if trained and self.class_names and names and self.task.KIND != "regression":
+            self._match_classes(names)
+        if manifest is not None:
+            self._check_split(getattr(data, "listed", None) or manifest, trained)
+        if trained and self.specification is not None and specification is not None:
+            differences = self.specification.differences(
+                specification, ignore=("codec", "precision", "mirrored", "format")
+            )
+            differences = [line for line in differences if not line.startswith("statistics")]
+            if differences:
+                raise CheckpointError(
+                    "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)
+                )
+        if not trained or not self.class_names:
+            self.class_names = names
+        if not trained or self.specification is None:
+            self.specification = specification
+        if self._digest:
+            self.check_weights(self._digest)
+
+    def _match_classes(self, names: tuple[str, ...]) -> None:
+        """Find the data's classes among this model's, by name; when training goes on, they are the same."""
+        fits = names == self.class_names if self.trainer.state.fn == "fit" else set(names) <= set(self.class_names)
+        if not fits:
+            raise CheckpointError(
+                f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}: name "
+                "them alike."
+            )
+        self._columns = None if names == self.class_names else [self.class_names.index(name) for name in names]
+
+    def _check_split(self, manifest: Manifest, trained: bool) -> None:
+        """Where a split is drawn, it must be the one trained on, or training images would be tested."""
+        digest = manifest.split_digest() if manifest.random else ""
+        if trained and digest and self._split_digest not in ("", digest):
+            raise CheckpointError(
+                f"the data set {manifest.root} is split at random, and not as it was in training (other images, "
+                "data.split_seed, data.fold or data.folds): give the run's split.csv as data.manifest, or "
+                "data.external true to test on all of these images."
+            )
+        if not trained:
+            self._split_digest = digest
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = {
+            "method": type(self).__name__,
+            "classes": list(self.class_names),
+            "specification": None if self.specification is None else self.specification.to_dict(),
+            "seed": self._seed,
+            "split": self._split_digest,
+            "thresholds": self.thresholds,
+            "temperature": self.temperature,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hold a checkpoint against this module.
+
+        Raises:
+            CheckpointError: it is not from this package, or from another method, encoder or architecture.
+        """
+        about = checkpoint.get(KEY)
+        if not isinstance(about, dict):
+            raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
+        try:
+            self._take_over(about, checkpoint.get("hyper_parameters", {}))
+        except (KeyError, TypeError, ValueError, AttributeError, StoreError) as error:
+            raise CheckpointError(
+                f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
+            ) from error
+
+    def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+        saved = {"method": about["method"], **arguments}
+        own = {"method": type(self).__name__, **self.hparams}
+        differences = [
+            f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
+            for name in ("method", *self.ARCHITECTURE)
+            if saved.get(name) != own.get(name)
+        ]
+        if differences:
+            raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))
+        self.class_names = tuple(about["classes"])
+        content = about["specification"]
+        self.specification = None if content is None else FeatureSpecification.from_dict(content)
+        self._seed, self._split_digest = about["seed"], about["split"]
+        self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
+        self.temperature = float(about["temperature"])

@@ -1,0 +1,397 @@
+"""The frozen pass: every image through the encoder once, into the feature store (paper, section 3.6)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from fpt_lightning.data.images import OnError, unreadable
+from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.prefetch import PrefetchingLoader
+from fpt_lightning.data.transforms import channel_statistics, normalise, stored_copy, unit_pixels
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.encoder.selection import number_of_tokens
+from fpt_lightning.errors import ImageError, StoreError
+from fpt_lightning.files import write_rows
+from fpt_lightning.store.codecs import check_codec, encode
+from fpt_lightning.store.damage import forget_damaged
+from fpt_lightning.store.index import FileRecord
+from fpt_lightning.store.layout import SHARD
+from fpt_lightning.store.lock import lock_store, share_lock
+from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
+from fpt_lightning.store.store import FeatureStore, bytes_per_row
+from fpt_lightning.store.writing import WritableStore
+
+
+def feature_shape(encoder: EncoderConfig, resolution: tuple[int, int]) -> FeatureShape:
+    """The shape of one sample's features, without loading weights.
+
+    Raises:
+        ConfigurationError: the resolution is not a multiple of the patch size.
+    """
+    shape = encoder.shape
+    tokens = number_of_tokens(shape.tokens(resolution), encoder.token_ratio)
+    return FeatureShape(len(encoder.tapped_layers), shape.heads, tokens, shape.head_dim)
+
+
+def preload(
+    manifest: Manifest,
+    encoder: EncoderConfig,
+    specification: FeatureSpecification,
+    url: str,
+    *,
+    batch_size: int = 4,
+    num_workers: int = 0,
+    trainer: L.Trainer | None = None,
+    overwrite: bool = False,
+    repair: bool = False,
+    on_error: OnError = "stop",
+    rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
+) -> FeatureStore:
+    """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
+
+    Samples that are complete are never computed again, whatever stopped an earlier preload, unless their image file has
+    changed (``FeatureStore.changed``). With several processes (the trainer's devices and nodes), each writes whole
+    shards of its own. A broken image stops nothing until all others are stored.
+
+    Args:
+        manifest: the samples, of all splits.
+        encoder: the frozen encoder and its selection.
+        specification: what is asked; mean and std may still be empty (``auto``).
+        url: of the store, which is made where there is none.
+        batch_size: images encoded at once.
+        num_workers: processes that read images ahead.
+        trainer: whose devices do it; one device, chosen by Lightning, by default.
+        overwrite: remove the store that is there, and start anew.
+        repair: read the whole store first, and compute again what is damaged.
+        on_error: ``stop`` with the list of all images that cannot be read, at the end; or ``skip`` them: the store
+            records them as left out, and ``{url}.left_out.csv`` lists them.
+        rebuild: the command that a mismatch names.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        StaleStoreError: the store there was made with other settings.
+        ImageError: images that cannot be read; all others are stored.
+        StoreError: another preload is writing it, too little disk space, a place that cannot be written, or features
+            that do not fit the codec, naming the image.
+    """
+    ids = [sample.id for sample in manifest.samples]
+    if FeatureStore.exists(url) and not overwrite and not repair:
+        store = FeatureStore.open(url)
+        store.require(specification, rebuild)
+        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.root, ids)
+        if fresh and (on_error == "skip" or not store.left_out(ids)):
+            return store
+    frozen_pass = FrozenPass(
+        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild
+    )
+    if trainer is None:
+        trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    writer = _StoreWriter()
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+    try:
+        trainer.predict(frozen_pass, return_predictions=False)
+    finally:
+        trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
+        frozen_pass.unlock()
+    trainer.strategy.barrier("preloaded")  # here, as a process without a share never enters the loop
+    store = FeatureStore.open(url)
+    if missing := store.missing(ids):
+        raise StoreError(f"the feature store {url} still lacks {len(missing)} of {len(ids)} samples after its preload.")
+    _report_left_out(store, manifest, on_error)
+    return store
+
+
+def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError) -> None:
+    broken = store.left_out([sample.id for sample in manifest.samples])
+    if not broken:
+        Path(f"{store.url}.left_out.csv").unlink(missing_ok=True)  # of an earlier preload
+        return
+    reasons = unreadable({id: manifest.root / id for id in broken}, store.specification.reader)
+    listed = "\n  ".join(reasons.values())
+    if on_error == "stop":
+        raise ImageError(
+            f"{len(broken)} of {len(manifest.samples)} images cannot be read, all others are stored:\n  {listed}\nMend "
+            "them, or take them out of the data set, and preload again; or leave them out by data.on_error skip."
+        )
+    write_left_out(f"{store.url}.left_out.csv", reasons)
+
+
+def write_left_out(path: str, reasons: Mapping[str, str]) -> None:
+    """Warn of images that are left out, and list them in a CSV file (image, reason) on the first process."""
+    rank_zero_warn(f"{len(reasons)} images cannot be read and are left out: {path} lists them.")
+    if "://" not in path:
+        rank_zero_only(write_rows)(Path(path), [["image", "reason"], *reasons.items()])
+
+
+class FrozenPass(L.LightningModule):
+    """The frozen encoder as the trainer's predict loop runs it."""
+
+    prepare_data_per_node = False
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        encoder: EncoderConfig,
+        specification: FeatureSpecification,
+        url: str,
+        batch_size: int,
+        num_workers: int,
+        overwrite: bool = False,
+        repair: bool = False,
+        on_error: OnError = "stop",
+        rebuild: str = "",
+    ) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
+        self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
+        self.specification = specification
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.overwrite, self.repair, self.on_error = overwrite, repair, on_error
+        self.encoder: FrozenEncoder | None = None
+        self.store: WritableStore | None = None
+        self._lock: IO[bytes] | None = None
+
+    def _build(self) -> FrozenEncoder:
+        if self.encoder is None:
+            self.encoder = FrozenEncoder(self.config, self.specification.resolution)
+        return self.encoder
+
+    def prepare_data(self) -> None:
+        """On the first process: make the store or hold the one there against the loaded weights, and add its rows."""
+        shape = feature_shape(self.config, self.specification.resolution)
+        check_codec(self.specification.codec, shape.head_dim)
+        ids = [sample.id for sample in self.manifest.samples]
+        asked = replace(self.specification, weights_digest=self._build().digest)
+        size = asked.views * bytes_per_row(asked.codec, shape, asked.image_size)
+        self._lock = lock_store(self.url)
+        if self.overwrite and WritableStore.exists(self.url):
+            WritableStore.delete(self.url)
+        if WritableStore.exists(self.url):
+            store = WritableStore.open(self.url, tolerant=self.repair)
+            store.require(asked, self.rebuild)
+            store.remove_partial_files()
+            if self.repair:
+                rank_zero_info(f"repair: {len(forget_damaged(store))} samples of {self.url} are damaged")
+            store.forget(store.changed(self.manifest.root, ids))
+            if self.on_error == "stop":
+                store.forget(store.left_out(ids))
+            _check_space(self.url, len(store.missing(ids)) * size)
+        else:
+            _check_space(self.url, len(ids) * size)
+            if not asked.mean:
+                paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
+                mean, std = channel_statistics(
+                    paths, asked.resolution, self.num_workers, asked.crop_border, self.on_error
+                )
+                asked = replace(asked, mean=mean, std=std)
+            store = WritableStore.create(self.url, asked, shape, _made_with())
+        store.extend(ids)
+        if self._lock is not None:
+            share_lock(self._lock, self.url)
+
+    def unlock(self) -> None:
+        """Let other preloads write."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def setup(self, stage: str) -> None:
+        if self._lock is None:
+            self._lock = lock_store(self.url, shared=True)
+        self._build()
+        self.store = WritableStore.open(self.url)
+        self.specification = self.store.specification
+
+    def predict_dataloader(self) -> PrefetchingLoader:
+        """This process's share of the missing samples, whole shards of them, in the order of their rows."""
+        assert self.store is not None
+        rows = self.store.missing_rows([sample.id for sample in self.manifest.samples])
+        shards = [list(shard) for _, shard in groupby(rows, lambda row: row // SHARD)]
+        mine = shards[self.trainer.global_rank :: self.trainer.world_size]
+        batches = [
+            shard[start : start + self.batch_size] for shard in mine for start in range(0, len(shard), self.batch_size)
+        ]
+        images = _PreloadImages(self.manifest, self.store, self.specification)
+        return PrefetchingLoader(images, batch_size=None, sampler=_ShardBatches(batches), num_workers=self.num_workers)
+
+    def on_predict_start(self) -> None:
+        """Say what is about to be done: images, bytes and time."""
+        assert self.store is not None
+        missing = self.store.missing_rows([sample.id for sample in self.manifest.samples])
+        spec = self.specification
+        size = self.store.bytes_per_row
+        seconds = self._seconds_per_image() * len(missing) / self.trainer.world_size
+        rank_zero_info(
+            f"preload: {len(missing):,} of {spec.views * len(self.manifest.samples):,} images"
+            f"{' and mirror images' if spec.mirrored else ''} through {spec.encoder} at "
+            f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: {len(missing) * size / 1e6:,.0f} MB "
+            f"({size / 1e6:.2f} MB an image), about {_duration(seconds)} on {self.trainer.world_size} device(s)"
+        )
+
+    def _seconds_per_image(self) -> float:
+        for _ in range(2):  # the first run warms up
+            start = time.perf_counter()
+            self._build()(torch.zeros(1, 3, *self.specification.resolution, device=self.device)).features.cpu()
+        return time.perf_counter() - start
+
+    def predict_step(self, batch: _PreloadBatch, batch_idx: int) -> Encoded | tuple[()]:
+        """What the encoder gives for the batch's images, of which there may be none."""
+        if not batch.rows:
+            return ()
+        encoded: Encoded = self._build()(batch.images)
+        return encoded
+
+
+class _ShardBatches(DistributedSampler[list[int]]):
+    """This process's batches of rows; as a distributed sampler, it is left alone by Lightning."""
+
+    def __init__(self, batches: Sequence[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _PreloadBatch(NamedTuple):
+    """Rows of one shard.
+
+    Attributes:
+        rows: those with an image.
+        images: (len(rows), 3, height, width), fp32, normalised.
+        copies: the low-resolution copies (len(rows), size, size, 3), uint8.
+        broken: rows whose images cannot be read.
+        files: of all images, by row.
+    """
+
+    rows: list[int]
+    images: Tensor
+    copies: NDArray[np.uint8]
+    broken: list[int]
+    files: dict[int, FileRecord]
+
+
+class _PreloadImages(Dataset[_PreloadBatch]):
+    """Batches by their rows."""
+
+    def __init__(self, manifest: Manifest, store: FeatureStore, specification: FeatureSpecification) -> None:
+        self.root, self.source, self.specification = manifest.root, store.source, specification
+
+    def __getitem__(self, rows: list[int]) -> _PreloadBatch:
+        spec = self.specification
+        sources = {row: self.source(row) for row in rows}
+        files = {id: FileRecord.of(self.root / id) for id, _ in sources.values()}  # before it is read
+        read = {id: self._read(id) for id in files}
+        images = {
+            row: image[:, ::-1] if mirrored else image
+            for row, (id, mirrored) in sources.items()
+            if (image := read[id]) is not None
+        }
+        return _PreloadBatch(
+            list(images),
+            normalise(_stack([unit_pixels(image, spec.resolution) for image in images.values()]), spec.mean, spec.std),
+            np.array([stored_copy(image, spec.image_size) for image in images.values()], np.uint8),
+            [row for row in rows if row not in images],
+            {row: files[id] for row, (id, _) in sources.items()},
+        )
+
+    def _read(self, id: str) -> NDArray[Any] | None:
+        try:
+            return self.specification.reader(self.root / id)
+        except ImageError as error:
+            warnings.warn(str(error), stacklevel=2)  # at once; the list comes at the end
+            return None
+
+
+def _stack(pixels: list[Tensor]) -> Tensor:
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
+
+
+class _StoreWriter(L.Callback):
+    """Collects a shard's samples and writes them together; what was computed is written whatever stops the pass."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[int, dict[str, NDArray[Any]], FileRecord]] = []  # row, its arrays, its image's file
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, FrozenPass)
+        assert pl_module.store is not None
+        if batch.broken:
+            pl_module.store.leave_out(batch.broken, [batch.files[row] for row in batch.broken])
+        if not batch.rows:
+            return
+        if self.pending and self.pending[0][0] // SHARD != batch.rows[0] // SHARD:
+            self._flush(pl_module.store)
+        names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in batch.rows]
+        content = {
+            **encode(outputs.features, pl_module.specification, names),
+            "indices": outputs.indices.to("cpu", torch.int32).numpy(),
+            "pooled": outputs.pooled.cpu().numpy(),
+            "images": batch.copies,
+        }
+        samples = [{name: block[i] for name, block in content.items()} for i in range(len(batch.rows))]
+        self.pending += zip(batch.rows, samples, [batch.files[row] for row in batch.rows], strict=True)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._flush_module(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._flush_module(pl_module)
+
+    def _flush_module(self, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, FrozenPass)
+        if pl_module.store is not None:
+            self._flush(pl_module.store)
+
+    def _flush(self, store: WritableStore) -> None:
+        if self.pending:
+            rows, samples, files = zip(*self.pending, strict=True)
+            self.pending = []  # before writing, which is not tried again after an error
+            store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
+
+
+def _made_with() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "timm", "zarr", "pillow", "fpt-lightning")}
+    return {**versions, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def _check_space(url: str, needed: int) -> None:
+    if "://" in url:
+        return
+    folder = Path(url).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"the feature store {url} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free: choose "
+            "another data.store, or a smaller token_ratio, resolution or codec."
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

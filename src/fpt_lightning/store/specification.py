@@ -1,0 +1,126 @@
+"""What decides the numbers in a feature store, and so must match before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fpt_lightning.data.images import INTERPOLATION, ImageReader
+from fpt_lightning.errors import StoreError
+
+FORMAT = 4  # of the store's layout and of what the numbers in it mean
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """The shape of one sample's features: layers L, heads H, tokens T, head_dim."""
+
+    layers: int
+    heads: int
+    tokens: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class FeatureSpecification:
+    """All that decides the numbers in a store.
+
+    Attributes:
+        encoder: timm's model name.
+        weights: what identifies them without loading them (``EncoderConfig.weights``).
+        weights_digest: SHA-256 of the loaded parameters; empty until they have been loaded.
+        layers: tapped blocks.
+        token_ratio: share of the tokens kept.
+        criterion: of their importance.
+        resolution: (height, width) of the encoder's images in pixels.
+        mean: of each channel; empty where it is still to be computed.
+        std: of each channel; empty where it is still to be computed.
+        statistics: ``given``, or which training images mean and std were computed over.
+        image_size: side of the low-resolution copies in pixels.
+        codec: a row of ``fpt_lightning.store.codecs.CODECS``.
+        precision: of the frozen pass.
+        mirrored: whether each sample has the features of its mirror image too.
+        interpolation: how images are resized.
+        fit: how images come to the encoder's aspect (``fpt_lightning.data.images.ImageReader``).
+        crop_border: whether their dark border is cut off.
+        format: version of the store's layout.
+    """
+
+    encoder: str
+    weights: str
+    layers: tuple[int, ...]
+    token_ratio: float
+    criterion: str
+    resolution: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    statistics: str
+    image_size: int
+    codec: str
+    precision: str = "fp32"
+    mirrored: bool = False
+    weights_digest: str = ""
+    interpolation: str = INTERPOLATION
+    fit: str = "squash"
+    crop_border: bool = False
+    format: int = FORMAT
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> FeatureSpecification:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            StoreError: fields are missing, unknown or of another type.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(content) != names:
+            raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
+        for name, kind in _FIELDS.items():
+            value = content[name] if isinstance(content[name], list) else [content[name]]
+            if isinstance(content[name], list) != (name in _LISTS) or not all(type(v) in kind for v in value):
+                raise StoreError(f"the specification's {name} is {content[name]!r}.")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @property
+    def reader(self) -> ImageReader:
+        """What reads the images."""
+        return ImageReader(self.resolution, self.fit, self.crop_border)
+
+    @property
+    def views(self) -> int:
+        """Rows of a sample in a store."""
+        return 2 if self.mirrored else 1
+
+    def differences(self, asked: FeatureSpecification, ignore: Sequence[str] = ()) -> list[str]:
+        """How this specification differs from what is asked, field by field, for people.
+
+        Mean and std are compared as numbers where they were given, and by the images they were computed over where
+        they are ``auto``; the weights' digest only where both have one.
+        """
+        skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
+        if not (self.weights_digest and asked.weights_digest):
+            skip.add("weights_digest")
+        return [
+            f"{field.name}: {getattr(self, field.name)!r}, asked for {getattr(asked, field.name)!r}"
+            for field in fields(self)
+            if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
+        ]
+
+
+_LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
+_FIELDS = {
+    field.name: _KINDS[str(field.type).removeprefix("tuple[").split(",")[0]] for field in fields(FeatureSpecification)
+}
+"""The types of a specification's values, or of those in its lists."""

@@ -1,0 +1,160 @@
+"""The feature store as the frozen pass writes it: made, extended by samples, filled row by row, removed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from fpt_lightning.errors import StoreError
+from fpt_lightning.store.index import FileRecord, open_group
+from fpt_lightning.store.layout import (
+    ABSENT,
+    COMPLETE,
+    LEFT_OUT,
+    RECORDS,
+    array_documents,
+    create_array,
+    fingerprint,
+    writing,
+)
+from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
+from fpt_lightning.store.store import FeatureStore, sample_arrays
+
+
+class WritableStore(FeatureStore):
+    """A feature store for who holds its lock (``fpt_lightning.store.lock``).
+
+    Use ``create`` or ``open``; attributes as of ``StoreIndex``.
+    """
+
+    @classmethod
+    def create(
+        cls, url: str, specification: FeatureSpecification, shape: FeatureShape, made_with: dict[str, str]
+    ) -> WritableStore:
+        """Make an empty store.
+
+        Args:
+            url: where; nothing may be there, but what an earlier ``create`` or ``delete`` left that was stopped.
+            specification: complete (mean, std and weights digest known).
+            shape: of one sample.
+            made_with: versions and device, for the record.
+
+        Raises:
+            StoreError: something is there already, or nothing can be written there.
+        """
+        arrays = sample_arrays(specification.codec, shape, specification.image_size) | RECORDS
+        filesystem, path = fsspec.core.url_to_fs(url)
+        there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        if not {name.rstrip("/").rsplit("/", 1)[-1] for name in there} <= arrays.keys():
+            raise StoreError(f"there is something at {url} already, which is not a complete feature store.")
+        attributes: dict[str, Any] = {
+            "specification": specification.to_dict(),
+            "shape": asdict(shape),
+            "made_with": made_with,
+            "ids": [],
+        }
+        with writing(url):
+            for name, row in arrays.items():
+                create_array(f"{url}/{name}", name, 0, *row)
+            attributes["arrays"] = array_documents(url, arrays)
+            group = zarr.create_group(url, attributes=attributes | {"fingerprint": fingerprint(attributes)})
+        return cls(url, group)
+
+    @classmethod
+    def open(cls, url: str, tolerant: bool = False, cache: str | None = None) -> WritableStore:
+        """Open an existing store, as ``FeatureStore.open`` does."""
+        return cls(url, open_group(url, writable=True), tolerant, cache)
+
+    @staticmethod
+    def delete(url: str) -> None:
+        """Remove a local store.
+
+        Raises:
+            StoreError: it is remote, or is not a feature store.
+        """
+        try:
+            ours = "specification" in zarr.open_group(url, mode="r").attrs
+        except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
+            raise StoreError(f"{url} cannot be recognised as a feature store: delete it yourself.") from error
+        if not ours:
+            raise StoreError(f"{url} is not a feature store of fpt-lightning: it is not deleted.")
+        if "://" in url:
+            raise StoreError(f"the feature store {url} is remote: delete it with your storage's own tool.")
+        with writing(url):
+            (Path(url) / "zarr.json").unlink()  # first, so that what is half deleted is no store
+            shutil.rmtree(Path(url))
+
+    def extend(self, ids: Sequence[str]) -> WritableStore:
+        """The store with rows for new samples at its end; known ones keep theirs. One process does this.
+
+        Raises:
+            StoreError: nothing can be written there.
+        """
+        new = [id for id in ids if id not in self.rows]
+        total = self.views * (len(self.ids) + len(new))
+        attributes: dict[str, Any] = {**self._group.attrs.asdict(), "ids": [*self.ids, *new]}
+        with writing(self.url):
+            for array in self._arrays.values():
+                array.resize((total, *array.shape[1:]))
+            attributes["arrays"] = array_documents(self.url, attributes["arrays"])
+            self._group.attrs.put({**attributes, "fingerprint": fingerprint(attributes)})
+        return WritableStore.open(self.url)
+
+    def write(self, rows: Sequence[int], content: Mapping[str, NDArray[Any]], files: Sequence[FileRecord]) -> None:
+        """Write complete rows of one shard; others of the shard are left as they are.
+
+        Args:
+            rows: ascending, all within one shard, which no other process writes.
+            content: (rows, ...) of each of ``sample_arrays``.
+            files: of the rows' images.
+
+        Raises:
+            StoreError: they cannot be written, such as on a full disk.
+        """
+        with writing(self.url):
+            for name, block in content.items():
+                self._put(name, rows, block)
+        self._record(rows, [(COMPLETE, *file) for file in files])
+
+    def leave_out(self, rows: Sequence[int], files: Sequence[FileRecord]) -> None:
+        """Record that rows of one shard have no data, as their images cannot be read; see ``write``."""
+        self._record(rows, [(LEFT_OUT, *file) for file in files])
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Count samples as absent, so that the next preload computes them again."""
+        self.forget_rows(self._rows_of(ids))
+
+    def forget_rows(self, rows: Sequence[int]) -> None:
+        """Count rows as absent."""
+        for row in rows:
+            self._record([row], [(ABSENT, 0, 0, 0)])
+
+    def _record(self, rows: Sequence[int], records: Sequence[Sequence[int]]) -> None:
+        with writing(self.url):
+            self._put("records", rows, np.array(records, np.int64))
+        self.records[list(rows)] = records
+
+    def _put(self, name: str, rows: Sequence[int], block: NDArray[Any]) -> None:
+        for start, stop in _runs(rows):
+            self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
+
+    def remove_partial_files(self) -> None:
+        """Remove what writers that were killed left of files; only who holds the store's lock may."""
+        if self._folder is not None:
+            for file in Path(self._folder).rglob("*.partial"):
+                file.unlink()
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Positions [start, stop) of the runs of consecutive rows."""
+    breaks = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
+    return list(pairwise(breaks))

@@ -1,0 +1,100 @@
+"""Memory that is counted, parameters that are reported, files that are written."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter, write_confusion
+from fpt_lightning.evaluation.predictions import Predictions
+from small import quiet_trainer, tiny_model
+
+DataMaker = Callable[..., PreloadedFeatureDataModule]
+
+
+def test_peak_memory_of_a_step_is_logged_and_the_same_each_time(tiny_data: DataMaker, tmp_path: Path) -> None:
+    peaks = []
+    for run in range(2):
+        data, module = tiny_data(), tiny_model()
+        data.preload(module, quiet_trainer(tmp_path))
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[PeakMemory()])
+        torch.manual_seed(run)
+        trainer.fit(module, data)
+        peaks.append(float(trainer.callback_metrics["train_peak_live_mib"]))
+        assert trainer.callback_metrics["peak_resident_mib"] > 100
+        trainer.test(module, data, verbose=False)
+        assert 0 < trainer.callback_metrics["test_peak_live_mib"] < peaks[-1]
+    learnable = sum(p.numel() for p in module.parameters())
+    assert peaks[0] == peaks[1]
+    assert 4 * 4 * learnable / 2**20 < peaks[0] < 20  # parameters, gradients, two moments; and the batch of 8
+
+
+def test_a_live_encoder_counts(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    stored, live = tiny_data(), ImageDataModule(str(image_root), resolution=64, mean=[0.4], std=[0.2], image_size=48)
+    stored.preload(tiny_model(), quiet_trainer(tmp_path))
+    peaks = []
+    for data in (stored, live):
+        module = tiny_model()
+        trainer = quiet_trainer(tmp_path, callbacks=[PeakMemory()])
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        peaks.append(float(trainer.callback_metrics["test_peak_live_mib"]))
+    (encoder,) = module.encoders
+    weights = 4 * sum(p.numel() for p in encoder.parameters()) / 2**20
+    assert peaks[1] > peaks[0] + weights
+
+
+def test_an_epochs_seconds_leave_out_its_validation(tiny_data: DataMaker, tmp_path: Path) -> None:
+    class Slow(L.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            time.sleep(1)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            time.sleep(0.1)
+
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path, callbacks=[EpochSeconds(), Slow()])
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = float(trainer.callback_metrics["epoch_seconds"])
+    assert 0.3 < seconds < time.perf_counter() - start - 1  # 3 steps; a sanity check and a validation of a batch each
+
+
+def test_the_learnable_share_is_said(tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    with caplog.at_level(logging.INFO):
+        quiet_trainer(tmp_path, callbacks=[LearnableParameters()]).fit(module, data)
+    learnable = sum(p.numel() for p in module.parameters())
+    total = learnable + module.encoder_shape.parameters
+    assert f"learnable parameters: {learnable:,}; {100 * learnable / total:.2f}% of the total {total:,}" in caplog.text
+
+
+def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -> None:
+    data, module = tiny_data(), tiny_model()
+    data.preload(module, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path / "run", callbacks=[ResultsWriter()])
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    assert (tmp_path / "run" / "test" / "metrics.json").is_file()
+    trainer.predict(module, data, return_predictions=False)
+    assert len((tmp_path / "run" / "predict" / "predictions.csv").read_text().splitlines()) == 31
+
+
+def test_the_confusion_matrix_has_true_classes_in_rows(tmp_path: Path) -> None:
+    scores = np.array([[0.7, 0.3], [0.6, 0.4], [0.1, 0.9], [0.2, 0.8]])
+    labels = np.array([0, 1, -1, 0])
+    write_confusion(tmp_path, Predictions("single-label", tuple("abcd"), labels, scores, ("no", "yes")))
+    assert (tmp_path / "confusion_matrix.csv").read_text() == "true \\ predicted,no,yes\nno,1,1\nyes,1,0\n"
+    assert (tmp_path / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion_matrix.csv", "confusion_matrix.png"]

@@ -1,0 +1,581 @@
+"""The command line: every example, every file that a run leaves, and what people are told when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import wandb
+import yaml
+
+from commands import fails, run
+from fpt_lightning import methods
+from fpt_lightning.cli import main
+from fpt_lightning.store.store import FeatureStore
+from miniatures import MINIATURES, build, reads_dicom
+from small import ROOT, write_images
+
+EXAMPLES = ROOT / "examples"
+PATCH_16 = ["--model.encoder", "test_vit", "--model.pretrained", "false", "--model.side_resolution", "32"]
+
+
+@pytest.fixture
+def config(image_root: Path, tmp_path: Path) -> Path:
+    """A configuration that trains for 2 epochs on 30 small images."""
+    content = {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        },
+        "model": {
+            "class_path": "FPTPlusModule",
+            "init_args": {
+                "num_classes": 3,
+                "encoder": "test_vit",
+                "pretrained": False,
+                "side_resolution": 32,
+                "learning_rate": 3e-3,
+            },
+        },
+        "data": {
+            "class_path": "PreloadedFeatureDataModule",
+            "init_args": {
+                "root": str(image_root),
+                "store": str(tmp_path / "store.zarr"),
+                "resolution": 64,
+                "image_size": 48,
+                "batch_size": 8,
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def change(config: Path, section: str, **values: Any) -> None:
+    content = yaml.safe_load(config.read_text())
+    (content[section].get("init_args") or content[section]).update(values)
+    config.write_text(yaml.safe_dump(content))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    left = {path.name for path in root.iterdir()}
+    assert left >= {
+        "best.ckpt",
+        "last.ckpt",
+        "config.yaml",
+        "split.csv",
+        "metrics.csv",
+        "metrics.json",
+        "predictions.csv",
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
+    }
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert set(metrics) == {"best", "last"}
+    names = {
+        f"test_{n}" for n in ("auc", "accuracy", "balanced_accuracy", "f1", "precision", "recall", "kappa", "loss")
+    }
+    assert names <= set(metrics["best"])
+    logged = {name for row in rows(root / "metrics.csv") for name, value in row.items() if value}
+    assert {"train_loss_epoch", "val_auc", "val_loss", "train_peak_live_mib", "peak_resident_mib", "lr-AdamW"} <= logged
+    assert "state_dict" in torch.load(root / "best.ckpt", weights_only=True)
+    assert "optimizer_states" not in torch.load(root / "best.ckpt", weights_only=True)
+
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt")
+    again = json.loads((root / "test" / "metrics.json").read_text())
+    for name in names:
+        assert again["best"][name] == pytest.approx(metrics["best"][name])
+    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+
+    run("predict", "--config", config, "--ckpt_path", root / "best.ckpt", "--data.root", image_root)
+    tested = {row["path"]: row for row in rows(root / "predictions.csv")}
+    predicted = {row["path"]: row for row in rows(root / "predict" / "predictions.csv")}
+    assert len(predicted) == 30
+    for path, row in tested.items():
+        assert list(row) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+        assert row["label"] == path[0]
+        assert predicted[path]["label"] == ""
+        for name in ("prob_a", "prob_b", "prob_c"):  # the stored features are fp16, the live ones fp32
+            assert float(row[name]) == pytest.approx(float(predicted[path][name]), abs=2e-3)
+        assert math.isclose(sum(float(row[f"prob_{c}"]) for c in "abc"), 1, abs_tol=1e-5)
+
+
+def test_the_saved_config_reruns_the_same_run_and_serves_every_subcommand(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    saved = root / "config.yaml"
+    run("fit", "--config", saved, "--trainer.default_root_dir", tmp_path / "twin")
+    assert (root / "metrics.json").read_text() == (tmp_path / "twin" / "metrics.json").read_text()
+    assert (root / "predictions.csv").read_text() == (tmp_path / "twin" / "predictions.csv").read_text()
+    run("preload", "--config", saved)
+    for command in ("validate", "test", "predict"):
+        run(command, "--config", saved, "--ckpt_path", root / "last.ckpt")
+
+
+def test_another_seed_is_another_run(config: Path, tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    run("fit", "--config", config, "--seed_everything", 1, "--trainer.default_root_dir", tmp_path / "other")
+    assert (tmp_path / "run" / "predictions.csv").read_text() != (tmp_path / "other" / "predictions.csv").read_text()
+
+
+def test_a_resumed_run_leaves_the_same_metrics(config: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "run", tmp_path / "part"
+    run("fit", "--config", config, "--trainer.max_epochs", 4)
+    stop = tmp_path / "stop.py"
+    stop.write_text(STOPPED.format(epoch=2))
+    arguments = ["fit", "--config", config, "--trainer.max_epochs", 4, "--trainer.default_root_dir", part]
+    done = subprocess.run([sys.executable, str(stop), *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert not (part / "metrics.json").exists()
+    run(*arguments, "--ckpt_path", part / "last.ckpt")
+    assert (whole / "predictions.csv").read_text() == (part / "predictions.csv").read_text()
+    kept = ("epoch", "step", "val_auc", "val_loss", "train_loss_epoch")
+    series = [
+        [
+            [row[name] for name in kept]
+            for row in rows(folder / "metrics.csv")
+            if row["val_auc"] or row["train_loss_epoch"]
+        ]
+        for folder in (whole, part)
+    ]
+    assert series[0] == series[1]
+
+
+STOPPED = """
+import sys
+import lightning as L
+from fpt_lightning.cli import main, training
+class Stop(L.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == {epoch}:
+            raise KeyboardInterrupt
+checkpoints = training.checkpoint_callbacks
+training.checkpoint_callbacks = lambda *given: [Stop(), *checkpoints(*given)]
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path, image_root: Path) -> None:
+    change(config, "data", preload_batch_size=1, resolution=512, mean=[0.4], std=[0.2])
+    write_images(image_root, {"a": 120, "b": 10, "c": 10}, size=(600, 600))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fpt_lightning", "preload", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
+    )
+    done = tmp_path / "store.zarr" / "records" / "c" / "0" / "0"
+    while not done.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    store = FeatureStore.open(str(tmp_path / "store.zarr"))
+    assert 16 <= store.done.sum() < 140
+    run("preload", "--config", config)
+    assert FeatureStore.open(str(tmp_path / "store.zarr")).done.sum() == 140
+
+
+def test_two_processes_preload_half_each(config: Path, tmp_path: Path, image_root: Path) -> None:
+    write_images(image_root, {"a": 30, "b": 10, "c": 10})  # four shards
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("preload", "--config", config, "--data.store", tmp_path / "one.zarr")
+    command = [sys.executable, "-m", "fpt_lightning", "preload", "--config", str(config)]
+    settings = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
+    done = subprocess.run([*command, *settings], check=True, timeout=300, capture_output=True, text=True)
+    assert "on 2 device(s)" in done.stdout + done.stderr
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("one.zarr", "store.zarr"))
+    assert one.ids == two.ids
+    assert two.done.all()
+    for name in one.sample_arrays:
+        assert np.array_equal(*(store.read(range(50), name) for store in (one, two)))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_store_of_one_and_test_every_image_once(config: Path, tmp_path: Path) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("preload", "--config", config, "--data.store", tmp_path / "one.zarr")
+    command = [sys.executable, "-m", "fpt_lightning", "fit", "--config", str(config)]
+    subprocess.run([*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"], check=True, timeout=300)
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("one.zarr", "store.zarr"))
+    assert one.ids == two.ids
+    for row in range(len(one.ids)):
+        for name in one.sample_arrays:
+            assert np.array_equal(one.read([row], name)[0], two.read([row], name)[0])
+    tested = [row["path"] for row in rows(tmp_path / "run" / "predictions.csv")]
+    assert len(tested) == len(set(tested)) == 6
+
+
+def test_print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["num_classes"] == 3
+    assert printed["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import fpt_lightning
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert fpt_lightning.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_from_the_command_line(config: Path, tmp_path: Path, precision: str) -> None:
+    run("fit", "--config", config, "--trainer.precision", precision)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["test_auc"] is not None
+
+
+def test_loggers_by_one_line(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    change(config, "trainer", logger={"class_path": "WandbLogger", "init_args": {"offline": True, "project": "p"}})
+    run("fit", "--config", config)
+    wandb.finish()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    board = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(tmp_path / "board")}}
+    change(config, "trainer", logger=board, default_root_dir=str(tmp_path / "board"))
+    run("fit", "--config", config)
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+    assert (tmp_path / "board" / "metrics.csv").is_file()
+
+
+def example_data(name: str, tmp_path: Path) -> list[str]:
+    """A small generated data set in the layout that an example expects, as arguments that put it in place."""
+    root = tmp_path / "data"
+    where = ["--data.root", str(root), "--data.resolution", "64", "--data.image_size", "48", "--data.batch_size", "8"]
+    where += ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    where += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    if name == "live.yaml":
+        where += ["--trainer.logger.init_args.save_dir", str(tmp_path / "run")]
+    store = ["--data.store", str(tmp_path / "store.zarr")]
+    if name.removesuffix(".yaml") in MINIATURES:
+        build(name.removesuffix(".yaml"), root)
+        run("datasets", "prepare", name.removesuffix(".yaml"), root)
+    elif name == "table.yaml":
+        write_images(root, {"x": 20, "y": 20, "z": 20})
+        lines = [
+            f"{p.relative_to(root)},{p.parent.name},{int(p.stem) // 2}{p.parent.name}" for p in root.rglob("*.png")
+        ]
+        (root / "labels.csv").write_text("\n".join(["image,label,patient", *lines]))
+    elif name == "multilabel.yaml":
+        write_images(root, {"x": 20, "y": 20, "z": 20})
+        marks = {"x": "1,0,-1", "y": "0,1,", "z": ",,1"}
+        lines = [f"{p.relative_to(root)},{p.parent.name}{p.stem},{marks[p.parent.name]}" for p in root.rglob("*.png")]
+        (root / "labels.csv").write_text("\n".join(["image,patient,edema,effusion,pneumothorax", *lines]))
+    elif name == "live.yaml":
+        write_images(root, {"a": 10, "b": 10, "c": 10})
+        store = []
+    else:
+        assert name == "quickstart.yaml", f"{name} has no test data: add them here"
+        where += ["--data.count", "30"]
+    return [*where, *store, *PATCH_16]
+
+
+@pytest.mark.parametrize("name", sorted({p.name for p in EXAMPLES.glob("*.yaml")} - {"sweep.yaml"}))
+def test_every_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "cmmd.yaml" and not reads_dicom(tmp_path):
+        pytest.skip("read_image does not read DICOM")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("fit", "--config", EXAMPLES / name, *example_data(name, tmp_path))
+    wandb.finish()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 <= metrics["best"]["test_auc"] <= 1
+
+
+TINY_ENCODER = ["--model.encoder", "test_vit", "--model.pretrained", "false"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "methods").glob("*.yaml")))
+def test_every_method_is_an_override_of_any_example(name: str, config: Path, image_root: Path, tmp_path: Path) -> None:
+    """Fit, test and predict with one and the same data section."""
+    args = ["--config", config, "--config", EXAMPLES / "methods" / name, *TINY_ENCODER]
+    if "fpt" in name:
+        args += ["--model.side_resolution", "32"]
+    run("fit", *args)
+    root = tmp_path / "run"
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert 0 <= metrics["best"]["test_auc"] <= 1
+    saved = yaml.safe_load((root / "config.yaml").read_text())
+    assert saved["model"]["class_path"].endswith(
+        yaml.safe_load((EXAMPLES / "methods" / name).read_text())["model"]["class_path"]
+    )
+    assert saved["model"]["init_args"]["num_classes"] == 3
+    run("test", *args, "--ckpt_path", root / "best.ckpt")
+    again = json.loads((root / "test" / "metrics.json").read_text())
+    assert again["best"]["test_auc"] == pytest.approx(metrics["best"]["test_auc"])
+    run("predict", *args, "--ckpt_path", root / "best.ckpt", "--data.root", image_root / "a")
+    assert len(rows(root / "predict" / "predictions.csv")) == 10
+
+
+def test_every_method_has_an_example() -> None:
+    named = {yaml.safe_load(path.read_text())["model"]["class_path"] for path in (EXAMPLES / "methods").glob("*.yaml")}
+    assert named == {method.__name__ for method in methods.METHODS.values()}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "encoders").glob("*.yaml")))
+def test_every_encoder_is_an_override_of_any_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights are not at hand: the name is timm's, with weights, and it fits the paper's settings."""
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", EXAMPLES / "ddr.yaml", "--config", EXAMPLES / "encoders" / name, "--print_config")
+    assert not stopped.value.code
+    parsed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert parsed["encoder"] in timm.list_pretrained()
+    assert parsed["pretrained"] is True
+    module = methods.FPTPlusModule(**parsed)
+    assert module.encoder_shape.tokens((512, 512)) in (1025, 4097)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        ("--model.prompts", "32"),
+        ("--model.side_resolution", "256"),
+        ("--model.token_ratio", "0.5"),
+        ("--model.layers", "[8, 9, 10, 11]"),
+    ],
+)
+def test_every_ablation_is_one_override(override: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    example = EXAMPLES / "methods" / "fpt_plus.yaml"
+    assert " ".join(override).replace("[", '"[').replace("]", ']"') in example.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", EXAMPLES / "ddr.yaml", "--config", example, *override, "--print_config")
+    assert not stopped.value.code
+    parsed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert parsed[override[0].removeprefix("--model.")] == yaml.safe_load(override[1])
+
+
+def test_a_method_is_one_option(config: Path, tmp_path: Path) -> None:
+    """Arguments that it shares with the configured one stay, others (``side_resolution``) are left out."""
+    run("fit", "--config", config, "--model", "BitFitModule")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_a_method_on_images_has_nothing_to_preload(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "preload", "--config", config, "--config", EXAMPLES / "methods" / "lora.yaml")
+    assert "LoRAModule trains on images, not on stored features: there is nothing to preload" in message
+
+
+# What people are told
+
+
+def test_a_run_is_never_overwritten(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    message = fails(capsys, "fit", "--config", config)
+    assert f"{tmp_path / 'run'} already holds a run" in message
+    assert "--ckpt_path" in message
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def test_no_checkpoint(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("test", "predict", "validate"):
+        assert "give --ckpt_path" in fails(capsys, command, "--config", config)
+    assert "nowhere.ckpt (ckpt_path) does not exist" in fails(
+        capsys, "test", "--config", config, "--ckpt_path", "nowhere.ckpt"
+    )
+
+
+def test_a_damaged_checkpoint(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(b"not a checkpoint")
+    for command in ("test", "fit"):
+        message = fails(capsys, command, "--config", config, "--ckpt_path", path)
+        assert f"the checkpoint {path} cannot be read" in message
+
+
+def test_a_checkpoint_never_replaces_what_was_typed(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run("fit", "--config", config)
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", best, "--model.prompts", 8)
+    assert "prompts: 16 in the checkpoint, 8 here" in message
+    message = fails(capsys, "predict", "--config", config, "--ckpt_path", best, "--model.encoder", "test_vit2")
+    assert "encoder: 'test_vit' in the checkpoint, 'test_vit2' here" in message
+
+
+def test_a_stale_store_names_fields_and_the_command(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run("preload", "--config", config)
+    message = fails(capsys, "fit", "--config", config, "--model.token_ratio", 0.5, "--data.resolution", 96)
+    assert "token_ratio: 0.2, asked for 0.5" in message
+    assert "resolution: (64, 64), asked for (96, 96)" in message
+    assert f"fpt-lightning preload --config {config} --overwrite true" in message
+    run("preload", "--config", config, "--model.token_ratio", 0.5, "--overwrite", "true")
+    run("fit", "--config", config, "--model.token_ratio", 0.5)
+
+
+def test_test_without_a_store(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", best, "--data.store", tmp_path / "none.zarr")
+    assert "there is no feature store" in message
+    assert "fpt-lightning preload" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], image_root: Path, tmp_path: Path, workers: int
+) -> None:
+    broken = image_root / "b" / "004.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    change(config, "data", mean=[0.4], std=[0.2], num_workers=workers)
+    message = fails(capsys, "fit", "--config", config)
+    assert message.startswith("ImageError: 1 of 30 images cannot be read, all others are stored:\n")
+    assert f"the image {broken} cannot be read" in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    write_images(image_root, {"a": 10, "b": 10, "c": 10})
+    run("fit", "--config", config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.root", "nowhere"], "the data root 'nowhere' is not a folder"),
+        (["--model.num_classes", "4"], "model.num_classes is 4, but the data set"),
+        (["--data.resolution", "100"], "data.resolution 100 x 100 is not a multiple of the patch size 16 x 16"),
+        (["--data.manifest", "none.csv"], "none.csv does not exist"),
+        (["--data.mean", "[0.5, 0.5]", "--data.std", "[0.2]"], "data.mean is [0.5, 0.5]"),
+        (["--model.encoder", "vit_bse"], "'vit_bse' is not a model of timm"),
+        (["--model.encoder", "convnext_tiny"], "not a plain vision transformer"),
+        (["--model.pretrained", "nowhere.pth"], "the weights file 'nowhere.pth' (pretrained) does not exist"),
+        (["--data.classes", "[a, b]"], "data.classes is ['a', 'b'], but the labels are ['a', 'b', 'c']"),
+        (["--model.layers", "[3, 9]"], "layers is [3, 9]"),
+        (["--model.side_resolution", "64"], "set data.image_size to at least 64"),
+    ],
+)
+def test_settings_that_cannot_work(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, "fit", "--config", config, *arguments)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_the_frozen_pass_is_in_fp32_whatever_trains_on_it(config: Path, tmp_path: Path, precision: str) -> None:
+    change(config, "data", mean=[0.4], std=[0.2], codec="fp32")
+    run("preload", "--config", config, "--data.store", tmp_path / "plain.zarr")
+    run("preload", "--config", config, "--trainer.precision", precision)
+    one, two = (FeatureStore.open(str(tmp_path / name)) for name in ("plain.zarr", "store.zarr"))
+    assert all(np.array_equal(one.read([row], "features")[0], two.read([row], "features")[0]) for row in range(30))
+
+
+def test_preload_needs_a_store(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["data"]["class_path"] = "ImageDataModule"
+    del content["data"]["init_args"]["store"]
+    config.write_text(yaml.safe_dump(content))
+    assert "data is ImageDataModule, which has no store" in fails(capsys, "preload", "--config", config)
+
+
+def test_predict_on_a_folder_without_images(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run("fit", "--config", config)
+    (tmp_path / "empty").mkdir()
+    best = tmp_path / "run" / "best.ckpt"
+    message = fails(capsys, "predict", "--config", config, "--ckpt_path", best, "--data.root", tmp_path / "empty")
+    assert f"there is no image below {tmp_path / 'empty'}" in message
+
+
+# Splits, folds and images of elsewhere
+
+
+def test_the_split_of_a_run_can_be_given_back(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    again = ["--data.manifest", root / "split.csv", "--data.split_seed", 5]
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *again)
+    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+
+
+def test_another_random_split_is_not_tested(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("fit", "--config", config)
+    for other in (["--data.split_seed", 5], ["--data.fold", 2, "--data.folds", 5]):
+        message = fails(capsys, "test", "--config", config, "--ckpt_path", tmp_path / "run" / "best.ckpt", *other)
+        assert "split at random, and not as it was in training" in message
+        assert "data.external true" in message
+
+
+def test_folds_test_each_image_once(config: Path, tmp_path: Path) -> None:
+    tested: list[str] = []
+    for fold in (1, 2, 3):
+        root = tmp_path / f"fold{fold}"
+        folds = ["--data.fold", fold, "--data.folds", 3, "--data.mean", "[0.4]", "--data.std", "[0.2]"]
+        run("fit", "--config", config, *folds, "--trainer.default_root_dir", root, "--trainer.max_epochs", 1)
+        tested += [row["path"] for row in rows(root / "predictions.csv")]
+    assert sorted(tested) == [f"{name}/{i:03d}.png" for name in "abc" for i in range(10)]
+
+
+def elsewhere(tmp_path: Path, names: dict[str, str]) -> list[object]:
+    """Arguments of a test on other images, whose labels are ``names`` of their folders."""
+    root = write_images(tmp_path / "elsewhere", dict.fromkeys(names, 4), seed=7)
+    lines = [f"{path.relative_to(root)},{names[path.parent.name]}" for path in sorted(root.rglob("*.png"))]
+    (root / "other.csv").write_text("\n".join(["image,label", *lines]))
+    return ["--data.root", root, "--data.manifest", "other.csv", "--data.store", tmp_path / "other.zarr"]
+
+
+def test_a_model_is_tested_on_images_of_elsewhere(config: Path, tmp_path: Path) -> None:
+    """Which lack a class, so that the others have other numbers."""
+    change(config, "data", mean=[0.4], std=[0.2])
+    root = tmp_path / "run"
+    run("fit", "--config", config)
+    where = [*elsewhere(tmp_path, {"b": "b", "c": "c"}), "--data.external", "true"]
+    run("preload", "--config", config, *where)
+    run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *where)
+    found = rows(root / "test" / "predictions.csv")
+    assert [row["label"] for row in found] == ["b"] * 4 + ["c"] * 4
+    assert list(found[0]) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+    metrics = json.loads((root / "test" / "metrics.json").read_text())["best"]
+    right = [max("abc", key=lambda name: float(row[f"prob_{name}"])) == row["label"] for row in found]
+    assert metrics["test_accuracy"] == pytest.approx(sum(right) / 8)
+    assert metrics["test_auc_classes"] == 2
+
+
+def test_classes_of_elsewhere_are_matched_by_name(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(config, "data", mean=[0.4], std=[0.2])
+    run("fit", "--config", config)
+    where = [*elsewhere(tmp_path, {"b": "b", "c": "other"}), "--data.external", "true"]
+    run("preload", "--config", config, *where)
+    message = fails(capsys, "test", "--config", config, "--ckpt_path", tmp_path / "run" / "best.ckpt", *where)
+    assert "trained with the classes ['a', 'b', 'c'], the data have ['b', 'other']" in message
+
+
+def test_images_of_elsewhere_are_not_trained_on(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(config, "data", external=True)
+    assert "there are no training images to compute them over" in fails(capsys, "preload", "--config", config)
+    change(config, "data", mean=[0.4], std=[0.2])
+    assert "data.external is true: all images are for test" in fails(capsys, "fit", "--config", config)

@@ -1,0 +1,559 @@
+"""Which images there are: class folders, split folders, CSV files, and every refusal by name."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpt_lightning.data.manifest import SPLITS, UNLABELLED, Manifest, Sample, check_classes
+from fpt_lightning.data.sources import IMAGE_SUFFIXES, list_images, read_manifest
+from fpt_lightning.data.splits import FRACTIONS, random_split
+from fpt_lightning.errors import ConfigurationError, DataError
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Empty files: a manifest never opens an image."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def folders(root: Path, counts: dict[str, int]) -> Path:
+    return touch(root, *(f"{name}/{i:03d}.png" for name, count in counts.items() for i in range(count)))
+
+
+def write_table(path: Path, rows: Iterable[Sequence[str]], **options: Any) -> Path:
+    with path.open("w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
+        csv.writer(file, **options).writerows(rows)
+    return path
+
+
+def table_of(root: Path, rows: Sequence[Sequence[str]], header: Sequence[str] = ("image", "label", "split")) -> Path:
+    """A table whose images all exist."""
+    touch(root, *(row[0] for row in rows if row[0]))
+    return write_table(root / "table.csv", [header, *rows])
+
+
+GOOD = [("x/1.png", "a", "train"), ("x/2.png", "b", "val"), ("x/3.png", "a", "test")]
+
+
+def refused(root: Path, *words: str, **arguments: Any) -> None:
+    """The data set is refused with a message that holds all the words."""
+    with pytest.raises(DataError) as error:
+        read_manifest(root, **arguments)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
+def test_split_folders(tmp_path: Path, val: str) -> None:
+    root = touch(tmp_path, "train/a/1.png", "train/b/2.jpg", f"{val}/a/3.png", f"{val}/b/4.png", "test/a/deep/5.TIFF")
+    manifest = read_manifest(root)
+    assert manifest.classes == ("a", "b")
+    assert [(s.id, s.label) for s in manifest.split("train")] == [("train/a/1.png", 0), ("train/b/2.jpg", 1)]
+    assert [s.label for s in manifest.split("val")] == [0, 1]
+    assert [s.id for s in manifest.split("test")] == ["test/a/deep/5.TIFF"]
+    assert manifest.path(manifest.split("test")[0]) == tmp_path / "test/a/deep/5.TIFF"
+    assert [sample.id for sample in manifest.samples] == sorted(sample.id for sample in manifest.samples)
+
+
+def test_a_class_absent_from_a_split_is_a_class(tmp_path: Path) -> None:
+    root = touch(tmp_path, "train/a/1.png", "train/c/1.png", "val/a/1.png", "test/a/1.png", "test/b/1.png")
+    manifest = read_manifest(root)
+    assert manifest.classes == ("a", "b", "c")
+    assert [manifest.class_counts(split) for split in SPLITS] == [[1, 0, 1], [1, 0, 0], [1, 1, 0]]
+    assert manifest.summary().splitlines()[2].split() == ["b", "0", "0", "1"]
+
+
+def test_the_same_stem_in_classes_and_splits_stays_apart(tmp_path: Path) -> None:
+    names = [f"{split}/{name}/1.{suffix}" for split in SPLITS for name in "ab" for suffix in ("png", "jpg")]
+    manifest = read_manifest(touch(tmp_path, *names))
+    assert {sample.id for sample in manifest.samples} == set(names)
+    assert all(sample.label == "ab".index(sample.id.split("/")[1]) for sample in manifest.samples)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["10", "9", "0"], ("0", "9", "10")),
+        (["1", "01", "001"], ("001", "01", "1")),  # equal numbers: not the order of a set
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["b", "C", "a"], ("C", "a", "b")),
+    ],
+)
+def test_the_order_of_classes(tmp_path: Path, names: list[str], order: tuple[str, ...]) -> None:
+    assert read_manifest(folders(tmp_path, dict.fromkeys(names, 10))).classes == order
+
+
+def test_classes_can_be_given_in_order(tmp_path: Path) -> None:
+    root = folders(tmp_path, {"mild": 10, "none": 10, "severe": 10})
+    manifest = read_manifest(root, classes=["none", "mild", "moderate", "severe"])
+    assert manifest.classes == ("none", "mild", "moderate", "severe")
+    assert {s.label for s in manifest.samples if s.id.startswith("severe")} == {3}
+
+
+@pytest.mark.parametrize("classes", [["a"], ["a", "a", "b"], ["a", "c"]])
+def test_classes_that_do_not_fit_the_labels(tmp_path: Path, classes: list[str]) -> None:
+    refused(folders(tmp_path, {"a": 10, "b": 10}), "data.classes", str(classes), "['a', 'b']", classes=classes)
+
+
+# The random split
+
+
+def test_class_folders_are_split_70_10_20_in_every_class(tmp_path: Path) -> None:
+    manifest = read_manifest(folders(tmp_path, {"a": 100, "b": 10, "c": 50}))
+    assert [manifest.class_counts(split) for split in SPLITS] == [[70, 7, 35], [10, 1, 5], [20, 2, 10]]
+
+
+def test_the_seed_decides_the_split(tmp_path: Path) -> None:
+    root = folders(tmp_path, {"a": 30, "b": 30})
+    first, again, other = (read_manifest(root, split_seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert [s.split for s in first.samples] != [s.split for s in other.samples]
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_images(tmp_path: Path) -> None:
+    groups = [f"patient {i}" for i in range(20)]
+    samples = [Sample(f"{i:03d}.png", i % 3, group=groups[i * i % 20] if i % 2 else "") for i in range(90)]
+    shuffled = random.Random(0).sample(samples, len(samples))
+    assert {s.id: s.split for s in random_split(samples, 5)} == {s.id: s.split for s in random_split(shuffled, 5)}
+
+
+def test_the_split_does_not_depend_on_the_rows_of_a_table(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i % 2], f"p{i // 3}") for i in range(60)]
+    header = ("image", "label", "group")
+    first = read_manifest(tmp_path, table_of(tmp_path, rows, header))
+    assert read_manifest(tmp_path, table_of(tmp_path, rows[::-1], header)) == first
+
+
+def test_groups_stay_whole_and_the_shares_stay_near() -> None:
+    draw = random.Random(3)
+    samples = []
+    for patient in range(120):
+        label = int(draw.random() < 0.3)
+        samples += [Sample(f"{patient}/{i}.png", label, group=f"p{patient}") for i in range(draw.randint(1, 9))]
+    dealt = random_split(samples, 0)
+    used = defaultdict(set)
+    for sample in dealt:
+        used[sample.group].add(sample.split)
+    assert len(used) == 120
+    assert all(len(splits) == 1 for splits in used.values())
+    for label in (0, 1):
+        counts = Counter(s.split for s in dealt if s.label == label)
+        for split, fraction in zip(SPLITS, FRACTIONS, strict=True):
+            assert counts[split] / counts.total() == pytest.approx(fraction, abs=0.02)
+
+
+def test_a_random_split_changes_nothing_but_the_split() -> None:
+    samples = [Sample(f"{i}.png", i % 2, group=f"g{i // 2}") for i in range(20)]
+    assert [replace(s, split="") for s in random_split(samples, 0)] == samples
+
+
+# Tables
+
+
+def test_a_table_with_splits_and_groups(tmp_path: Path) -> None:
+    rows = [(*row, group) for row, group in zip(GOOD, ("p1", "p2", "p3"), strict=True)]
+    manifest = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label", "split", "group")))
+    assert manifest.samples == (
+        Sample("x/1.png", 0, split="train", group="p1"),
+        Sample("x/2.png", 1, split="val", group="p2"),
+        Sample("x/3.png", 0, split="test", group="p3"),
+    )
+
+
+def test_a_table_without_splits_is_split_by_group(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i // 50], f"p{i // 5}") for i in range(100)]
+    manifest = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label", "patient")), group_column="patient")
+    assert [manifest.class_counts(split) for split in SPLITS] == [[35, 35], [5, 5], [10, 10]]
+    assert len({(s.group, s.split) for s in manifest.samples}) == 20
+
+
+def test_names_of_columns_can_be_given(tmp_path: Path) -> None:
+    path = table_of(tmp_path, GOOD, ("file", "grade", "part"))
+    manifest = read_manifest(tmp_path, path, image_column="file", label_column="grade", split_column="part")
+    assert [(s.id, s.split) for s in manifest.samples] == [(id, split) for id, _, split in GOOD]
+
+
+def test_the_table_may_be_named_relative_to_the_root(tmp_path: Path) -> None:
+    table_of(tmp_path, GOOD)
+    assert read_manifest(tmp_path, "table.csv") == read_manifest(str(tmp_path), str(tmp_path / "table.csv"))
+
+
+def test_unusual_names_in_a_table(tmp_path: Path) -> None:
+    names = ['comma, "quoted".png', "Zürich/naïve 眼底.png", "windows/sub folder/3.png"]
+    touch(tmp_path, *names)
+    written = [names[0], names[1], r"windows\sub folder\3.png"]
+    rows = [(name, label, split) for name, label, split in zip(written, ("ä, b", "c", "c"), SPLITS, strict=True)]
+    header = ("image", "label", "split")
+    path = write_table(tmp_path / "table.csv", [header, *rows], encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
+    manifest = read_manifest(tmp_path, path)
+    assert {s.id for s in manifest.samples} == set(names)
+    assert manifest.classes == ("c", "ä, b")
+
+
+def test_a_table_written_with_an_index_column(tmp_path: Path) -> None:
+    """pandas' ``to_csv`` heads its index with an empty name."""
+    table_of(tmp_path, GOOD)
+    path = write_table(
+        tmp_path / "t.csv", [("", "image", "label", "split"), *((str(i), *r) for i, r in enumerate(GOOD))]
+    )
+    assert [s.id for s in read_manifest(tmp_path, path).samples] == [row[0] for row in GOOD]
+
+
+def test_spaces_around_values_and_other_spellings_of_a_split(tmp_path: Path) -> None:
+    touch(tmp_path, *(row[0] for row in GOOD))
+    rows = [("x/1.png ", " a", "Train "), ("./x/2.png", "b", "VALIDATION"), ("x//3.png", "a ", "test")]
+    manifest = read_manifest(tmp_path, write_table(tmp_path / "t.csv", [("image", "label", "split"), *rows]))
+    assert [(s.id, s.label, s.split) for s in manifest.samples] == [
+        ("x/1.png", 0, "train"),
+        ("x/2.png", 1, "val"),
+        ("x/3.png", 0, "test"),
+    ]
+
+
+# Refusals
+
+
+def test_no_root(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", repr(str(tmp_path / "nowhere")), "not a folder")
+    refused(touch(tmp_path, "file") / "file", "not a folder")
+
+
+def test_an_empty_root(tmp_path: Path) -> None:
+    refused(tmp_path, str(tmp_path), "one folder of images a class", "it holds no folder")
+
+
+def test_an_empty_class_folder(tmp_path: Path) -> None:
+    root = folders(tmp_path, {"a": 10, "b": 10})
+    touch(root, "empty/notes.txt", "empty/.hidden.png")
+    refused(root, str(root), "without an image: empty")
+
+
+def test_an_empty_class_folder_within_a_split(tmp_path: Path) -> None:
+    root = folders(tmp_path, {f"{split}/{name}": 1 for split in SPLITS for name in "ab"})
+    (root / "val/c").mkdir()
+    refused(root, str(root / "val"), "without an image: c")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("train", "test"), ("train", "val"), ("train", "val", "test", "extra"), ("train", "val", "valid", "test")],
+)
+def test_other_folders_than_the_three_splits(tmp_path: Path, given: tuple[str, ...]) -> None:
+    root = folders(tmp_path, {f"{split}/{name}": 1 for split in given for name in "ab"})
+    refused(root, str(root), *given, "train, val and test", "data.manifest")
+
+
+def test_one_class_only(tmp_path: Path) -> None:
+    refused(folders(tmp_path, {"alone": 10}), "one class only", "'alone'", "at least two")
+
+
+@pytest.mark.parametrize(("counts", "empty"), [({"a": 2, "b": 2}, "val"), ({"a": 1, "b": 1}, "val, test")])
+def test_an_empty_split(tmp_path: Path, counts: dict[str, int], empty: str) -> None:
+    root = folders(tmp_path, counts)
+    refused(root, str(root), f"{sum(counts.values())} images", f"leaves the split {empty} empty")
+
+
+def test_an_empty_split_of_a_table(tmp_path: Path) -> None:
+    path = table_of(tmp_path, [("1.png", "a", "train"), ("2.png", "b", "train"), ("3.png", "b", "test")])
+    refused(tmp_path, "leaves the split val empty", table=path)
+
+
+def test_no_table(tmp_path: Path) -> None:
+    refused(tmp_path, str(tmp_path / "nowhere.csv"), "does not exist", table="nowhere.csv")
+
+
+@pytest.mark.parametrize("argument", ["image_column", "label_column", "split_column", "group_column"])
+def test_no_such_column(tmp_path: Path, argument: str) -> None:
+    path = table_of(tmp_path, GOOD)
+    refused(tmp_path, str(path), "'wanted'", "image, label, split", table=path, **{argument: "wanted"})
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (("x/4.png", "a", "training"), ("line 5", "'training'", "train, val or test")),
+        (("x/4.png", "a", ""), ("line 5", "''", "train, val or test")),
+        (("x/4.png", " ", "train"), ("line 5", "'label'", "empty")),
+        (("x/4.png", "a"), ("line 5", "number of fields")),
+        (("x/4.png", "a", "train", "more"), ("line 5", "number of fields")),
+        (("", "a", "train"), ("line 5", "''", "below the data root")),
+        (("../4.png", "a", "train"), ("line 5", "'../4.png'", "below the data root")),
+        ((r"x\..\..\4.png", "a", "train"), ("line 5", "below the data root")),
+        (("/x/4.png", "a", "train"), ("line 5", "'/x/4.png'", "below the data root")),
+        (("x/1.png", "a", "train"), ("1 images more than once", "x/1.png")),
+        ((r"x\1.png", "a", "train"), ("1 images more than once", "x/1.png")),
+        (("./x/1.png", "b", "test"), ("1 images more than once", "x/1.png")),
+        (("x/gone.png", "a", "train"), ("1 of 4 images", "do not exist", "x/gone.png")),
+    ],
+)
+def test_a_row_that_cannot_be_used(tmp_path: Path, row: tuple[str, ...], words: tuple[str, ...]) -> None:
+    touch(tmp_path, *(good[0] for good in GOOD), "x/4.png")
+    path = write_table(tmp_path / "table.csv", [("image", "label", "split"), *GOOD, row])
+    refused(tmp_path, str(path), *words, table=path)
+
+
+def test_long_lists_of_names_are_cut(tmp_path: Path) -> None:
+    rows = [(f"gone{i}.png", "a", "train") for i in range(9)]
+    path = write_table(tmp_path / "table.csv", [("image", "label", "split"), *rows])
+    refused(tmp_path, "9 of 9 images", "gone4.png and 4 more", str(tmp_path), table=path)
+
+
+def test_a_group_across_splits(tmp_path: Path) -> None:
+    rows = [(*row, "p1" if row[2] != "val" else "p2") for row in GOOD]
+    path = table_of(tmp_path, rows, ("image", "label", "split", "group"))
+    refused(tmp_path, "1 groups", "more than one split", "p1", table=path)
+
+
+@pytest.mark.parametrize("content", [b"image,label\n", b"image,label\n\n\n", b""])
+def test_a_table_without_rows(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "table.csv").write_bytes(content)
+    refused(tmp_path, str(tmp_path / "table.csv"), "no row", table="table.csv")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["image,label\nü.png,a\n".encode("latin-1"), "image,label\n1.png,a\n".encode("utf-16"), b'image,label\n"1"x,a\n'],
+)
+def test_a_table_that_is_no_csv_in_utf8(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "table.csv").write_bytes(content)
+    refused(tmp_path, str(tmp_path / "table.csv"), "not a CSV file in UTF-8", table="table.csv")
+
+
+# Prediction, and the model's number of classes
+
+
+def test_images_are_listed_recursively(tmp_path: Path) -> None:
+    wanted = [f"b/{i}{suffix}" for i, suffix in enumerate(IMAGE_SUFFIXES)] + ["a.PNG", "c/d/e/f.png"]
+    touch(tmp_path, *wanted, "table.csv", "b/notes.txt", "b/.hidden.png", ".cache/1.png", "png")
+    manifest = list_images(tmp_path)
+    assert manifest.samples == tuple(Sample(id) for id in sorted(wanted))
+    assert {sample.label for sample in manifest.samples} == {UNLABELLED}
+    assert manifest.classes == ()
+
+
+def test_nothing_to_list(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no image below .*\.jpg, .*\.webp"):
+        list_images(touch(tmp_path, "notes.txt"))
+    with pytest.raises(DataError, match="'/nowhere/at/all' is not a folder"):
+        list_images("/nowhere/at/all")
+
+
+def test_a_number_of_classes_is_held_against_the_data() -> None:
+    manifest = Manifest(Path("/data"), (), ("a", "b", "c"))
+    check_classes("model.num_classes", 3, manifest)
+    with pytest.raises(ConfigurationError, match=r"model.num_classes is 5.*/data has 3 classes \(a, b, c\).*to 3"):
+        check_classes("model.num_classes", 5, manifest)
+
+
+# Several labels, and numbers
+
+
+def labels_table(root: Path, rows: Sequence[Sequence[str]], splits: Sequence[str] = SPLITS) -> Path:
+    """Rows (a, b) of labels, each in every one of the splits."""
+    lines = [(f"{split}{i}.png", *row, split) for split in splits for i, row in enumerate(rows)]
+    return table_of(root, lines, ("image", "a", "b", "split"))
+
+
+def targets(root: Path, rows: Sequence[Sequence[str]], **arguments: Any) -> dict[str, list[tuple[float, ...]]]:
+    manifest = read_manifest(root, labels_table(root, rows), label_column=["a", "b"], kind="multi-label", **arguments)
+    assert manifest.classes == ("a", "b")
+    return {split: [sample.targets for sample in manifest.split(split)] for split in SPLITS}
+
+
+def equal(found: Sequence[tuple[float, ...]], expected: Sequence[tuple[float, ...]]) -> bool:
+    return [[-9.0 if math.isnan(t) else t for t in row] for row in found] == [
+        [-9.0 if math.isnan(t) else t for t in row] for row in expected
+    ]
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("fills", "train", "test"),
+    [
+        ({}, [(1, 0), (NAN, NAN), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+        ({"missing_labels": "zeros"}, [(1, 0), (0, NAN), (NAN, 1)], [(1, 0), (0, NAN), (NAN, 1)]),
+        ({"uncertain_labels": "ones"}, [(1, 0), (NAN, 1), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+        ({"uncertain_labels": "zeros"}, [(1, 0), (NAN, 0), (NAN, 1)], [(1, 0), (NAN, NAN), (NAN, 1)]),
+    ],
+)
+def test_what_missing_and_uncertain_labels_stand_for(
+    tmp_path: Path, fills: dict[str, str], train: list[tuple[float, ...]], test: list[tuple[float, ...]]
+) -> None:
+    """Evaluation never takes an uncertain label for a true one; ``nan`` is unknown whatever is asked."""
+    found = targets(tmp_path, [("1", "0.0"), ("", "-1"), ("nan", "1.0")], **fills)
+    assert equal(found["train"], train)
+    assert equal(found["val"], test)
+    assert equal(found["test"], test)
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "0.5", "-2", "inf"])
+def test_labels_that_are_neither_true_nor_false(tmp_path: Path, value: str) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("0", value)])
+    asked: dict[str, Any] = {"label_column": ["a", "b"], "kind": "multi-label"}
+    refused(tmp_path, "line 3", "'b'", repr(value), "1, 0, -1 (uncertain) or nothing", table=path, **asked)
+
+
+@pytest.mark.parametrize("value", ["", "old", "nan", "inf"])
+def test_numbers_that_are_none(tmp_path: Path, value: str) -> None:
+    path = labels_table(tmp_path, [("1.5", "0"), (value, "0")])
+    refused(tmp_path, "line 3", "'a'", repr(value), "not a number", table=path, label_column="a", kind="regression")
+
+
+def test_numbers(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("61.5", ""), ("-1", ""), ("0", "")])
+    manifest = read_manifest(tmp_path, path, label_column="a", kind="regression")
+    assert [sample.targets for sample in manifest.split("test")] == [(61.5,), (-1,), (0,)]
+    assert (manifest.classes, manifest.class_counts("val")) == (("a",), [3])
+
+
+def test_counts_of_labels_are_of_positive_images(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("1", "-1"), ("", "1")])
+    manifest = read_manifest(tmp_path, path, label_column=["a", "b"], kind="multi-label")
+    assert manifest.class_counts("test") == [2, 1]
+    assert manifest.summary().splitlines()[1].split() == ["images", "3", "3", "3"]
+
+
+def test_what_several_columns_and_folders_are_not_for(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0")])
+    refused(tmp_path, "names 2 columns", "'multilabel'", table=path, label_column=["a", "b"])
+    refused(tmp_path, "data.classes", table=path, label_column=["a"], kind="multi-label", classes=["x"])
+    refused(tmp_path, "multi-label data set needs a CSV manifest", kind="multi-label")
+
+
+def shares(manifest: Manifest, column: int) -> list[float]:
+    return [manifest.class_counts(split)[column] / len(manifest.split(split)) for split in SPLITS]
+
+
+def test_random_splits_have_each_labels_share(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    rows = [(f"{i}.png", str(int(generator.random() < 0.1)), str(int(generator.random() < 0.4))) for i in range(600)]
+    path = table_of(tmp_path, rows, ("image", "a", "b"))
+    manifest = read_manifest(tmp_path, path, label_column=["a", "b"], kind="multi-label")
+    assert [len(manifest.split(split)) for split in SPLITS] == pytest.approx([420, 60, 120], abs=12)
+    for column in (0, 1):
+        assert max(shares(manifest, column)) - min(shares(manifest, column)) < 0.03
+
+
+def test_random_splits_of_numbers_have_the_same_range(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", str(i)) for i in range(200)]
+    manifest = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label")), kind="regression")
+    fifths = [Counter(int(s.targets[0]) // 40 for s in manifest.split(split)) for split in SPLITS]
+    assert [set(counts.values()) for counts in fifths] == [{28}, {4}, {8}]
+
+
+# Cross-validation
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_each_image_is_held_out_once(tmp_path: Path, given: bool) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i % 2], f"p{i // 4}", "test" if i >= 80 else "train") for i in range(100)]
+    header = ("image", "label", "group", "split" if given else "site")
+    path = table_of(tmp_path, rows, header)
+    held = "val" if given else "test"
+    folds = [read_manifest(tmp_path, path, fold=fold, folds=4) for fold in (1, 2, 3, 4)]
+    out = [sample.id for manifest in folds for sample in manifest.split(held)]
+    assert sorted(out) == [f"{i:03d}.png" for i in range(80 if given else 100)]
+    for fold, manifest in enumerate(folds):
+        assert len({(s.group, s.split) for s in manifest.samples}) == 25
+        assert all(abs(a - b) <= 2 for a, b in [manifest.class_counts(held)])
+        assert manifest.random
+        if given:
+            assert [s.id for s in manifest.split("test")] == [f"{i:03d}.png" for i in range(80, 100)]
+        else:
+            following = folds[(fold + 1) % 4].split("test")
+            assert [s.id for s in manifest.split("val")] == [s.id for s in following]
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(0, 5), (6, 5), (1, 2), (1, 1)])
+def test_there_is_no_such_fold(tmp_path: Path, fold: int, folds: int) -> None:
+    folder = tmp_path / "images"
+    folders(folder, {"a": 10, "b": 10})
+    with pytest.raises(ConfigurationError, match=f"data.fold is {fold} of data.folds {folds}: give a fold from 1"):
+        read_manifest(folder, fold=fold, folds=folds)
+
+
+# The split that was used, given back
+
+
+def test_a_drawn_split_can_be_given_back(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i % 2], f"p{i // 3}") for i in range(60)]
+    drawn = read_manifest(tmp_path, table_of(tmp_path, rows, ("image", "label", "group")), split_seed=3)
+    drawn.write(tmp_path / "split.csv")
+    again = read_manifest(tmp_path, tmp_path / "split.csv")
+    assert (again.samples, again.classes) == (drawn.samples, drawn.classes)
+    assert again.split_digest() == drawn.split_digest()
+    assert (drawn.random, again.random) == (True, False)
+    assert read_manifest(tmp_path, tmp_path / "table.csv", split_seed=4).split_digest() != drawn.split_digest()
+
+
+def test_ignored_labels_stay_ignored_when_given_back(tmp_path: Path) -> None:
+    path = labels_table(tmp_path, [("1", "0"), ("", "-1"), ("0", "1")])
+    asked: dict[str, Any] = {"label_column": ["a", "b"], "kind": "multi-label"}
+    first = read_manifest(tmp_path, path, **asked)
+    first.write(tmp_path / "split.csv")
+    again = read_manifest(tmp_path, "split.csv", missing_labels="ones", uncertain_labels="zeros", **asked)
+    assert equal([s.targets for s in again.samples], [s.targets for s in first.samples])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# Overlap of splits
+
+
+def test_an_identical_file_in_another_split(tmp_path: Path) -> None:
+    path = table_of(tmp_path, GOOD)
+    for name, content in {"1": b"same" * 50_000, "2": b"samE" * 50_000, "3": b"same" * 50_000}.items():
+        (tmp_path / f"x/{name}.png").write_bytes(content)
+    refused(tmp_path, "1 images are also in another split", "x/1.png = x/3.png", "data.allow_overlap", table=path)
+    with pytest.warns(UserWarning, match=r"x/1.png = x/3.png: test figures are too good"):
+        read_manifest(tmp_path, path, allow_overlap=True)
+
+
+def test_files_that_differ_in_the_middle_alone_are_not_identical(tmp_path: Path) -> None:
+    path = table_of(tmp_path, GOOD)
+    for middle, name in zip(b"abc", "123", strict=True):
+        content = bytearray(400_000)
+        content[200_000] = middle
+        (tmp_path / f"x/{name}.png").write_bytes(content)
+    assert len(read_manifest(tmp_path, path).samples) == 3
+
+
+def test_identical_files_within_a_split_are_no_overlap(tmp_path: Path) -> None:
+    rows = [*GOOD, ("x/4.png", "b", "train")]
+    path = table_of(tmp_path, rows)
+    for name in "14":
+        (tmp_path / f"x/{name}.png").write_bytes(b"same")
+    assert len(read_manifest(tmp_path, path).samples) == 4
+
+
+def test_groups_across_splits_can_be_allowed(tmp_path: Path) -> None:
+    rows = [(*row, "p1") for row in GOOD]
+    path = table_of(tmp_path, rows, ("image", "label", "split", "group"))
+    with pytest.warns(UserWarning, match="1 groups have images in more than one split: p1: test figures"):
+        read_manifest(tmp_path, path, allow_overlap=True)
+
+
+# Images of elsewhere
+
+
+@pytest.mark.parametrize("header", [("image", "label", "split"), ("image", "label", "site")])
+def test_all_images_of_elsewhere_are_test_images(tmp_path: Path, header: tuple[str, ...]) -> None:
+    path = table_of(tmp_path, [(image, "a", split) for image, _, split in GOOD], header)
+    manifest = read_manifest(tmp_path, path, external=True)
+    assert {sample.split for sample in manifest.samples} == {"test"}
+    assert (manifest.classes, manifest.random) == (("a",), False)

@@ -1,0 +1,254 @@
+"""The report stands alone and says what was evaluated; the commands write it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fpt_lightning.cli.compare import compare
+from fpt_lightning.cli.evaluate import evaluate as evaluate_file
+from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.evaluation.estimates import number
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.report import MOST_PANELS, SplitSummary, write_report
+from fpt_lightning.evaluation.scores import Evaluation, evaluate
+
+NASTY = ("<script>alert(1)</script>", 'Größe & "Grad"', "基底細胞癌")
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page; complains of tags that do not match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        if "style" not in self.open:
+            self.text += data + " "
+
+
+def single_label(classes: tuple[str, ...] = NASTY, count: int = 90) -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), count)
+    scores = rng.random((count, len(classes)))
+    scores[range(count), labels] += 1
+    ids, groups = tuple(map(str, range(count))), tuple(f"p{i // 2}" for i in range(count))
+    return Predictions("single-label", ids, labels, scores / scores.sum(1, keepdims=True), classes, groups)
+
+
+def multi_label(classes: int, count: int = 120) -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = (rng.random((count, classes)) < 0.4).astype(float)
+    scores = (rng.random((count, classes)) + labels) / 2
+    labels[rng.random(labels.shape) < 0.1] = np.nan
+    labels[:, 0] = 0
+    names = tuple(f"finding {i}" for i in range(classes))
+    return Predictions("multi-label", tuple(map(str, range(count))), labels, scores, names)
+
+
+def numbers(count: int = 1000) -> Predictions:
+    rng = np.random.default_rng(0)
+    true = rng.normal(50, 10, count)
+    return Predictions("regression", tuple(map(str, range(count))), true, true + rng.normal(1, 5, count))
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.csv"
+    lines = ["epoch,step,train_loss_step,train_loss_epoch,val_loss,val_auc"]
+    lines += [f"{e},{e},,,0.5,0.8\n{e},{e},,0.4,," for e in range(3)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def written(path: Path, predictions: Predictions, history: Path) -> tuple[Page, Evaluation]:
+    evaluation = evaluate(predictions, resamples=50)
+    classes = dict.fromkeys(predictions.classes, 30)
+    write_report(
+        path,
+        predictions,
+        evaluation,
+        title="Réport <of> & a run",
+        data={"train": SplitSummary(700, classes, 321), "test": SplitSummary(90, classes)},
+        history=history,
+        memory={"training <live>": 736.25},
+        configuration="model: <FPT+> & more",
+        about={"fpt-lightning": "0.1.0", "<torch>": "2.9"},
+    )
+    assert [each.name for each in path.parent.iterdir() if each.name.startswith(path.name)] == [path.name]
+    return Page(path), evaluation
+
+
+KINDS = {
+    "two": single_label(("benign", "malignant")),
+    "three": single_label(),
+    "fourteen": multi_label(14),
+    "regression": numbers(),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_report_stands_alone(name: str, tmp_path: Path, history: Path) -> None:
+    page, _ = written(tmp_path / "report.html", KINDS[name], history)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "image"} & {*page.tags}
+    assert not {"src", "srcset", "xlink:href", "onload", "onclick"} & {name for name, _ in page.attributes}
+    assert all(value.startswith("#") and value[1:] in page.ids for name, value in page.attributes if name == "href")
+    assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= {*page.ids}
+    assert len(page.ids) == len({*page.ids})
+    assert not re.search(r"https?:|@import|url\((?!#)|NaN|\bnan\b", page.source)
+    assert len(page.source.encode()) < 1.5e6 / 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_report_says_what_was_evaluated(name: str, tmp_path: Path, history: Path) -> None:
+    predictions = KINDS[name]
+    page, evaluation = written(tmp_path / "report.html", predictions, history)
+    curves = ["Classes", "ROC curves", "Precision-recall", "Calibration"]
+    of_kind = {
+        "single-label": [*curves, "Confusion matrix"],
+        "multi-label": curves,
+        "regression": ["Agreement"],
+    }[evaluation.kind]
+    noted = ["Notes"] if evaluation.notes else []
+    ends = ["Training", "Peak memory", "Configuration", "About"]
+    assert page.headings == ["Results", *noted, "Data", *of_kind, *ends]
+    for estimate in [
+        *evaluation.overall.values(),
+        *(e for each in evaluation.per_class.values() for e in each.values()),
+    ]:
+        if estimate.value == estimate.value:
+            assert all(number(value) in page.text for value in (estimate.value, estimate.low, estimate.high))
+    assert all(text in page.text for text in (*evaluation.notes, *predictions.classes, evaluation.basis()))
+    for text in ("700", "321", "736.2 MiB", "training <live>", "model: <FPT+> & more", "<torch>", "2.9"):
+        assert text in page.text
+    assert "Réport <of> & a run" in page.text
+    assert "not a medical device" in page.text
+
+
+def test_class_names_are_escaped(tmp_path: Path, history: Path) -> None:
+    page, _ = written(tmp_path / "report.html", single_label(), history)
+    assert "<script>" not in page.source
+    assert page.source.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
+
+
+def test_the_confusion_matrix_counts_the_images(tmp_path: Path, history: Path) -> None:
+    predictions = single_label()
+    page, _ = written(tmp_path / "report.html", predictions, history)
+    counts = [int(text) for text in re.findall(r'<td class="cell"[^>]*>(\d+)<small>', page.source)]
+    pairs = [*zip(predictions.labels, predictions.scores.argmax(1), strict=True)]
+    assert counts == [pairs.count((i, j)) for i in range(3) for j in range(3)]
+
+
+def test_many_classes_have_a_table_but_not_all_a_curve(tmp_path: Path, history: Path) -> None:
+    page, _ = written(tmp_path / "report.html", multi_label(MOST_PANELS + 3), history)
+    assert page.tags.count("figure") == 3 * MOST_PANELS + 2
+    assert f"The {MOST_PANELS} classes with the most images are drawn." in page.text
+    assert f"finding {MOST_PANELS + 2}" in page.text
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        Predictions("single-label", ("1",), np.array([0]), np.array([[0.5, 0.5]]), ("a", "b")),
+        Predictions("regression", ("1",), np.array([1.0]), np.array([1.0])),
+        Predictions("multi-label", ("1", "2"), np.array([[np.nan], [1.0]]), np.array([[0.5], [0.5]]), ("a",)),
+    ],
+    ids=lambda each: each.kind,
+)
+def test_one_image_makes_a_report_with_nothing_else(predictions: Predictions, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", predictions, evaluate(predictions, resamples=10), title="tiny")
+    page = Page(tmp_path / "report.html")
+    assert not {"Data", "Training", "Peak memory", "Configuration", "About", "ROC curves"} & {*page.headings}
+
+
+def test_a_report_is_the_same_each_time(tmp_path: Path, history: Path) -> None:
+    pages = [written(tmp_path / f"{i}.html", single_label(), history)[0].source for i in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_a_missing_history_leaves_no_report(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the history .* does not exist"):
+        written(tmp_path / "report.html", single_label(), tmp_path / "none.csv")
+    assert not (tmp_path / "report.html").exists()
+
+
+# The commands
+
+
+def test_evaluate_writes_beside_the_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = single_label()
+    predictions.write(tmp_path / "p.csv")
+    evaluate_file(str(tmp_path / "p.csv"), resamples=20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "p.csv", "report.html"]
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = evaluate(Predictions.read(tmp_path / "p.csv"), resamples=20)
+    assert found == json.loads(json.dumps(evaluation.to_dict()))
+    assert evaluation.table() in capsys.readouterr().out
+    assert "p.csv" in Page(tmp_path / "report.html").text
+
+
+def test_evaluate_fits_on_validation_images(tmp_path: Path) -> None:
+    single_label().write(tmp_path / "p.csv")
+    single_label(count=60).write(tmp_path / "v.csv")
+    settings = {"predictions": str(tmp_path / "p.csv"), "validation": str(tmp_path / "v.csv"), "resamples": 20}
+    for folder, changes in (("plain", {}), ("set", {"thresholds": {NASTY[0]: 0.25}}), ("cool", {"calibrate": True})):
+        evaluate_file(**settings, **changes, out=str(tmp_path / folder))  # type: ignore[arg-type]
+    plain, given, cool = (
+        json.loads((tmp_path / folder / "evaluation.json").read_text(encoding="utf-8"))
+        for folder in ("plain", "set", "cool")
+    )
+    assert set(plain["thresholds"]) == {*NASTY}
+    assert given["thresholds"] == plain["thresholds"] | {NASTY[0]: 0.25}
+    assert cool["overall"]["calibration_error"]["value"] < plain["overall"]["calibration_error"]["value"]
+    assert cool["overall"]["accuracy"] == plain["overall"]["accuracy"]
+    assert "temperature" in Page(tmp_path / "cool" / "report.html").text
+
+
+def test_evaluate_refuses_what_cannot_be_fitted(tmp_path: Path) -> None:
+    single_label().write(tmp_path / "p.csv")
+    multi_label(2).write(tmp_path / "v.csv")
+    with pytest.raises(ConfigurationError, match="give --validation"):
+        evaluate_file(str(tmp_path / "p.csv"), calibrate=True)
+    with pytest.raises(ConfigurationError, match=r"multi-label of finding 0, finding 1, but .*p\.csv is single-label"):
+        evaluate_file(str(tmp_path / "p.csv"), validation=str(tmp_path / "v.csv"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "v.csv"]
+
+
+def test_compare_prints_the_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.csv", "b.csv"):
+        single_label().write(tmp_path / name)
+    compare(str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), resamples=20)
+    printed = capsys.readouterr().out
+    assert "b.csv" in printed
+    assert re.search(r"AUC +0\.\d{3} +0\.\d{3} +\+0\.000 +\[\+0\.000, \+0\.000\] +1\.0000", printed)
