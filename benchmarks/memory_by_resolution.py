@@ -3,8 +3,8 @@
     python benchmarks/memory_by_resolution.py                  # predicted on fake tensors: no GPU, 30 minutes
     python benchmarks/memory_by_resolution.py --device cuda    # measured
 
-Writes ``results/memory_by_resolution.json`` and ``.md``, with the paper's figures, and ``docs/memory_by_resolution.png``
-(``..._cuda`` with a GPU).
+Writes ``results/memory_by_resolution.json`` and ``.md``, with the paper's figures, and a figure for the documentation,
+``docs/memory_by_resolution.png`` (``..._cuda`` with a GPU).
 """
 
 from __future__ import annotations
