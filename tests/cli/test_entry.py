@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fpt_lightning
 from fpt_lightning.cli.entry import COMMANDS, main
 from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
