@@ -36,6 +36,7 @@ from zarr.storage import LocalStore
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.cli import main, training
 from fpt_lightning.cli.run_folder import WholeCheckpoints
+from fpt_lightning.cli.store_info import store_info
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.encoder.config import EncoderConfig
@@ -708,6 +709,7 @@ def test_any_metadata_of_a_store(sound: Path, data: st.DataObject, value: Any, n
     try:
         file.write_text(json.dumps(document))
         raises_only_ours(FeatureStore.open, str(sound / "store.zarr"))
+        raises_only_ours(store_info, str(sound / "store.zarr"))
     finally:
         file.write_text(content)
 

@@ -102,7 +102,7 @@ class StoreIndex:
                     f"the attributes of the feature store {url} do not match their fingerprint: rebuild it."
                 )
             self.shape = FeatureShape(**attributes["shape"])
-            self.made_with: dict[str, str] = attributes["made_with"]
+            self.made_with = {str(name): str(value) for name, value in attributes["made_with"].items()}
             self.ids: tuple[str, ...] = tuple(attributes["ids"])
             if not all(isinstance(id, str) for id in self.ids) or len(set(self.ids)) < len(self.ids):
                 raise TypeError("the ids are not text, or not unique")
@@ -118,11 +118,11 @@ class StoreIndex:
         self.records, self.lost_records = self._read_records(tolerant)
 
     def _declared_arrays(self, documents: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        return {
-            name: (tuple(document["shape"][1:]), np.dtype(document["data_type"]))
-            for name, document in documents.items()
-            if name not in RECORDS
-        }
+        """What the arrays' own metadata say; ``FeatureStore`` knows what they must."""
+        sizes = {name: tuple(document["shape"][1:]) for name, document in documents.items() if name not in RECORDS}
+        if not all(type(side) is int for size in sizes.values() for side in size):
+            raise TypeError("the shape of an array is not of whole numbers")
+        return {name: (size, np.dtype(documents[name]["data_type"])) for name, size in sizes.items()}
 
     @classmethod
     def open(cls, url: str, tolerant: bool = False) -> Self:
