@@ -13,6 +13,7 @@ import yaml
 
 from components import MLPTransfer, SideNetworkAlone
 from fpt_lightning import methods
+from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED
 from fpt_lightning.encoder.config import EncoderConfig
@@ -161,7 +162,8 @@ def make_variant(
     class_path = setting.data["class_path"]
     if live:
         class_path = f"{ImageDataModule.__module__}.{ImageDataModule.__qualname__}"
-        given = {k: v for k, v in given.items() if k in inspect.signature(ImageDataModule).parameters}
+        known = {name for kind in (ImageDataModule, ManifestDataModule) for name in inspect.signature(kind).parameters}
+        given = {name: value for name, value in given.items() if name in known}
     if "store" in given and isinstance(module, FeatureModule):
         given["store"] = _store(given["store"], setting.stored, (module.encoder_config, size))
     arguments = {k: v for k, v in arguments.items() if k not in ("learning_rate", "weight_decay")}

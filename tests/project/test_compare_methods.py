@@ -440,3 +440,12 @@ def test_a_trial_of_the_sweep_parses(
     assert config["trainer"]["logger"]["init_args"]["offline"] is False
     assert config["model"]["init_args"]["learning_rate"] == chosen["model.learning_rate"]
     assert config["model"]["init_args"]["weight_decay"] == chosen["model.weight_decay"]
+
+
+def test_a_live_encoder_keeps_what_the_yaml_says_of_labels_and_groups(images: Path, tmp_path: Path) -> None:
+    """All but what is of a store: ``ImageDataModule`` takes it, itself or by its base."""
+    path = write_config(tmp_path, images, allow_overlap=True, folds=7, augmentation="none", codec="fp16")
+    variants = {variant.name: variant for variant in ablation_variants(read_setting(path), "components")}
+    live = variants["components-selection"].data["init_args"]
+    assert live.items() >= {"allow_overlap": True, "folds": 7, "augmentation": "none"}.items()
+    assert not {"store", "codec"} & set(live)
