@@ -29,8 +29,8 @@ class ImageDataModule(ManifestDataModule):
     The model's ``INPUTS`` say what a batch holds: a method that trains on ``images`` gets augmented ones.
 
     Args:
-        root: see ``ManifestDataModule``.
-        manifest: see ``ManifestDataModule``.
+        root: folder of the images (``ManifestDataModule``).
+        manifest: CSV file instead of class folders; absolute or relative to ``root``.
         resolution: of the encoder's images in pixels: a side, or (height, width).
         mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
         std: like ``mean``.

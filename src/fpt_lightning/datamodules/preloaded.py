@@ -26,7 +26,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
     For a method that takes no stored features, this is ``ImageDataModule``: one configuration serves every method.
 
     Args:
-        root: see ``ImageDataModule``.
+        root: folder of the images (``ManifestDataModule``).
         store: local path or fsspec URL of the feature store.
         codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
         mirrored: whether the store holds every image's mirror image too: augmented training then draws one of the two,

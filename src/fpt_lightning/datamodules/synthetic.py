@@ -312,7 +312,7 @@ class SyntheticFundusDataModule(PreloadedFeatureDataModule):
 
     Args:
         root: folder of the images, made where it is missing.
-        store: see ``PreloadedFeatureDataModule``.
+        store: local path or fsspec URL of the feature store.
         count: images of all classes together.
         seed: of the images.
         size: side of the images in pixels.
