@@ -45,7 +45,7 @@ print("imported", *(name for name in {HEAVY!r} if name in sys.modules))
         (["store", "info", "s.zarr"], {"zarr"}),
         (["store", "verify", "s.zarr"], {"zarr", "torch"}),
         (["compare", "p.csv", "p.csv", "--resamples", "9"], set()),
-        (["evaluate", "p.csv", "--resamples", "9"], {"scipy", "matplotlib"}),
+        (["evaluate", "p.csv", "--resamples", "9"], {"matplotlib"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

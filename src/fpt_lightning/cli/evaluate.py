@@ -10,7 +10,6 @@ import numpy as np
 import fpt_lightning
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import scores
-from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
@@ -59,6 +58,11 @@ def evaluate(
             )
         about["fitted on"] = validation
         if calibrate:
+            from fpt_lightning.evaluation.calibration import (
+                fit_temperature,
+                with_temperature,
+            )  # SciPy takes half a second
+
             temperature = fit_temperature(fitting)
             found, fitting = (with_temperature(each, temperature) for each in (found, fitting))
             about["temperature"] = f"{temperature:.4g}"
