@@ -87,14 +87,14 @@ class Cell:
         memory = {
             kind: round(max(values), 2)
             for kind in ("live", "allocated", "reserved")
-            if (values := self._logged(f"train_peak_{kind}_mib"))
+            if (values := self.logged(f"train_peak_{kind}_mib"))
         }
         return {
             "seed": self.config["seed_everything"],
             "best": tested["best"]["test_auc"],
             "last": tested["last"]["test_auc"],
-            "val_auc": max(self._logged("val_auc")),
-            "epoch_seconds": round(median(self._logged("epoch_seconds")), 3),
+            "val_auc": max(self.logged("val_auc")),
+            "epoch_seconds": round(median(self.logged("epoch_seconds")), 3),
             "memory_mib": memory,
         }
 
@@ -104,7 +104,8 @@ class Cell:
         place = {id: row for row, id in enumerate(found.ids)}
         return found.scores[[place[id] for id in ids]]
 
-    def _logged(self, name: str) -> list[float]:
+    def logged(self, name: str) -> list[float]:
+        """A metric of every epoch that has it."""
         with (self.folder / "metrics.csv").open(newline="") as file:
             return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 

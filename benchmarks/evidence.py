@@ -1,0 +1,365 @@
+"""What methods are worth with real weights: five patient-wise folds, several seeds, rates searched for each alike.
+
+    python benchmarks/evidence.py --weights dinov2_small.safetensors --fundus DIR --chest DIR --out runs/evidence
+
+``DIR/labels.csv`` has the columns ``image``, ``grade``, ``maculopathy`` and ``patient`` (fundus photographs with grades
+of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
+the next one validates; learning rate and weight decay are chosen for each fold by its validation images with seed 0,
+and so is the epoch. The folds' test predictions are pooled, metrics are averaged over the seeds, and intervals and
+differences to FPT+ are of resamples of patients.
+
+Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
+them with other ``--tasks`` may run at once. Writes ``{out}/{task}.json`` after each method, and with ``--write``
+``results/evidence_{name}.json`` and ``.md`` of all that is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cells import Cell
+from environment import RESULTS, environment, write_result
+from fpt_lightning.evaluation.measures import measure
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import interval, resampled_weights
+from fpt_lightning.files import Row, read_rows, write_json, write_rows
+from fpt_lightning.methods import METHODS
+from fpt_lightning.planning.memory import build_on_meta
+from fpt_lightning.store.index import StoreIndex
+
+ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SIDES = {"fpt_plus": 126, "fpt": 224}  # multiples of the patch size
+FOLDS = 5
+REFERENCE = "fpt_plus"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question put to a data set.
+
+    Attributes:
+        data: ``fundus`` or ``chest``.
+        title: for people.
+        label: of a row of ``labels.csv``; None leaves its image out.
+        classes: in their order.
+        kind: ``model.task``.
+        group: column of the patients.
+    """
+
+    data: str
+    title: str
+    label: Callable[[Row], str | None]
+    classes: tuple[str, ...]
+    kind: str = "multiclass"
+    group: str = "patient"
+
+    @property
+    def monitor(self) -> str:
+        return "kappa" if self.kind == "ordinal" else "auc"
+
+
+TASKS = {
+    "fundus_referable": Task(
+        "fundus",
+        "referable retinopathy (grade 2 or more)",
+        lambda row: "yes" if int(row["grade"]) >= 2 else "no",
+        ("no", "yes"),
+    ),
+    "fundus_maculopathy": Task("fundus", "maculopathy", lambda row: row["maculopathy"], ("0", "1")),
+    "fundus_grade": Task("fundus", "grade of retinopathy, 0 to 4", lambda row: row["grade"], tuple("01234"), "ordinal"),
+    "chest_pneumonia": Task(
+        "chest",
+        "pneumonia against no finding",
+        lambda row: None if row["label"] == "covid19" else row["label"],
+        ("no_finding", "pneumonia"),
+        group="patient_id",
+    ),
+    "chest_all": Task(
+        "chest", "three classes", lambda row: row["label"], ("covid19", "no_finding", "pneumonia"), group="patient_id"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All cells of a comparison.
+
+    Attributes:
+        weights: of the encoder.
+        roots: folders of the data sets, by name.
+        out: folder of cells, stores and manifests.
+        resolution: of the encoder's images in pixels.
+        seeds: of each fold, counted from 0.
+        epochs: of each cell.
+        grid: pairs of learning rate and weight decay.
+    """
+
+    weights: Path
+    roots: Mapping[str, Path]
+    out: Path
+    resolution: int
+    seeds: int
+    epochs: int
+    grid: tuple[tuple[float, float], ...]
+
+    def cell(self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int) -> Cell:
+        task = TASKS[name]
+        folder = self.out / f"{name}-{self.resolution}" / method / f"fold{fold}" / f"lr{pair[0]:g}-wd{pair[1]:g}"
+        model = {
+            "num_classes": len(task.classes),
+            "task": task.kind,
+            "encoder": ENCODER,
+            "pretrained": str(self.weights),
+            "learning_rate": pair[0],
+            "weight_decay": pair[1],
+            **({"side_resolution": SIDES[method]} if method in SIDES else {}),
+        }
+        data = {
+            "root": str(self.roots[task.data]),
+            "manifest": str(self.manifest(name)),
+            "group_column": "patient",
+            "classes": list(task.classes),
+            "fold": fold,
+            "folds": FOLDS,
+            "store": str(self.store(task, method)),
+            "resolution": self.resolution,
+            "mean": MEAN,
+            "std": STD,
+            "in_memory": True,
+        }
+        trainer = {"accelerator": "auto", "devices": 1, "max_epochs": self.epochs, "enable_progress_bar": False}
+        config = {
+            "seed_everything": seed,
+            "trainer": {**trainer, "default_root_dir": str(folder / f"seed{seed}")},
+            "model": {"class_path": f"fpt_lightning.methods.{METHODS[method].__name__}", "init_args": model},
+            "data": {"class_path": "PreloadedFeatureDataModule", "init_args": data},
+        }
+        return Cell(folder / f"seed{seed}", config, preloads=True)
+
+    def store(self, task: Task, method: str) -> Path:
+        """One for all tasks of a data set; FPT taps every block, and so has its own."""
+        layers = "-all-layers" if METHODS[method] is METHODS["fpt"] else ""
+        return self.out / "stores" / f"{task.data}{self.resolution}{layers}.zarr"
+
+    def manifest(self, name: str) -> Path:
+        """The task's own, written where it is missing."""
+        task, path = TASKS[name], self.out / "manifests" / f"{name}.csv"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = read_rows(self.roots[task.data] / "labels.csv", "manifest")
+            labelled = [(row["image"], task.label(row), row[task.group]) for row in rows]
+            write_rows(path, [("image", "label", "patient"), *(row for row in labelled if row[1] is not None)])
+        return path
+
+    def chosen(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
+        """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished."""
+        found = {}
+        for pair in self.grid:
+            cell = self.cell(name, method, fold, pair, 0)
+            if run:
+                _run(cell)
+            if not cell.finished:
+                return None
+            found[pair] = max(cell.logged(f"val_{TASKS[name].monitor}"))
+        return max(self.grid, key=lambda pair: found[pair])
+
+    def cells(self, name: str, method: str, run: bool = False) -> list[list[Cell]] | None:
+        """Of each seed the cells of all folds, with the chosen pairs; None where one is not finished."""
+        seeds: list[list[Cell]] = [[] for _ in range(self.seeds)]
+        for fold in range(1, FOLDS + 1):
+            pair = self.chosen(name, method, fold, run)
+            if pair is None:
+                return None
+            for seed in range(self.seeds):
+                cell = self.cell(name, method, fold, pair, seed)
+                if run:
+                    _run(cell)
+                if not cell.finished:
+                    return None
+                seeds[seed].append(cell)
+        return seeds
+
+
+def _run(cell: Cell) -> None:
+    if not cell.finished:
+        print(f"running {cell.folder}", flush=True)
+        cell.check()
+        cell.run()
+
+
+# Results
+
+
+def pooled(cells: Sequence[Cell]) -> Predictions:
+    """The test predictions of all folds, in ascending order of ids: every image once."""
+    parts = [Predictions.read(cell.folder / "predictions.csv") for cell in cells]
+    joined = replace(
+        parts[0],
+        ids=tuple(id for part in parts for id in part.ids),
+        labels=np.concatenate([part.labels for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        groups=tuple(group for part in parts for group in part.groups),
+    )
+    return joined.take(np.argsort(joined.ids))
+
+
+def resampled(seeds: Sequence[Predictions], weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Each overall metric (R,), mean over the seeds."""
+    found = [measure(each, {}, 0.9, weights, per_class=False) for each in seeds]
+    return {metric: np.mean([values["", metric] for values in found], 0) for _, metric in found[0]}
+
+
+def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
+    """What the finished methods of a task come to, by method."""
+    finished = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
+    seeds = {method: [pooled(folds) for folds in cells] for method, cells in finished.items()}
+    if not seeds:
+        return {}
+    first = next(iter(seeds.values()))[0]
+    drawn = list(resampled_weights(first, resamples, 0))
+    ones = np.ones((1, len(first.ids)))
+    value = {method: resampled(each, ones) for method, each in seeds.items()}
+    spread: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for method, each in seeds.items():
+        parts = [resampled(each, weights) for weights in drawn]
+        spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+    metrics = ["auc", "kappa"] if TASKS[name].kind == "ordinal" else ["auc"]
+    return {
+        method: {
+            **_cost(protocol, name, method, cells),
+            **{metric: _estimate(value, spread, method, metric) for metric in metrics},
+            "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
+            "chosen": [dict(zip(("learning_rate", "weight_decay"), pair, strict=True)) for pair in _pairs(cells)],
+        }
+        for method, cells in finished.items()
+    }
+
+
+def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str) -> dict[str, Any]:
+    """The metric with its interval, and its difference to FPT+, paired."""
+    bounds = interval(spread[method][metric])
+    found = {"value": float(value[method][metric][0]), "low": bounds["low"], "high": bounds["high"]}
+    if method == REFERENCE or REFERENCE not in spread:
+        return found
+    difference = float(value[method][metric][0] - value[REFERENCE][metric][0])
+    return {
+        **found,
+        "difference": {"value": difference, **interval(spread[method][metric] - spread[REFERENCE][metric])},
+    }
+
+
+def _pairs(cells: Sequence[Sequence[Cell]]) -> Iterator[tuple[float, float]]:
+    """Learning rate and weight decay of each fold."""
+    for cell in cells[0]:
+        model = cell.config["model"]["init_args"]
+        yield model["learning_rate"], model["weight_decay"]
+
+
+def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[Cell]]) -> dict[str, Any]:
+    runs = [cell.result() for folds in cells for cell in folds]
+    config = cells[0][0].config["model"]["init_args"]
+    module = build_on_meta(
+        lambda: METHODS[method](**{**config, "pretrained": False}), (protocol.resolution, protocol.resolution)
+    )
+    return {
+        "label": METHODS[method].LABEL,
+        "learnable_parameters": module.learnable_parameters,
+        "learnable_ratio": module.learnable_ratio,
+        "memory_mib": max(max(run["memory_mib"].values()) for run in runs),
+        "epoch_seconds": median(run["epoch_seconds"] for run in runs),
+        "stored_bytes": StoreIndex.open(str(protocol.store(TASKS[name], method))).bytes_per_row,
+    }
+
+
+def table(name: str, found: Mapping[str, Any]) -> str:
+    """Markdown, a row a method."""
+    task = TASKS[name]
+    metrics = ["auc", "kappa"] if task.kind == "ordinal" else ["auc"]
+    called = {"auc": "AUC x 100", "kappa": "quadratic kappa x 100"}
+    heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus FPT+ [95%]" for m in metrics)]
+    heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
+    for row in found.values():
+        cells = [row["label"], f"{100 * row['learnable_ratio']:.2f}"]
+        for metric in metrics:
+            e, d = row[metric], row[metric].get("difference")
+            cells.append(f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]")
+            cells.append(
+                "" if d is None else f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+            )
+        cells.append(", ".join(f"{100 * value:.1f}" for value in row["auc_of_seeds"]))
+        cells += [f"{row['memory_mib']:.1f}", f"{row['epoch_seconds']:.2g}", f"{row['stored_bytes'] / 1e6:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
+
+
+def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str) -> str:
+    """All tables of a data set."""
+    machine = environment()["machine"]
+    pairs = ", ".join(f"{rate:g} and {decay:g}" for rate, decay in protocol.grid)
+    rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
+    text = (
+        f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
+        f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
+        f"each tests once and the next validates; {protocol.seeds} seeds; {protocol.epochs} epochs, of which the best "
+        f"by validation counts; for each fold the pair of learning rate and weight decay with the best validation "
+        f"of {pairs}. Values are of the pooled predictions, means over the seeds; intervals are of 2,000 resamples of "
+        f"patients, paired for differences. MiB of live tensors in training. {machine['gpu'] or machine['processor']}, "
+        f"{machine['threads']} thread; other work ran beside it, so seconds are upper bounds."
+    )
+    tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
+    return "\n\n".join([text, *tables]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help=f"of {ENCODER}, as a file")
+    parser.add_argument("--fundus", type=Path, required=True, help="folder of the fundus photographs")
+    parser.add_argument("--chest", type=Path, required=True, help="folder of the chest X-rays")
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything that is run")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    stored = ["stored_linear", "attentive", "query_tokens", "fpt_plus"]
+    parser.add_argument("--methods", nargs="+", default=stored, choices=[*stored, "fpt"])
+    parser.add_argument("--resolution", type=int, default=448)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--weight-decays", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--write", action="store_true", help="write the result files, and run nothing")
+    args = parser.parse_args(arguments)
+    protocol = Protocol(
+        args.weights.absolute(),
+        {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()},
+        args.out.absolute(),
+        args.resolution,
+        args.seeds,
+        args.epochs,
+        tuple(product(args.learning_rates, args.weight_decays)),
+    )
+    if not args.write:
+        for name in args.tasks:
+            for method in args.methods:
+                protocol.cells(name, method, run=True)
+                write_json(args.out / f"{name}-{args.resolution}.json", results(protocol, name, args.methods))
+        return
+    found = {name: results(protocol, name, args.methods) for name in args.tasks}
+    for data in ("fundus", "chest"):
+        own = {name: rows for name, rows in found.items() if rows and TASKS[name].data == data}
+        if own:
+            path = write_result(f"evidence_{data}", {"resolution": args.resolution, "tasks": own})
+            (RESULTS / f"evidence_{data}.md").write_text(report(protocol, own, data))
+            print(f"results are in {path}, and .md beside it")
+
+
+if __name__ == "__main__":
+    main()

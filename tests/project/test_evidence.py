@@ -1,0 +1,79 @@
+"""The evidence benchmark on small images: every image is tested once, rates are chosen for each fold, runs go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+from safetensors.torch import save_file
+
+import evidence
+from small import write_images
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``main`` on 40 images of 20 patients, three folds, one seed, one epoch; what it wrote."""
+    root = write_images(tmp_path / "fundus", {"images": 40})
+    rows = [[f"images/{i:03d}.png", i // 2 % 5, i // 2 % 2, f"p{i // 2}"] for i in range(40)]
+    with (root / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *rows])
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
+    small = {"ENCODER": "test_vit", "SIDES": {"fpt_plus": 32}, "FOLDS": 3, "RESULTS": tmp_path}
+    for name, value in small.items():
+        monkeypatch.setattr(evidence, name, value)
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+
+    def call(*more: str) -> dict[str, Any]:
+        out, weights = tmp_path / "out", tmp_path / "weights.safetensors"
+        folders = ["--weights", weights, "--fundus", root, "--chest", root]
+        size = ["--resolution", "64", "--seeds", "1", "--epochs", "1", "--learning-rates", "1e-3", "1e-2"]
+        evidence.main([*map(str, folders), "--out", str(out), "--tasks", "fundus_grade", *size, *more])
+        found: dict[str, Any] = json.loads((out / "fundus_grade-64.json").read_text())
+        return found
+
+    return call
+
+
+def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("--methods", "stored_linear", "fpt_plus")
+    assert list(found) == ["stored_linear", "fpt_plus"]
+    chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
+    assert len(chosen) == 3
+    assert set(chosen) <= {1e-3, 1e-2}
+    for metric in ("auc", "kappa"):
+        difference = found["stored_linear"][metric]["difference"]
+        values = {name: row[metric]["value"] for name, row in found.items()}
+        assert difference["value"] == pytest.approx(values["stored_linear"] - values["fpt_plus"])
+        assert difference["low"] <= difference["value"] <= difference["high"]
+    folds = sorted((tmp_path / "out/fundus_grade-64/fpt_plus").glob("fold*/lr0.001-*/seed0/predictions.csv"))
+    tested = [row["path"] for path in folds for row in csv.DictReader(path.open(newline=""))]
+    assert sorted(tested) == [f"images/{i:03d}.png" for i in range(40)]  # once each
+
+    capsys.readouterr()
+    assert run("--methods", "stored_linear", "fpt_plus") == found
+    assert "running" not in capsys.readouterr().out
+    run("--methods", "stored_linear", "fpt_plus", "--write")
+    table = (tmp_path / "evidence_fundus.md").read_text()
+    assert "40 images of 20 patients" in table
+    assert table.count("\n| FPT+ |") == 1
+    assert json.loads((tmp_path / "evidence_fundus.json").read_text())["tasks"]["fundus_grade"] == found
+
+
+def test_a_metric_is_the_mean_over_the_seeds() -> None:
+    """Of pooled predictions whose AUC is 1 and 0."""
+    labels = np.array([0, 0, 1, 1])
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]])
+    right, wrong = (
+        evidence.Predictions("single-label", tuple("abcd"), labels, each, ("no", "yes"))
+        for each in (scores, scores[:, ::-1])
+    )
+    assert evidence.resampled([right, wrong], np.ones((1, 4)))["auc"] == pytest.approx(0.5)
