@@ -127,6 +127,8 @@ def test_the_saved_config_reruns_the_same_run_and_serves_every_subcommand(config
     root = tmp_path / "run"
     run("fit", "--config", config)
     saved = root / "config.yaml"
+    paths = [yaml.safe_load(saved.read_text())[section]["class_path"] for section in ("model", "data")]
+    assert paths == ["fpt_lightning.FPTPlusModule", "fpt_lightning.PreloadedFeatureDataModule"]  # wherever they lie
     run("fit", "--config", saved, "--trainer.default_root_dir", tmp_path / "twin")
     assert (root / "metrics.json").read_text() == (tmp_path / "twin" / "metrics.json").read_text()
     assert (root / "predictions.csv").read_text() == (tmp_path / "twin" / "predictions.csv").read_text()
