@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from cells import Cell
 from environment import RESULTS, environment, write_result
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.resampling import interval, resampled_weights
+from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampled_weights
 from fpt_lightning.files import Row, read_rows, write_json, write_rows
 from fpt_lightning.methods import METHODS
 from fpt_lightning.planning.memory import build_on_meta
@@ -65,6 +65,10 @@ class Task:
     @property
     def monitor(self) -> str:
         return "kappa" if self.kind == "ordinal" else "auc"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("auc", "fold_auc", "kappa") if self.kind == "ordinal" else ("auc", "fold_auc")
 
 
 TASKS = {
@@ -199,9 +203,20 @@ def _run(cell: Cell) -> None:
 # Results
 
 
-def pooled(cells: Sequence[Cell]) -> Predictions:
-    """The test predictions of all folds, in ascending order of ids: every image once."""
-    parts = [Predictions.read(cell.folder / "predictions.csv") for cell in cells]
+class Pooled(NamedTuple):
+    """The test predictions of all folds, every image once, in ascending order of ids.
+
+    Attributes:
+        predictions: N.
+        folds: (N,), which fold tested each image.
+    """
+
+    predictions: Predictions
+    folds: NDArray[np.int64]
+
+
+def pool(parts: Sequence[Predictions]) -> Pooled:
+    """The folds' predictions as one."""
     joined = replace(
         parts[0],
         ids=tuple(id for part in parts for id in part.ids),
@@ -209,22 +224,37 @@ def pooled(cells: Sequence[Cell]) -> Predictions:
         scores=np.concatenate([part.scores for part in parts]),
         groups=tuple(group for part in parts for group in part.groups),
     )
-    return joined.take(np.argsort(joined.ids))
+    order = np.argsort(joined.ids)
+    folds = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
+    return Pooled(joined.take(order), folds[order])
 
 
-def resampled(seeds: Sequence[Predictions], weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Each overall metric (R,), mean over the seeds."""
-    found = [measure(each, {}, 0.9, weights, per_class=False) for each in seeds]
-    return {metric: np.mean([values["", metric] for values in found], 0) for _, metric in found[0]}
+def resampled(seeds: Sequence[Pooled], weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Each overall metric (R,) of resamples (R, N), mean over the seeds.
+
+    Beside the pooled metrics ``fold_auc``, the mean of the folds' own: each fold has a model of its own, and the pooled
+    AUC is lower where their scales differ.
+    """
+    found = []
+    for predictions, folds in seeds:
+        values = {metric: v for (_, metric), v in measure(predictions, {}, 0.9, weights, per_class=False).items()}
+        own = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+        with np.errstate(invalid="ignore"):  # a resample may have nothing of a small fold
+            of_folds = [measure(predictions.take(rows), {}, 0.9, weights[:, rows], per_class=False) for rows in own]
+        found.append({**values, "fold_auc": mean_of_known([each["", "auc"] for each in of_folds])})
+    return {metric: np.mean([values[metric] for values in found], 0) for metric in found[0]}
 
 
 def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
     """What the finished methods of a task come to, by method."""
     finished = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
-    seeds = {method: [pooled(folds) for folds in cells] for method, cells in finished.items()}
+    seeds = {
+        method: [pool([Predictions.read(cell.folder / "predictions.csv") for cell in folds]) for folds in cells]
+        for method, cells in finished.items()
+    }
     if not seeds:
         return {}
-    first = next(iter(seeds.values()))[0]
+    first = next(iter(seeds.values()))[0].predictions
     drawn = list(resampled_weights(first, resamples, 0))
     ones = np.ones((1, len(first.ids)))
     value = {method: resampled(each, ones) for method, each in seeds.items()}
@@ -232,11 +262,10 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     for method, each in seeds.items():
         parts = [resampled(each, weights) for weights in drawn]
         spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
-    metrics = ["auc", "kappa"] if TASKS[name].kind == "ordinal" else ["auc"]
     return {
         method: {
             **_cost(protocol, name, method, cells),
-            **{metric: _estimate(value, spread, method, metric) for metric in metrics},
+            **{metric: _estimate(value, spread, method, metric) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
             "chosen": [dict(zip(("learning_rate", "weight_decay"), pair, strict=True)) for pair in _pairs(cells)],
         }
@@ -283,8 +312,8 @@ def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[C
 def table(name: str, found: Mapping[str, Any]) -> str:
     """Markdown, a row a method."""
     task = TASKS[name]
-    metrics = ["auc", "kappa"] if task.kind == "ordinal" else ["auc"]
-    called = {"auc": "AUC x 100", "kappa": "quadratic kappa x 100"}
+    metrics = task.metrics
+    called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "kappa": "quadratic kappa x 100"}
     heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus FPT+ [95%]" for m in metrics)]
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
@@ -312,7 +341,8 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
         f"each tests once and the next validates; {protocol.seeds} seeds; {protocol.epochs} epochs, of which the best "
         f"by validation counts; for each fold the pair of learning rate and weight decay with the best validation "
-        f"of {pairs}. Values are of the pooled predictions, means over the seeds; intervals are of 2,000 resamples of "
+        f"of {pairs}. AUC and kappa are of the pooled predictions, which have models of several scales, and "
+        "beside them the mean of the folds' own AUC; all are means over the seeds, with intervals of 2,000 resamples of "
         f"patients, paired for differences. MiB of live tensors in training. {machine['gpu'] or machine['processor']}, "
         f"{machine['threads']} thread; other work ran beside it, so seconds are upper bounds."
     )

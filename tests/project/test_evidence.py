@@ -49,7 +49,7 @@ def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.Capture
     chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
     assert len(chosen) == 3
     assert set(chosen) <= {1e-3, 1e-2}
-    for metric in ("auc", "kappa"):
+    for metric in ("auc", "fold_auc", "kappa"):
         difference = found["stored_linear"][metric]["difference"]
         values = {name: row[metric]["value"] for name, row in found.items()}
         assert difference["value"] == pytest.approx(values["stored_linear"] - values["fpt_plus"])
@@ -68,12 +68,21 @@ def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert json.loads((tmp_path / "evidence_fundus.json").read_text())["tasks"]["fundus_grade"] == found
 
 
+def predictions(scores: list[float], ids: str = "abcd") -> evidence.Predictions:
+    """Of two negatives and two positives."""
+    table = np.column_stack([1 - np.array(scores), scores])
+    return evidence.Predictions("single-label", tuple(ids), np.array([0, 0, 1, 1]), table, ("no", "yes"))
+
+
 def test_a_metric_is_the_mean_over_the_seeds() -> None:
-    """Of pooled predictions whose AUC is 1 and 0."""
-    labels = np.array([0, 0, 1, 1])
-    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]])
-    right, wrong = (
-        evidence.Predictions("single-label", tuple("abcd"), labels, each, ("no", "yes"))
-        for each in (scores, scores[:, ::-1])
-    )
-    assert evidence.resampled([right, wrong], np.ones((1, 4)))["auc"] == pytest.approx(0.5)
+    seeds = [evidence.pool([predictions(scores)]) for scores in ([0.1, 0.2, 0.8, 0.9], [0.9, 0.8, 0.2, 0.1])]
+    assert evidence.resampled(seeds, np.ones((1, 4)))["auc"] == pytest.approx(0.5)
+
+
+def test_folds_of_other_scales_lower_the_pooled_auc_alone() -> None:
+    pooled = evidence.pool([predictions([0.1, 0.2, 0.3, 0.4], "fbcd"), predictions([0.6, 0.7, 0.8, 0.9], "aegh")])
+    assert "".join(pooled.predictions.ids) == "abcdefgh"
+    assert pooled.folds.tolist() == [1, 0, 0, 0, 1, 0, 1, 1]
+    found = evidence.resampled([pooled], np.ones((1, 8)))
+    assert found["fold_auc"] == pytest.approx(1)
+    assert found["auc"] == pytest.approx(0.75)
