@@ -342,8 +342,8 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
         f"each tests once and the next validates; {protocol.seeds} seeds; {protocol.epochs} epochs, of which the best "
         f"by validation counts; for each fold the pair of learning rate and weight decay with the best validation "
         f"of {pairs}. AUC and kappa are of the pooled predictions, which have models of several scales, and "
-        "beside them the mean of the folds' own AUC; all are means over the seeds, with intervals of 2,000 resamples of "
-        f"patients, paired for differences. MiB of live tensors in training. {machine['gpu'] or machine['processor']}, "
+        "beside them the mean of the folds' own AUC; all are means over the seeds, with intervals of 2,000 resamples "
+        f"of patients, paired for differences. MiB of live tensors in training. {machine['gpu'] or machine['processor']}, "
         f"{machine['threads']} thread; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]

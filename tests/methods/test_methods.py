@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
+from fpt_lightning.methods import QueryTokensModule
 from small import TINY, quiet_trainer, tiny_model
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
@@ -58,6 +59,51 @@ def test_learnable_parameters_are_the_papers(prompts: int, expected: int) -> Non
     assert module.encoder_shape.parameters == 86_859_496
     paper = {4: 0.96, 8: 0.99, 16: 1.03, 32: 1.11, 64: 1.28, 128: 1.61}  # table 4
     assert round(100 * module.learnable_ratio, 2) == paper[prompts]
+
+
+# The prompts' own head
+
+
+def test_with_a_prompt_head_training_starts_as_query_tokens(data: PreloadedFeatureDataModule) -> None:
+    """And goes on from there: the side network learns from the second step on, its head from the first."""
+    torch.manual_seed(0)
+    module = tiny_model(prompt_head=True, reduction=2).eval()
+    peer = QueryTokensModule(3, encoder="test_vit", pretrained=False, reduction=2, prompts=4).eval()
+    assert module.prompt_head is not None
+    peer.load_state_dict(
+        {f"fusion.{k}": v for k, v in module.fusion.state_dict().items()}
+        | {f"head.{k}": v for k, v in module.prompt_head.state_dict().items()}
+    )
+    data.side_resolution = 32
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(module(batch), peer(batch))
+    for step in range(2):
+        before = state(module)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        optimizer.zero_grad()
+        module.task.loss(module(batch), batch["labels"]).backward()
+        optimizer.step()
+        changed = {name for name, value in state(module).items() if not torch.equal(value, before[name])}
+        assert {"side.head.weight", "prompt_head.weight", "fusion.prompts"} <= changed
+        assert ("side.positions" in changed) == bool(step)
+
+
+def test_a_prompt_head_costs_as_many_parameters_as_it_has_numbers_to_read() -> None:
+    module = FPTPlusModule(5, encoder="vit_base_patch16_384", pretrained=False, prompt_head=True)
+    assert module.learnable_parameters == 900_965 + 5 * (6 * 16 * 96 + 1)
+    assert round(100 * module.learnable_ratio, 2) == 1.08
+
+
+def test_a_checkpoint_from_before_an_option_is_one_without_it(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(tiny_model(), data)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    del content["hyper_parameters"]["prompt_head"]
+    tiny_model().on_load_checkpoint(content)
+    with pytest.raises(CheckpointError, match="prompt_head: None in the checkpoint, True here"):
+        tiny_model(prompt_head=True).on_load_checkpoint(content)
 
 
 def test_building_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +204,7 @@ def test_a_vit_b_checkpoint_is_small(tmp_path: Path) -> None:
         ({"layers": [4, 5]}, "layers: None in the checkpoint, [4, 5] here"),
         ({"token_ratio": 0.5}, "token_ratio: 0.2 in the checkpoint, 0.5 here"),
         ({"num_classes": 4}, "num_classes: 3 in the checkpoint, 4 here"),
+        ({"prompt_head": True}, "prompt_head: False in the checkpoint, True here"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_name(

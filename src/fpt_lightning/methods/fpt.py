@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpt_lightning.encoder.config import check_resolution
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.methods.fusion import FineGrainedFusion, ProjectedFusion
+from fpt_lightning.methods.fusion import FineGrainedFusion, ProjectedFusion, PromptHead
 from fpt_lightning.methods.side import SideViT
 
 
@@ -23,6 +23,9 @@ class FPTPlusModule(FeatureModule):
         reduction: the side network's width is the encoder's divided by this.
         prompts: number of fine-grained prompts of a layer (paper, section 3.4).
         dropout: after the shared out-projector.
+        prompt_head: whether a linear head reads the fused prompts of all layers too, as in ``QueryTokensModule``. Its
+            logits are added to those of the side network, whose own head then starts from zero, so that training starts
+            from the prompts alone. Not in the paper.
         gradient_checkpointing: whether the side network's blocks are computed again in the backward pass: less memory
             for more time.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
@@ -34,7 +37,13 @@ class FPTPlusModule(FeatureModule):
 
     LABEL = "FPT+"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"side_images", "features"})
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "side_resolution", "reduction", "prompts")
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = (
+        *FeatureModule.ARCHITECTURE,
+        "side_resolution",
+        "reduction",
+        "prompts",
+        "prompt_head",
+    )
     FUSION: ClassVar[type[FineGrainedFusion | ProjectedFusion]] = FineGrainedFusion
 
     def __init__(
@@ -44,6 +53,7 @@ class FPTPlusModule(FeatureModule):
         reduction: int = 8,
         prompts: int = 16,
         dropout: float = 0.5,
+        prompt_head: bool = False,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -69,6 +79,9 @@ class FPTPlusModule(FeatureModule):
             self.task.outputs,
             gradient_checkpointing,
         )
+        self.prompt_head = PromptHead(depth, prompts, width, self.task.outputs) if prompt_head else None
+        if prompt_head:
+            nn.init.zeros_(self.side.head.weight)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Classify a batch of ``side_images`` with ``features`` (stored) or ``images`` (encoded now).
@@ -79,8 +92,9 @@ class FPTPlusModule(FeatureModule):
         Raises:
             ConfigurationError: features of another encoder or of other layers.
         """
-        logits: Tensor = self.side(batch["side_images"], self.fusion(self.features(batch)))
-        return logits
+        prompts = self.fusion(self.features(batch))
+        logits: Tensor = self.side(batch["side_images"], prompts)
+        return logits if self.prompt_head is None else logits + self.prompt_head(prompts)
 
 
 class FPTModule(FPTPlusModule):

@@ -121,6 +121,34 @@ class ProjectedFusion(Fusion):
         return fused
 
 
+class PromptHead(nn.Linear):
+    """A linear head on the fused prompts of all layers, side by side, normalised (VQT; arXiv:2212.03220).
+
+    Args:
+        layers: L.
+        prompts: M.
+        width: of the fused prompts, d.
+        outputs: of the head.
+    """
+
+    def __init__(self, layers: int, prompts: int, width: int, outputs: int) -> None:
+        super().__init__(layers * prompts * width, outputs)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, prompts: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        """Classify.
+
+        Args:
+            prompts: L tensors (B, M, d), as ``Fusion`` gives them.
+
+        Returns:
+            Logits (B, outputs).
+        """
+        tokens = torch.cat(list(prompts), 1).flatten(1)
+        return super().forward(F.layer_norm(tokens, tokens.shape[1:]))  # the weights would repeat an affine norm
+
+
 def cross_attention(queries: Tensor, keys: Coded, values: Coded) -> Tensor:
     """Ask every image's tokens the same queries, head by head; keys and values are not projected.
 

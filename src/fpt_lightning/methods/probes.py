@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import initialise_head
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.methods.fusion import FineGrainedFusion, cross_attention
+from fpt_lightning.methods.fusion import FineGrainedFusion, PromptHead, cross_attention
 
 
 class StoredLinearProbingModule(FeatureModule):
@@ -107,11 +107,9 @@ class QueryTokensModule(FeatureModule):
             raise ConfigurationError(f"reduction is {reduction}: give a divisor of the encoder's width {shape.width}.")
         width = shape.width // reduction
         self.fusion = FineGrainedFusion(depth, shape.heads, shape.width, width, prompts, dropout)
-        self.norm = nn.LayerNorm(depth * prompts * width, elementwise_affine=False)
-        self.head = initialise_head(nn.Linear(depth * prompts * width, self.task.outputs))
+        self.head = PromptHead(depth, prompts, width, self.task.outputs)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
-        tokens = torch.cat(self.fusion(self.features(batch)), 1)  # (B, L M, d)
-        logits: Tensor = self.head(self.norm(tokens.flatten(1)))
+        logits: Tensor = self.head(self.fusion(self.features(batch)))
         return logits

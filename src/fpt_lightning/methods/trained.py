@@ -174,7 +174,7 @@ class TrainedModule(L.LightningModule):
         differences = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
             for name in ("method", *self.ARCHITECTURE)
-            if saved.get(name) != own.get(name)
+            if (saved.get(name) or None) != (own.get(name) or None)  # an earlier version lacks options, which were off
         ]
         if differences:
             raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))
