@@ -10,7 +10,7 @@ differences to FPT+ are of resamples of patients.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` may run at once. Writes ``{out}/{task}.json`` after each method, and with ``--write``
-``results/evidence_{name}.json`` and ``.md`` of all that is finished.
+``results/evidence_{data}_{resolution}.json`` and ``.md`` of all that is finished.
 """
 
 from __future__ import annotations
@@ -37,7 +37,16 @@ from fpt_lightning.planning.memory import build_on_meta
 from fpt_lightning.store.index import StoreIndex
 
 ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SIDES = {"fpt_plus": 126, "fpt": 224}  # multiples of the patch size
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stored_linear": ("stored_linear", {}),
+    "attentive": ("attentive", {}),
+    "query_tokens": ("query_tokens", {}),
+    "fpt_plus": ("fpt_plus", {"side_resolution": 126}),  # a multiple of the patch size
+    "fpt_plus_prompt_head": ("fpt_plus", {"side_resolution": 126, "prompt_head": True}),
+    "fpt": ("fpt", {"side_resolution": 224}),
+}
+"""What is compared: a method and its options, by name."""
+LABELS = {"fpt_plus_prompt_head": "FPT+ with a prompt head"}
 FOLDS = 5
 REFERENCE = "fpt_plus"
 
@@ -125,7 +134,7 @@ class Protocol:
             "pretrained": str(self.weights),
             "learning_rate": pair[0],
             "weight_decay": pair[1],
-            **({"side_resolution": SIDES[method]} if method in SIDES else {}),
+            **ROWS[method][1],
         }
         data = {
             "root": str(self.roots[task.data]),
@@ -144,14 +153,14 @@ class Protocol:
         config = {
             "seed_everything": seed,
             "trainer": {**trainer, "default_root_dir": str(folder / f"seed{seed}")},
-            "model": {"class_path": f"fpt_lightning.methods.{METHODS[method].__name__}", "init_args": model},
+            "model": {"class_path": f"fpt_lightning.methods.{METHODS[ROWS[method][0]].__name__}", "init_args": model},
             "data": {"class_path": "PreloadedFeatureDataModule", "init_args": data},
         }
         return Cell(folder / f"seed{seed}", config, preloads=True)
 
     def store(self, task: Task, method: str) -> Path:
         """One for all tasks of a data set; FPT taps every block, and so has its own."""
-        layers = "-all-layers" if METHODS[method] is METHODS["fpt"] else ""
+        layers = "-all-layers" if method == "fpt" else ""
         return self.out / "stores" / f"{task.data}{self.resolution}{layers}.zarr"
 
     def manifest(self, name: str) -> Path:
@@ -297,10 +306,11 @@ def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[C
     runs = [cell.result() for folds in cells for cell in folds]
     config = cells[0][0].config["model"]["init_args"]
     module = build_on_meta(
-        lambda: METHODS[method](**{**config, "pretrained": False}), (protocol.resolution, protocol.resolution)
+        lambda: METHODS[ROWS[method][0]](**{**config, "pretrained": False}),
+        (protocol.resolution, protocol.resolution),
     )
     return {
-        "label": METHODS[method].LABEL,
+        "label": LABELS.get(method, METHODS[ROWS[method][0]].LABEL),
         "learnable_parameters": module.learnable_parameters,
         "learnable_ratio": module.learnable_ratio,
         "memory_mib": max(max(run["memory_mib"].values()) for run in runs),
@@ -334,6 +344,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
 def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str) -> str:
     """All tables of a data set."""
     machine = environment()["machine"]
+    place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
     pairs = ", ".join(f"{rate:g} and {decay:g}" for rate, decay in protocol.grid)
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
     text = (
@@ -343,8 +354,8 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
         f"by validation counts; for each fold the pair of learning rate and weight decay with the best validation "
         f"of {pairs}. AUC and kappa are of the pooled predictions, which have models of several scales, and "
         "beside them the mean of the folds' own AUC; all are means over the seeds, with intervals of 2,000 resamples "
-        f"of patients, paired for differences. MiB of live tensors in training. {machine['gpu'] or machine['processor']}, "
-        f"{machine['threads']} thread; other work ran beside it, so seconds are upper bounds."
+        f"of patients, paired for differences. MiB of live tensors in training. {place}; other work ran beside it, so "
+        "seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
     return "\n\n".join([text, *tables]) + "\n"
@@ -358,8 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chest", type=Path, required=True, help="folder of the chest X-rays")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is run")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    stored = ["stored_linear", "attentive", "query_tokens", "fpt_plus"]
-    parser.add_argument("--methods", nargs="+", default=stored, choices=[*stored, "fpt"])
+    parser.add_argument("--methods", nargs="+", default=[name for name in ROWS if name != "fpt"], choices=list(ROWS))
     parser.add_argument("--resolution", type=int, default=448)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
@@ -386,8 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for data in ("fundus", "chest"):
         own = {name: rows for name, rows in found.items() if rows and TASKS[name].data == data}
         if own:
-            path = write_result(f"evidence_{data}", {"resolution": args.resolution, "tasks": own})
-            (RESULTS / f"evidence_{data}.md").write_text(report(protocol, own, data))
+            name = f"evidence_{data}_{args.resolution}"
+            path = write_result(name, {"resolution": args.resolution, "tasks": own})
+            (RESULTS / f"{name}.md").write_text(report(protocol, own, data))
             print(f"results are in {path}, and .md beside it")
 
 

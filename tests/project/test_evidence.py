@@ -23,11 +23,12 @@ Run = Callable[..., dict[str, Any]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """``main`` on 40 images of 20 patients, three folds, one seed, one epoch; what it wrote."""
     root = write_images(tmp_path / "fundus", {"images": 40})
-    rows = [[f"images/{i:03d}.png", i // 2 % 5, i // 2 % 2, f"p{i // 2}"] for i in range(40)]
+    listed = [[f"images/{i:03d}.png", i // 2 % 5, i // 2 % 2, f"p{i // 2}"] for i in range(40)]
     with (root / "labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *rows])
+        csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *listed])
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
-    small = {"ENCODER": "test_vit", "SIDES": {"fpt_plus": 32}, "FOLDS": 3, "RESULTS": tmp_path}
+    rows = {"stored_linear": ("stored_linear", {}), "fpt_plus": ("fpt_plus", {"side_resolution": 32})}
+    small = {"ENCODER": "test_vit", "ROWS": rows, "FOLDS": 3, "RESULTS": tmp_path}
     for name, value in small.items():
         monkeypatch.setattr(evidence, name, value)
     monkeypatch.setattr("environment.RESULTS", tmp_path)
@@ -62,10 +63,10 @@ def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert run("--methods", "stored_linear", "fpt_plus") == found
     assert "running" not in capsys.readouterr().out
     run("--methods", "stored_linear", "fpt_plus", "--write")
-    table = (tmp_path / "evidence_fundus.md").read_text()
+    table = (tmp_path / "evidence_fundus_64.md").read_text()
     assert "40 images of 20 patients" in table
     assert table.count("\n| FPT+ |") == 1
-    assert json.loads((tmp_path / "evidence_fundus.json").read_text())["tasks"]["fundus_grade"] == found
+    assert json.loads((tmp_path / "evidence_fundus_64.json").read_text())["tasks"]["fundus_grade"] == found
 
 
 def predictions(scores: list[float], ids: str = "abcd") -> evidence.Predictions:
