@@ -93,7 +93,14 @@ class TrainedModule(L.LightningModule):
         self.meet_data(trained=True)
 
     def meet_data(self, trained: bool) -> None:
-        """Take over, or hold against what this model was trained with, the data module's classes and features."""
+        """Take over, or hold against what this model was trained with, the data module's classes and features.
+
+        Args:
+            trained: whether this model has been trained, so that the data must fit it.
+
+        Raises:
+            CheckpointError: other classes, another random split, or features made with other settings.
+        """
         data = getattr(self.trainer, "datamodule", None)
         labelled = self.trainer.state.fn != "predict" or getattr(data, "explained", None) is not None
         manifest: Manifest | None = getattr(data, "manifest", None) if labelled else None

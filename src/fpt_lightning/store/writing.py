@@ -138,6 +138,12 @@ class WritableStore(FeatureStore):
         for row in rows:
             self._record([row], [(ABSENT, 0, 0, 0)])
 
+    def remove_partial_files(self) -> None:
+        """Remove what writers that were killed left of files; only who holds the store's lock may."""
+        if self._folder is not None:
+            for file in Path(self._folder).rglob("*.partial"):
+                file.unlink()
+
     def _record(self, rows: Sequence[int], records: Sequence[Sequence[int]]) -> None:
         with writing(self.url):
             self._put("records", rows, np.array(records, np.int64))
@@ -146,12 +152,6 @@ class WritableStore(FeatureStore):
     def _put(self, name: str, rows: Sequence[int], block: NDArray[Any]) -> None:
         for start, stop in _runs(rows):
             self._arrays[name][rows[start] : rows[stop - 1] + 1] = block[start:stop]
-
-    def remove_partial_files(self) -> None:
-        """Remove what writers that were killed left of files; only who holds the store's lock may."""
-        if self._folder is not None:
-            for file in Path(self._folder).rglob("*.partial"):
-                file.unlink()
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
