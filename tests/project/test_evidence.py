@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import timm
 from safetensors.torch import save_file
 
 import evidence
-from small import write_images
+import selected_tokens
+from fpt_lightning.store.index import FileRecord
+from fpt_lightning.store.specification import FeatureShape
+from fpt_lightning.store.writing import WritableStore
+from small import SPECIFICATION, write_images
 
 Run = Callable[..., dict[str, Any]]
 
@@ -87,3 +92,22 @@ def test_folds_of_other_scales_lower_the_pooled_auc_alone() -> None:
     found = evidence.resampled([pooled], np.ones((1, 8)))
     assert found["fold_auc"] == pytest.approx(1)
     assert found["auc"] == pytest.approx(0.75)
+
+
+def test_where_selected_tokens_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store of one image, black in its left half, with 4 x 6 patches."""
+    specification = replace(SPECIFICATION, encoder="test_vit", resolution=(64, 96), image_size=24)
+    store = WritableStore.create(str(tmp_path / "s.zarr"), specification, FeatureShape(1, 1, 4, 6), {}).extend(["a"])
+    content = {name: np.zeros((1, *size), dtype) for name, (size, dtype) in store.sample_arrays.items()}
+    content["indices"][0, 0, 0] = [0, 1, 6, 9]  # the class token; patches (0, 0) and (0, 5), at the border; (1, 2)
+    content["images"][0, :, 12:] = 200
+    store.write([0], content, [FileRecord(1, 2, 3)])
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    monkeypatch.setattr(selected_tokens, "RING", 1)
+    selected_tokens.main([store.url, "--name", "small"])
+    found = json.loads((tmp_path / "selected_tokens_small.json").read_text())
+    assert found["background_of_area"] == 0.5
+    assert found["background_of_selected"] == pytest.approx([2 / 3])
+    assert found["border_of_area"] == pytest.approx(16 / 24)
+    assert found["border_of_selected"] == pytest.approx([2 / 3])
+    assert found["heads_with_class_token"] == 1
