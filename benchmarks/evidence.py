@@ -328,7 +328,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
     for row in found.values():
-        cells = [row["label"], f"{100 * row['learnable_ratio']:.2f}"]
+        cells = [row["label"], f"{100 * row['learnable_ratio']:.3g}"]
         for metric in metrics:
             e, d = row[metric], row[metric].get("difference")
             cells.append(f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]")
