@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,12 +19,12 @@ from fpt_lightning.store.layout import (
     ABSENT,
     COMPLETE,
     LEFT_OUT,
-    RECORD_BYTES,
     RECORDS,
     SHARD,
     array_documents,
     fingerprint,
     open_array,
+    row_bytes,
 )
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
 
@@ -146,8 +145,7 @@ class StoreIndex:
     @property
     def bytes_per_row(self) -> int:
         """Stored bytes of one row, without Zarr's metadata."""
-        sizes = (math.prod(size) * dtype.itemsize for size, dtype in self.sample_arrays.values())
-        return sum(sizes) + RECORD_BYTES
+        return row_bytes(self.sample_arrays)
 
     def source(self, row: int) -> tuple[str, bool]:
         """The id of a row's sample, and whether the row is of its mirror image."""

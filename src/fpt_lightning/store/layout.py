@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,11 @@ SHARD = 16  # rows
 ABSENT, COMPLETE, LEFT_OUT = range(3)  # what a record says of its row
 RECORDS = {"records": ((4,), np.dtype("int64"))}
 RECORD_BYTES = 4 * 8
+
+
+def row_bytes(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> int:
+    """Stored bytes of one row of these arrays and of its record, without Zarr's metadata."""
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values()) + RECORD_BYTES
 
 
 def create_array(where: str | MemoryStore, name: str, rows: int, sample: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

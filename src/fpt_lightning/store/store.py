@@ -18,7 +18,7 @@ from torch import Tensor
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
-from fpt_lightning.store.layout import RECORD_BYTES, SHARD, open_array
+from fpt_lightning.store.layout import SHARD, open_array, row_bytes
 from fpt_lightning.store.reader import BufferPool, ShardCache, ShardReader, shard_entries
 from fpt_lightning.store.specification import FeatureShape
 
@@ -35,8 +35,7 @@ def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str,
 
 def bytes_per_row(codec: str, shape: FeatureShape, image_size: int) -> int:
     """Stored bytes of one row, without Zarr's metadata."""
-    arrays = sample_arrays(codec, shape, image_size).values()
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in arrays) + RECORD_BYTES
+    return row_bytes(sample_arrays(codec, shape, image_size))
 
 
 class FeatureStore(StoreIndex):
