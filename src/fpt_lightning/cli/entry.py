@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from fpt_lightning.errors import FPTError
@@ -52,6 +53,8 @@ COMMANDS: dict[str, Command] = {
 }
 """By name, in the order of use."""
 
+_AUTO = Command("every method on stored features, compared on validation", "cli.auto:fit_all")  # fit --model auto
+
 _GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store holds, and damage of it"}
 
 
@@ -81,12 +84,18 @@ def _run(args: list[str]) -> None:
     called = named or [name for name in COMMANDS if name.split()[0] == first]  # of a group, such as datasets --help
     if not called:
         _parser().parse_args(args)  # prints help or version, or refuses what is no command
+    elif named == ["fit"] and _asks_auto(args):
+        _AUTO.load()(args)
     elif any(COMMANDS[name].source == _TRAINING for name in named):
         COMMANDS[first].load()(args)
     else:
         from jsonargparse import auto_cli
 
         auto_cli(_components(called), args=args, prog="fpt-lightning")
+
+
+def _asks_auto(args: Sequence[str]) -> bool:
+    return "--model=auto" in args or ("--model", "auto") in pairwise(args)
 
 
 def _components(names: Sequence[str]) -> dict[str, Any]:

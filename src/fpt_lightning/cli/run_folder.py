@@ -13,10 +13,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.errors import CheckpointError
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
 class RunLogger(CSVLogger):

@@ -11,10 +11,15 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
-from fpt_lightning.cli.run_folder import RunLogger, SaveRunConfig, WholeCheckpoints, checkpoint_callbacks
+from fpt_lightning.cli.run_folder import (
+    RunLogger,
+    SaveRunConfig,
+    WholeCheckpoints,
+    checkpoint_callbacks,
+    is_first_process,
+)
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
@@ -98,8 +103,7 @@ class CommandLine(LightningCLI):
             )
         self.checkpoint = None if path is None else read_checkpoint(path)
         folder = Path(self._get(self.config, "trainer").default_root_dir)
-        first = getattr(rank_zero_only, "rank", 0) in (0, None)
-        if first and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
+        if is_first_process() and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
             last = folder / "last.ckpt"
             raise ConfigurationError(
                 f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or "

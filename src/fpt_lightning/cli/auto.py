@@ -1,0 +1,287 @@
+"""``fit --model auto``: every method on stored features, at several learning rates; validation says which to use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from fpt_lightning.cli.run_folder import is_first_process
+from fpt_lightning.cli.training import CommandLine
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.comparison import Difference, compare
+from fpt_lightning.evaluation.estimates import Estimate, label, number
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.scores import evaluate
+from fpt_lightning.files import align, read_rows, without_nan, write_json, write_text
+from fpt_lightning.methods import METHODS
+from fpt_lightning.methods.tasks import make_task
+
+CANDIDATES = ("stored_linear", "attentive", "query_tokens", "fpt_plus")
+"""Methods that are tried, by name, the cheapest first: of equal ones the first is chosen."""
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""Tried with each."""
+
+
+def fit_all(args: Sequence[str]) -> None:
+    """Train every candidate, compare the best of each method on the validation images, and say which to use.
+
+    Each is a ``fit`` of the same configuration in a folder of its own below ``trainer.default_root_dir``, which also
+    gets ``choice.json`` and ``choice.txt``. The same command goes on where it was stopped.
+
+    Args:
+        args: of the command line, ``fit --config X --model auto``, with what else it may have.
+
+    Raises:
+        ConfigurationError: the folder holds runs of another configuration, or a run that would leave no checkpoint.
+    """
+    configuration = _Configuration(_arguments(args, "fpt_plus"))
+    root = Path(configuration.settings["trainer"]["default_root_dir"])
+    _claim(root / "auto.yaml", configuration)
+    runs = [Run(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
+    for i, run in enumerate(runs, 1):
+        if not run.finished:
+            rank_zero_info(f"\n{i} of {len(runs)}: {run.label}, learning rate {run.learning_rate:g}")
+            run.fit(args)
+    model = configuration.settings["model"]["init_args"]
+    metric, mode = make_task(model["task"], model["num_classes"]).MONITOR
+    best = [
+        max((run for run in runs if run.method == name), key=lambda run: run.score(metric, mode)) for name in CANDIDATES
+    ]
+    for run in best:
+        run.validate()
+    if is_first_process():
+        choice = choose(best, metric, mode)
+        write_json(root / "choice.json", choice.to_dict())
+        write_text(root / "choice.txt", choice.table() + "\n")
+        print(f"\n{choice.table()}\n\nThis is in {root / 'choice.txt'}, and choice.json beside it.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One candidate: a method at a learning rate.
+
+    Attributes:
+        folder: of the run.
+        method: by short name.
+        learning_rate: the highest.
+    """
+
+    folder: Path
+    method: str
+    learning_rate: float
+
+    @property
+    def label(self) -> str:
+        return METHODS[self.method].LABEL
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained, and tested at its best and its last epoch."""
+        path = self.folder / "metrics.json"
+        return path.is_file() and {"best", "last"} <= set(json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the best epoch."""
+        return self.folder / "best.ckpt"
+
+    def fit(self, args: Sequence[str]) -> None:
+        """Train it by the arguments of ``fit --model auto``, or go on with it."""
+        last = self.folder / "last.ckpt"
+        own = {"--trainer.default_root_dir": str(self.folder), "--model.learning_rate": f"{self.learning_rate:g}"}
+        if last.is_file():
+            own["--ckpt_path"] = str(last)
+        elif is_first_process() and self.folder.exists():
+            shutil.rmtree(self.folder)  # stopped in its first epoch
+        CommandLine([*_arguments(args, self.method), *(part for pair in own.items() for part in pair)])
+
+    def validate(self) -> None:
+        """Write the best epoch's predictions for the validation images, where they are missing."""
+        if not (self.folder / "validate" / "predictions.csv").is_file():
+            CommandLine(["validate", "--config", str(self.folder / "config.yaml"), "--ckpt_path", str(self.checkpoint)])
+
+    def score(self, metric: str, mode: str) -> float:
+        """The best epoch's validation metric, of which more is better."""
+        values = self.logged(f"val_{metric}")
+        return max(values) if mode == "max" else -min(values)
+
+    def logged(self, name: str) -> list[float]:
+        """A metric of every epoch that has it."""
+        return [float(row[name]) for row in read_rows(self.folder / "metrics.csv", "history") if row.get(name)]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A method at its best learning rate, and how it stands to the chosen one.
+
+    Attributes:
+        label: the method's name.
+        learning_rate: with the best validation.
+        checkpoint: of its best epoch.
+        validation: its metric on the validation images.
+        difference: its minus the chosen one's, paired; None for the chosen one.
+        epoch_seconds: median.
+        memory_mib: peak of training: live tensors on a CPU, reserved on CUDA.
+    """
+
+    label: str
+    learning_rate: float
+    checkpoint: str
+    validation: Estimate
+    difference: Difference | None
+    epoch_seconds: float
+    memory_mib: float
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval of the difference leaves 0 out."""
+        return self.difference is not None and not self.difference.low <= 0 <= self.difference.high
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the validation images say.
+
+    Attributes:
+        metric: that was compared.
+        basis: images, groups and resamples, in a sentence.
+        chosen: the method with the best value.
+        methods: all of them, in the order of ``CANDIDATES``.
+    """
+
+    metric: str
+    basis: str
+    chosen: Judged
+    methods: tuple[Judged, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain: dict[str, Any] = without_nan(asdict(self))
+        return plain
+
+    def table(self) -> str:
+        """For people: a row a method, and what to use."""
+        heads = ["method", "learning rate", f"validation {self.metric}", "minus the chosen", "s/epoch", "MiB"]
+        rows = [heads]
+        for each in self.methods:
+            d = each.difference
+            apart = "chosen" if d is None else f"{number(d.value, '+')} [{number(d.low, '+')}, {number(d.high, '+')}]"
+            cost = [f"{each.epoch_seconds:.3g}", f"{each.memory_mib:.1f}"]
+            rows.append([each.label, f"{each.learning_rate:g}", str(each.validation), apart, *cost])
+        return f"Validation: {self.basis}\n\n{align(rows)}\n\n{self.advice()}"
+
+    def advice(self) -> str:
+        """Which to use, why, and the command that does."""
+        chosen, metric = self.chosen, self.metric
+        equal = [each for each in self.methods if each.difference is not None and not each.told_apart]
+        lines = [f"Use {chosen.label}: the best validation {metric}, {chosen.validation}."]
+        if equal:
+            times = [f"{each.label} ({each.epoch_seconds / chosen.epoch_seconds:.2g} x its time)" for each in equal]
+            lines.append(f"These images do not tell it apart from {', '.join(times)}.")
+        else:
+            lines.append("It is told apart from all others.")
+        lines.append(
+            "Epoch, learning rate and method were chosen by these very images, so the values are optimistic; the test "
+            f"of the chosen one is in {Path(chosen.checkpoint).parent / 'report.html'}."
+        )
+        config = Path(chosen.checkpoint).with_name("config.yaml")
+        lines.append(
+            f"  fpt-lightning predict --config {config} --ckpt_path {chosen.checkpoint} --data.root new_images/"
+        )
+        return "\n".join(lines)
+
+
+def choose(runs: Sequence[Run], metric: str, mode: str) -> Choice:
+    """Compare runs by their predictions for the same validation images.
+
+    Args:
+        runs: one a method; of equal ones the first is chosen.
+        metric: of ``fpt_lightning.evaluation``, such as ``auc``.
+        mode: ``max`` where more is better, or ``min``.
+    """
+    predictions = [Predictions.read(run.folder / "validate" / "predictions.csv") for run in runs]
+    evaluations = [evaluate(each) for each in predictions]
+    values = [evaluation.overall[metric].value for evaluation in evaluations]
+    best = values.index(max(values) if mode == "max" else min(values))
+    judged = [
+        Judged(
+            run.label,
+            run.learning_rate,
+            str(run.checkpoint),
+            evaluations[i].overall[metric],
+            None if i == best else compare(predictions[best], predictions[i]).differences[metric],
+            median(run.logged("epoch_seconds")),
+            max([*run.logged("train_peak_live_mib"), *run.logged("train_peak_reserved_mib")]),
+        )
+        for i, run in enumerate(runs)
+    ]
+    name = label(metric, evaluations[best].specificity)
+    return Choice(name, evaluations[best].basis(), judged[best], tuple(judged))
+
+
+def _arguments(args: Sequence[str], method: str) -> list[str]:
+    """Those of ``fit --model auto`` for one method.
+
+    FPT+ stands in the place of ``auto``, so that arguments of its own may follow; another method at the end takes over
+    those that it has too.
+    """
+    fpt, own = METHODS["fpt_plus"].__name__, METHODS[method].__name__
+    joined = [f"--model={fpt}" if arg == "--model=auto" else arg for arg in args]
+    named = [fpt if pair == ("--model", "auto") else pair[1] for pair in zip(["", *joined], joined, strict=False)]
+    return [*named, "--model", own]
+
+
+class _Configuration(CommandLine):
+    """What a command line comes to, of which nothing is made or run.
+
+    Attributes:
+        settings: of ``fit``, as plain values.
+        text: the same as YAML.
+    """
+
+    def before_instantiate_classes(self) -> None:
+        self.settings = self.config["fit"].as_dict()
+        self.text = self._parser("fit").dump(self.config["fit"])
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def after_instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def _claim(path: Path, configuration: _Configuration) -> None:
+    """Write down whose runs the folder holds, or refuse to mix them with another configuration's.
+
+    Raises:
+        ConfigurationError: naming the folder and what differs, or a setting that leaves nothing to compare.
+    """
+    trainer = configuration.settings["trainer"]
+    if trainer["fast_dev_run"]:
+        raise ConfigurationError("trainer.fast_dev_run leaves no checkpoint: --model auto has nothing to compare.")
+    if configuration.settings["ckpt_path"] is not None:
+        raise ConfigurationError("--model auto goes on by itself where it was stopped: leave --ckpt_path out.")
+    if path.is_file() and (earlier := path.read_text(encoding="utf-8")) != configuration.text:
+        here, there = configuration.text.splitlines(), earlier.splitlines()
+        raise ConfigurationError(
+            f"{path.parent} holds runs of another configuration: give another --trainer.default_root_dir, or remove "
+            "the folder.\n  there: "
+            + "; ".join(line.strip() for line in there if line not in here)
+            + "\n  now: "
+            + "; ".join(line.strip() for line in here if line not in there)
+        )
+    if is_first_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, configuration.text)

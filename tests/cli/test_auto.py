@@ -1,0 +1,146 @@
+"""``fit --model auto``: all methods on one store, compared on the validation images; stopped runs go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from sklearn.metrics import roc_auc_score
+
+from commands import fails, run
+from fpt_lightning.cli import auto, entry
+from fpt_lightning.evaluation.predictions import Predictions
+
+METHODS = ("stored_linear", "fpt_plus")
+
+
+@pytest.fixture
+def command(config: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two methods at two rates, one epoch each."""
+    monkeypatch.setattr(auto, "CANDIDATES", METHODS)
+    monkeypatch.setattr(auto, "LEARNING_RATES", (1e-3, 1e-1))
+    return ["fit", "--config", str(config), "--model", "auto", "--model.prompts", "2", "--trainer.max_epochs", "1"]
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())["model"]
+    return content
+
+
+def validation_auc(folder: Path) -> float:
+    predictions = Predictions.read(folder / "validate" / "predictions.csv")
+    return float(np.mean([roc_auc_score(predictions.labels == c, predictions.scores[:, c]) for c in range(3)]))
+
+
+def test_every_method_is_trained_and_validation_chooses(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    run(*command)
+    said = capsys.readouterr().out
+    runs = {(method, rate): root / method / rate for method in METHODS for rate in ("0.001", "0.1")}
+    for (method, rate), folder in runs.items():
+        own = settings(folder)
+        assert own["class_path"].endswith(f".{auto.METHODS[method].__name__}")
+        assert own["init_args"]["learning_rate"] == float(rate)
+        assert own["init_args"]["encoder"] == "test_vit"
+        assert own["init_args"].get("prompts", 2) == 2  # an argument of FPT+ alone
+        assert {"best", "last"} == set(json.loads((folder / "metrics.json").read_text()))
+
+    choice = json.loads((root / "choice.json").read_text())
+    judged = {row["label"]: row for row in choice["methods"]}
+    assert list(judged) == ["Linear probing, stored", "FPT+"]
+    values = {}
+    for row in judged.values():
+        folder = Path(row["checkpoint"]).parent
+        values[row["label"]] = validation_auc(folder)
+        assert row["validation"]["value"] == pytest.approx(values[row["label"]])
+        others = [float(line["val_auc"]) for line in _history(folder.parent) if line["val_auc"]]
+        assert row["validation"]["value"] == pytest.approx(max(others))  # the better of the two rates
+    best = max(values, key=lambda name: values[name])
+    assert choice["chosen"] == judged[best]
+    assert judged[best]["difference"] is None
+    (other,) = set(values) - {best}
+    assert judged[other]["difference"]["value"] == pytest.approx(values[other] - values[best])
+    assert f"Use {best}" in said
+    assert (root / "choice.txt").read_text().strip() in said
+    run(*said.split("fpt-lightning ")[1].split("--data.root")[0].split())  # the command that is named
+
+
+def _history(folder: Path) -> list[dict[str, str]]:
+    return [row for path in folder.glob("*/metrics.csv") for row in csv.DictReader(path.open(newline=""))]
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    run(*command)
+    choice = (root / "choice.json").read_text()
+    untouched, stopped, begun = root / "fpt_plus/0.1", root / "fpt_plus/0.001", root / "stored_linear/0.1"
+    times = {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.is_file()}
+    (stopped / "metrics.json").unlink()  # trained, not tested
+    for path in begun.glob("*"):
+        if path.name != "config.yaml":  # stopped in its first epoch
+            path.unlink() if path.is_file() else None
+    (root / "choice.json").unlink()
+    capsys.readouterr()
+    run(*command)
+    assert {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.is_file()} == times
+    assert {"best", "last"} == set(json.loads((stopped / "metrics.json").read_text()))
+    again = json.loads((root / "choice.json").read_text())
+    for row, earlier in zip(again["methods"], json.loads(choice)["methods"], strict=True):
+        assert row["validation"] == earlier["validation"]
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "trainer.fast_dev_run" in fails(capsys, *command, "--trainer.fast_dev_run", "true")
+    assert "leave --ckpt_path out" in fails(capsys, *command, "--ckpt_path", "x.ckpt")
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "auto.yaml").write_text("data: of another\n")
+    message = fails(capsys, *command)
+    assert "holds runs of another configuration" in message
+    assert "there: data: of another" in message
+    assert [path.name for path in root.iterdir()] == ["auto.yaml"]
+
+
+def test_only_the_model_can_be_auto() -> None:
+    assert entry._asks_auto(["fit", "--model", "auto"])
+    assert entry._asks_auto(["fit", "--model=auto"])
+    assert not entry._asks_auto(["fit", "--model", "FPTPlusModule", "--trainer.accelerator", "auto"])
+
+
+@pytest.mark.parametrize(("mode", "chosen"), [("min", "FPT+"), ("max", "Linear probing, stored")])
+def test_more_or_less_may_be_better(mode: str, chosen: str, tmp_path: Path) -> None:
+    truth = np.arange(40.0)
+    runs = []
+    for method, error in {"stored_linear": 5.0, "attentive": 5.0, "fpt_plus": 1.0}.items():
+        folder = tmp_path / method
+        (folder / "validate").mkdir(parents=True)
+        ids = tuple(f"{i:02d}" for i in range(40))
+        noise = error * np.where(np.arange(40) % 2, 1, -1)
+        Predictions("regression", ids, truth, truth + noise, ()).write(folder / "validate/predictions.csv")
+        (folder / "metrics.csv").write_text(
+            f"epoch,val_mae,epoch_seconds,train_peak_live_mib\n0,{error},2,\n1,{error + 1},4,9\n"
+        )
+        runs.append(auto.Run(folder, method, 1e-3))
+    choice = auto.choose(runs, "mae", mode)
+    assert choice.chosen.label == chosen
+    assert [run.score("mae", "min") for run in runs] == [-5, -5, -1]
+    assert (choice.chosen.epoch_seconds, choice.chosen.memory_mib) == (3, 9)
+    differences = {each.label: each.difference for each in choice.methods}
+    assert differences.pop(chosen) is None
+    table = choice.table()
+    if mode == "min":
+        assert [d.value for d in differences.values() if d] == pytest.approx([4, 4])
+        assert "told apart from all others" in table
+    else:  # two that are equal: the first is chosen, the second is named
+        assert "do not tell it apart from Attentive probing, stored (1 x its time)" in table
