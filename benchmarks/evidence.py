@@ -5,8 +5,10 @@
 ``DIR/labels.csv`` has the columns ``image``, ``grade``, ``maculopathy`` and ``patient`` (fundus photographs with grades
 of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
 the next one validates; learning rate and weight decay are chosen for each fold by its validation images with seed 0,
-and so is the epoch. The folds' test predictions are pooled, metrics are averaged over the seeds, and intervals and
-differences to FPT+ are of resamples of patients.
+and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate. The
+folds' test predictions are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of
+resamples of patients. The last row takes for each fold and seed the method with the best validation, as
+``fit --model auto`` does.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` may run at once. Writes ``{out}/{task}.json`` after each method, and with ``--write``
@@ -16,9 +18,8 @@ them with other ``--tasks`` may run at once. Writes ``{out}/{task}.json`` after 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -37,18 +38,45 @@ from fpt_lightning.planning.memory import build_on_meta
 from fpt_lightning.store.index import StoreIndex
 
 ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "stored_linear": ("stored_linear", {}),
-    "attentive": ("attentive", {}),
-    "query_tokens": ("query_tokens", {}),
-    "fpt_plus": ("fpt_plus", {"side_resolution": 126}),  # a multiple of the patch size
-    "fpt_plus_prompt_head": ("fpt_plus", {"side_resolution": 126, "prompt_head": True}),
-    "fpt": ("fpt", {"side_resolution": 224}),
+SIDE = {"side_resolution": 126}  # a multiple of the patch size
+BOTH = {"test_time_mirroring": True}
+
+
+class Entry(NamedTuple):
+    """A row of the tables.
+
+    Attributes:
+        method: by short name.
+        label: for people.
+        model: options of the method.
+        mirrored: whether the store has mirror images too.
+    """
+
+    method: str
+    label: str
+    model: Mapping[str, Any] = {}
+    mirrored: bool = False
+
+
+ROWS = {
+    "stored_linear": Entry("stored_linear", "Linear probing, stored"),
+    "attentive": Entry("attentive", "Attentive probing, stored"),
+    "query_tokens": Entry("query_tokens", "Query tokens, stored"),
+    "fpt_plus": Entry("fpt_plus", "FPT+", SIDE),
+    "fpt_plus_prompt_head": Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True}),
+    "query_tokens_mirrored": Entry("query_tokens", "Query tokens, mirror images too", BOTH, True),
+    "fpt_plus_mirrored": Entry(
+        "fpt_plus", "FPT+ with a prompt head, mirror images too", {**SIDE, **BOTH, "prompt_head": True}, True
+    ),
+    "fpt": Entry("fpt", "FPT", {"side_resolution": 224}),
 }
-"""What is compared: a method and its options, by name."""
-LABELS = {"fpt_plus_prompt_head": "FPT+ with a prompt head"}
+"""What is compared, by name."""
 FOLDS = 5
 REFERENCE = "fpt_plus"
+AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
+"""Among which ``fit --model auto`` chooses."""
+HIGHER = (3e-2, 1e-1)
+"""Learning rates that are tried one after the other while the highest so far is the best."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +141,8 @@ class Protocol:
         resolution: of the encoder's images in pixels.
         seeds: of each fold, counted from 0.
         epochs: of each cell.
-        grid: pairs of learning rate and weight decay.
+        rates: learning rates, ascending.
+        decays: weight decays; the others are tried at the rate that is best with the first.
     """
 
     weights: Path
@@ -122,7 +151,8 @@ class Protocol:
     resolution: int
     seeds: int
     epochs: int
-    grid: tuple[tuple[float, float], ...]
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
 
     def cell(self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int) -> Cell:
         task = TASKS[name]
@@ -134,7 +164,7 @@ class Protocol:
             "pretrained": str(self.weights),
             "learning_rate": pair[0],
             "weight_decay": pair[1],
-            **ROWS[method][1],
+            **ROWS[method].model,
         }
         data = {
             "root": str(self.roots[task.data]),
@@ -144,6 +174,7 @@ class Protocol:
             "fold": fold,
             "folds": FOLDS,
             "store": str(self.store(task, method)),
+            **({"mirrored": True} if ROWS[method].mirrored else {}),
             "resolution": self.resolution,
             "mean": MEAN,
             "std": STD,
@@ -153,15 +184,18 @@ class Protocol:
         config = {
             "seed_everything": seed,
             "trainer": {**trainer, "default_root_dir": str(folder / f"seed{seed}")},
-            "model": {"class_path": f"fpt_lightning.methods.{METHODS[ROWS[method][0]].__name__}", "init_args": model},
+            "model": {
+                "class_path": f"fpt_lightning.methods.{METHODS[ROWS[method].method].__name__}",
+                "init_args": model,
+            },
             "data": {"class_path": "PreloadedFeatureDataModule", "init_args": data},
         }
         return Cell(folder / f"seed{seed}", config, preloads=True)
 
     def store(self, task: Task, method: str) -> Path:
         """One for all tasks of a data set; FPT taps every block, and so has its own."""
-        layers = "-all-layers" if method == "fpt" else ""
-        return self.out / "stores" / f"{task.data}{self.resolution}{layers}.zarr"
+        kind = "-all-layers" if method == "fpt" else "-mirrored" if ROWS[method].mirrored else ""
+        return self.out / "stores" / f"{task.data}{self.resolution}{kind}.zarr"
 
     def manifest(self, name: str) -> Path:
         """The task's own, written where it is missing."""
@@ -175,15 +209,23 @@ class Protocol:
 
     def chosen(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
         """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished."""
-        found = {}
-        for pair in self.grid:
-            cell = self.cell(name, method, fold, pair, 0)
-            if run:
-                _run(cell)
-            if not cell.finished:
-                return None
-            found[pair] = max(cell.logged(f"val_{TASKS[name].monitor}"))
-        return max(self.grid, key=lambda pair: found[pair])
+        found: dict[tuple[float, float], float] = {}
+
+        def best(pairs: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
+            for pair in pairs:
+                cell = self.cell(name, method, fold, pair, 0)
+                if run:
+                    _run(cell)
+                if not cell.finished:
+                    return None
+                found[pair] = max(cell.logged(f"val_{TASKS[name].monitor}"))
+            return max(found, key=lambda pair: found[pair])
+
+        chosen = best((rate, self.decays[0]) for rate in self.rates)
+        for higher in HIGHER:
+            if chosen is not None and chosen[0] == max(rate for rate, _ in found) < higher:
+                chosen = best([(higher, self.decays[0])])
+        return None if chosen is None else best((chosen[0], decay) for decay in self.decays[1:])
 
     def cells(self, name: str, method: str, run: bool = False) -> list[list[Cell]] | None:
         """Of each seed the cells of all folds, with the chosen pairs; None where one is not finished."""
@@ -257,6 +299,8 @@ def resampled(seeds: Sequence[Pooled], weights: NDArray[np.float64]) -> dict[str
 def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
     """What the finished methods of a task come to, by method."""
     finished = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
+    if set(AUTO) <= set(finished):
+        finished["auto"] = by_validation([finished[method] for method in AUTO], TASKS[name].monitor)
     seeds = {
         method: [pool([Predictions.read(cell.folder / "predictions.csv") for cell in folds]) for folds in cells]
         for method, cells in finished.items()
@@ -273,13 +317,27 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
         spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
     return {
         method: {
-            **_cost(protocol, name, method, cells),
+            **(_cost(protocol, name, method, cells) if method in ROWS else {"label": "`--model auto`"}),
             **{metric: _estimate(value, spread, method, metric) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
             "chosen": [dict(zip(("learning_rate", "weight_decay"), pair, strict=True)) for pair in _pairs(cells)],
         }
         for method, cells in finished.items()
     }
+
+
+def by_validation(methods: Sequence[Sequence[Sequence[Cell]]], monitor: str) -> list[list[Cell]]:
+    """Of each seed and fold the cell of the method with the best validation, of equal ones the first.
+
+    Args:
+        methods: each one's cells by seed and fold.
+        monitor: the metric whose largest value counts.
+    """
+    seeds = zip(*methods, strict=True)
+    return [
+        [max(cells, key=lambda cell: max(cell.logged(f"val_{monitor}"))) for cells in zip(*folds, strict=True)]
+        for folds in seeds
+    ]
 
 
 def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str) -> dict[str, Any]:
@@ -306,11 +364,11 @@ def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[C
     runs = [cell.result() for folds in cells for cell in folds]
     config = cells[0][0].config["model"]["init_args"]
     module = build_on_meta(
-        lambda: METHODS[ROWS[method][0]](**{**config, "pretrained": False}),
+        lambda: METHODS[ROWS[method].method](**{**config, "pretrained": False}),
         (protocol.resolution, protocol.resolution),
     )
     return {
-        "label": LABELS.get(method, METHODS[ROWS[method][0]].LABEL),
+        "label": ROWS[method].label,
         "learnable_parameters": module.learnable_parameters,
         "learnable_ratio": module.learnable_ratio,
         "memory_mib": max(max(run["memory_mib"].values()) for run in runs),
@@ -328,7 +386,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
     for row in found.values():
-        cells = [row["label"], f"{100 * row['learnable_ratio']:.3g}"]
+        cells = [row["label"], f"{100 * row['learnable_ratio']:.3g}" if "learnable_ratio" in row else ""]
         for metric in metrics:
             e, d = row[metric], row[metric].get("difference")
             cells.append(f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]")
@@ -336,7 +394,10 @@ def table(name: str, found: Mapping[str, Any]) -> str:
                 "" if d is None else f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
             )
         cells.append(", ".join(f"{100 * value:.1f}" for value in row["auc_of_seeds"]))
-        cells += [f"{row['memory_mib']:.1f}", f"{row['epoch_seconds']:.2g}", f"{row['stored_bytes'] / 1e6:.2f}"]
+        if "memory_mib" in row:
+            cells += [f"{row['memory_mib']:.1f}", f"{row['epoch_seconds']:.2g}", f"{row['stored_bytes'] / 1e6:.2f}"]
+        else:
+            cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
 
@@ -345,17 +406,19 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     """All tables of a data set."""
     machine = environment()["machine"]
     place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
-    pairs = ", ".join(f"{rate:g} and {decay:g}" for rate, decay in protocol.grid)
+    rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
+    higher = ", ".join(f"{rate:g}" for rate in HIGHER)
+    decays = ", ".join(f"{decay:g}" for decay in protocol.decays)
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
         f"each tests once and the next validates; {protocol.seeds} seeds; {protocol.epochs} epochs, of which the best "
-        f"by validation counts; for each fold the pair of learning rate and weight decay with the best validation "
-        f"of {pairs}. AUC and kappa are of the pooled predictions, which have models of several scales, and "
-        "beside them the mean of the folds' own AUC; all are means over the seeds, with intervals of 2,000 resamples "
-        f"of patients, paired for differences. MiB of live tensors in training. {place}; other work ran beside it, so "
-        "seconds are upper bounds."
+        f"by validation counts; for each fold the learning rate with the best validation of {rates}, and of {higher} "
+        f"while the highest is the best; weight decay {decays}. AUC and kappa are of the pooled predictions, which "
+        "have models of several scales, and beside them the mean of the folds' own AUC; all are means over the seeds, "
+        "with intervals of 2,000 resamples of patients, paired for differences. MiB of live tensors in training. "
+        f"{place}; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
     return "\n\n".join([text, *tables]) + "\n"
@@ -369,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chest", type=Path, required=True, help="folder of the chest X-rays")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is run")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=[name for name in ROWS if name != "fpt"], choices=list(ROWS))
+    parser.add_argument("--methods", nargs="+", default=list(AUTO), choices=list(ROWS))
     parser.add_argument("--resolution", type=int, default=448)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
@@ -384,7 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.resolution,
         args.seeds,
         args.epochs,
-        tuple(product(args.learning_rates, args.weight_decays)),
+        tuple(args.learning_rates),
+        tuple(args.weight_decays),
     )
     if not args.write:
         for name in args.tasks:

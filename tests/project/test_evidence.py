@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,19 +21,29 @@ from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
 from small import SPECIFICATION, write_images
 
-Run = Callable[..., dict[str, Any]]
+Main = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     """``main`` on 40 images of 20 patients, three folds, one seed, one epoch; what it wrote."""
     root = write_images(tmp_path / "fundus", {"images": 40})
     listed = [[f"images/{i:03d}.png", i // 2 % 5, i // 2 % 2, f"p{i // 2}"] for i in range(40)]
     with (root / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *listed])
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
-    rows = {"stored_linear": ("stored_linear", {}), "fpt_plus": ("fpt_plus", {"side_resolution": 32})}
-    small = {"ENCODER": "test_vit", "ROWS": rows, "FOLDS": 3, "RESULTS": tmp_path}
+    rows = {
+        "stored_linear": evidence.Entry("stored_linear", "linear"),
+        "fpt_plus": evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32}),
+    }
+    small = {
+        "AUTO": tuple(rows),
+        "HIGHER": (3e-2,),
+        "ENCODER": "test_vit",
+        "ROWS": rows,
+        "FOLDS": 3,
+        "RESULTS": tmp_path,
+    }
     for name, value in small.items():
         monkeypatch.setattr(evidence, name, value)
     monkeypatch.setattr("environment.RESULTS", tmp_path)
@@ -49,12 +59,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run("--methods", "stored_linear", "fpt_plus")
-    assert list(found) == ["stored_linear", "fpt_plus"]
+    assert list(found) == ["stored_linear", "fpt_plus", "auto"]
     chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
     assert len(chosen) == 3
-    assert set(chosen) <= {1e-3, 1e-2}
+    for fold, rate in enumerate(chosen, 1):
+        tried = {path.name for path in (tmp_path / f"out/fundus_grade-64/fpt_plus/fold{fold}").iterdir()}
+        assert tried - {"lr0.03-wd0.1"} == {"lr0.001-wd0.1", "lr0.01-wd0.1"}
+        assert f"lr{rate:g}-wd0.1" in tried
     for metric in ("auc", "fold_auc", "kappa"):
         difference = found["stored_linear"][metric]["difference"]
         values = {name: row[metric]["value"] for name, row in found.items()}
@@ -72,6 +85,41 @@ def test_tables_of_pooled_folds(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "40 images of 20 patients" in table
     assert table.count("\n| FPT+ |") == 1
     assert json.loads((tmp_path / "evidence_fundus_64.json").read_text())["tasks"]["fundus_grade"] == found
+
+
+class Run(NamedTuple):
+    """A cell that was run."""
+
+    best: float
+    finished: bool = True
+
+    def logged(self, name: str) -> list[float]:
+        return [self.best - 0.1, self.best]
+
+
+PROTOCOL = evidence.Protocol(Path("w"), {}, Path("o"), 448, 1, 1, (1e-3, 1e-2), (0.1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [
+        ({(1e-3, 0.1): 0.8, (1e-2, 0.1): 0.7, (1e-3, 1.0): 0.6}, (1e-3, 0.1)),
+        ({(1e-3, 0.1): 0.8, (1e-2, 0.1): 0.7, (1e-3, 1.0): 0.9}, (1e-3, 1.0)),  # the other decay
+        ({(1e-3, 0.1): 0.6, (1e-2, 0.1): 0.7, (3e-2, 0.1): 0.65, (1e-2, 1.0): 0.1}, (1e-2, 0.1)),  # one more is worse
+        ({(1e-3, 0.1): 0.6, (1e-2, 0.1): 0.7, (3e-2, 0.1): 0.8, (1e-1, 0.1): 0.9, (1e-1, 1.0): 0.1}, (1e-1, 0.1)),
+        ({(1e-3, 0.1): 0.7, (1e-2, 0.1): 0.7, (1e-3, 1.0): 0.7}, (1e-3, 0.1)),  # of equal ones the first
+    ],
+)
+def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
+    values: dict[tuple[float, float], float], chosen: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence.Protocol, "cell", lambda self, name, method, fold, pair, seed: Run(values[pair]))
+    assert PROTOCOL.chosen("fundus_referable", "fpt_plus", 1, run=False) == chosen  # nothing else is asked for
+
+
+def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
+    one, other = [Run(0.7), Run(0.8)], [Run(0.9), Run(0.8)]
+    assert evidence.by_validation([[one], [other]], "auc") == [[other[0], one[1]]]
 
 
 def predictions(scores: list[float], ids: str = "abcd") -> evidence.Predictions:

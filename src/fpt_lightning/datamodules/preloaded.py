@@ -169,4 +169,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
         inputs = sorted(stored) if self.explained is None else [*sorted(stored), "indices"]
         samples, arrays = self.labelled.split(split), self.store.arrays_of(inputs)
         seed = self.seed if spec.mirrored and augmentation != "none" else None
-        return StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed)
+        both = split != "train" and bool(self._declared("test_time_mirroring"))
+        if both and not spec.mirrored:
+            raise ConfigurationError(
+                f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
+                "with data.mirrored true."
+            )
+        return StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed, both)

@@ -32,6 +32,7 @@ class Batch(TypedDict, total=False):
         value_scales: like those of the keys.
         indices: of the tokens that features are of (B, L, H, T), int32; from a store, where they are explained.
         pooled: pooled features (B, D), fp32.
+        mirrored: what the store has of the mirror images, where the model evaluates them too: the same as above.
         images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
             where they stand in for stored features that have yet to be computed.
     """
@@ -44,6 +45,7 @@ class Batch(TypedDict, total=False):
     value_scales: Tensor
     indices: Tensor
     pooled: Tensor
+    mirrored: dict[str, Tensor]
     images: Tensor
 
 
@@ -148,7 +150,7 @@ class ImageSamples(Samples):
 
 
 class StoredSamples(Samples):
-    """Samples read from a feature store."""
+    """Samples read from a feature store: of one view drawn by ``mirror_seed``, of the image, or of both views."""
 
     def __init__(
         self,
@@ -158,16 +160,22 @@ class StoredSamples(Samples):
         store: FeatureStore,
         arrays: Sequence[str],
         mirror_seed: int | None,
+        both: bool = False,
     ) -> None:
         super().__init__(manifest, samples, side_views)
-        self.store, self.arrays, self.mirror_seed = store, arrays, mirror_seed
+        self.store, self.arrays, self.mirror_seed, self.both = store, arrays, mirror_seed, both
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
         rows = [self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, keys, strict=True)]
-        batch: dict[str, Tensor] = {name: torch.from_numpy(self.store.read(rows, name)) for name in self.arrays}
+        batch: dict[str, Any] = self._read(rows)
+        if self.both:
+            batch["mirrored"] = self._read([row + 1 for row in rows])
         if self.side_views is not None:
             batch["side_images"] = self.side_views.draw(self.store.read(rows, "images"), keys)
         return cast(Batch, batch)
+
+    def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(self.store.read(rows, name)) for name in self.arrays}
 
     def _mirrored(self, key: tuple[int, int]) -> bool:
         """Whether the mirror image is drawn."""

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         return (scores,) if self.fusion is None else (scores, self._attention(self.fusion, encoded))
 
     def _scores(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.module.scores(self.module(batch).float())
+        return self.module.scores(self.module.evaluated(batch))
 
     def _attention(self, fusion: Fusion, encoded: Encoded) -> Tensor:
         paid = prompt_attention(fusion, Features(encoded.features))

@@ -87,7 +87,7 @@ class Predictor:
         with torch.inference_mode():
             for some in parts(len(ids), self.batch_size):
                 pixels = [self._read(id, pictures[id]) for id in ids[some]]
-                scores += self.module.scores(self.module(self._batch(pixels)).float()).tolist()
+                scores += self.module.scores(self.module.evaluated(self._batch(pixels))).tolist()
         unknown: Any = {
             "single-label": UNLABELLED,
             "multi-label": [math.nan] * self.module.num_classes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from zlib import crc32
 
 import lightning as L
@@ -111,8 +111,8 @@ class ExplanationWriter(L.Callback):
             predicted = scores.argmax(-1, keepdim=True)
 
             def score(features: Features) -> Tensor:
-                changed = pl_module.predict_step({**batch, **features._asdict()}, batch_idx)
-                return cast(Tensor, changed["scores"].gather(-1, predicted)[:, 0])
+                changed = pl_module.scores(pl_module({**batch, **features._asdict()}).float())  # of this view alone
+                return changed.gather(-1, predicted)[:, 0]
 
             seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
             found = looking.deletion_curves(score, features, attention, seeds)

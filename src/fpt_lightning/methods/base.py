@@ -20,6 +20,8 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods.tasks import TaskName, Weights, make_task
 from fpt_lightning.methods.trained import TrainedModule
 
+_OF_IMAGES = ("features", "key_scales", "value_scales", "indices", "pooled")
+
 
 def from_all_processes(rows: list[Any]) -> list[Any]:
     """The rows (id, ...) of every process, in ascending order of ids."""
@@ -28,6 +30,25 @@ def from_all_processes(rows: list[Any]) -> list[Any]:
         torch.distributed.all_gather_object(everyone, rows)
         rows = [row for process in everyone for row in process]
     return sorted(rows, key=lambda row: str(row[0]))
+
+
+def mirrored(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``fpt_lightning.datamodules.samples.Batch`` of the mirror images.
+
+    Images are flipped; features are those that a mirrored store gave along, or those of the flipped images.
+
+    Raises:
+        ConfigurationError: stored features without those of the mirror images.
+    """
+    flipped = {name: value.flip(-1) if name in ("images", "side_images") else value for name, value in batch.items()}
+    if "mirrored" in batch:
+        return {**flipped, **batch["mirrored"]}
+    if "images" not in batch:
+        raise ConfigurationError(
+            "model.test_time_mirroring is true, but the stored features are without those of the mirror images: make "
+            "the store with data.mirrored true."
+        )
+    return {name: value for name, value in flipped.items() if name not in _OF_IMAGES}
 
 
 def initialise_head(head: nn.Linear) -> nn.Linear:
@@ -58,6 +79,8 @@ class ClassificationModule(TrainedModule, ABC):
         label_smoothing: of the cross-entropy, in [0, 1).
         temperature_scaling: whether probabilities in test and prediction are calibrated by a temperature that is fitted
             to the validation images (``fpt_lightning.evaluation.calibration.fit_temperature``).
+        test_time_mirroring: whether validation, test and prediction take the mean logits of an image and of its mirror
+            image; with stored features ``data.mirrored`` must be true. Not in the paper.
 
     Raises:
         ConfigurationError: values that cannot work.
@@ -86,6 +109,7 @@ class ClassificationModule(TrainedModule, ABC):
         label_smoothing: float = 0.0,
         task: TaskName = "multiclass",
         temperature_scaling: bool = False,
+        test_time_mirroring: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -97,7 +121,7 @@ class ClassificationModule(TrainedModule, ABC):
             raise ConfigurationError(
                 "model.temperature_scaling is true, which is for probabilities, not for regression."
             )
-        self.temperature_scaling = temperature_scaling
+        self.temperature_scaling, self.test_time_mirroring = temperature_scaling, test_time_mirroring
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()  # over images, of however many processes
@@ -141,10 +165,19 @@ class ClassificationModule(TrainedModule, ABC):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
-        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.scores(self(batch).float())}
+        return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.scores(self.evaluated(batch))}
+
+    def evaluated(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits (B, ``task.outputs``) as evaluation takes them, fp32: of one view, or the mean of two.
+
+        Raises:
+            ConfigurationError: ``test_time_mirroring`` with stored features that have no mirror images.
+        """
+        logits: Tensor = self(batch).float()
+        return (logits + self(mirrored(batch)).float()) / 2 if self.test_time_mirroring else logits
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
-        logits, labels = self(batch).float(), self.own_labels(batch["labels"])
+        logits, labels = self.evaluated(batch), self.own_labels(batch["labels"])
         scores = self.scores(logits)
         if stage == "val":
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
