@@ -34,6 +34,7 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampled_weights
 from fpt_lightning.files import Row, read_rows, write_json, write_rows
 from fpt_lightning.methods import METHODS
+from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.planning.memory import build_on_meta
 from fpt_lightning.store.index import StoreIndex
 
@@ -50,12 +51,21 @@ class Entry(NamedTuple):
         label: for people.
         model: options of the method.
         mirrored: whether the store has mirror images too.
+        rate: the only learning rate, of methods with the encoder inside, which take too long for a search.
+        epochs: fewer than the others', likewise.
     """
 
     method: str
     label: str
     model: Mapping[str, Any] = {}
     mirrored: bool = False
+    rate: float | None = None
+    epochs: int | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the method learns from a store."""
+        return issubclass(METHODS[self.method], FeatureModule)
 
 
 ROWS = {
@@ -69,6 +79,11 @@ ROWS = {
         "fpt_plus", "FPT+ with a prompt head, mirror images too", {**SIDE, **BOTH, "prompt_head": True}, True
     ),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}),
+    "linear": Entry("linear", "Linear probing, augmented", rate=3e-3, epochs=5),
+    "bitfit": Entry("bitfit", "BitFit", rate=1e-3, epochs=5),
+    "adapter": Entry("adapter", "Adapter", rate=1e-3, epochs=5),
+    "lora": Entry("lora", "LoRA", rate=1e-3, epochs=5),
+    "full": Entry("full", "Full fine-tuning", rate=3e-5, epochs=5),
 }
 """What is compared, by name."""
 FOLDS = 5
@@ -139,6 +154,7 @@ class Protocol:
         roots: folders of the data sets, by name.
         out: folder of cells, stores and manifests.
         resolution: of the encoder's images in pixels.
+        folds: that are run, of 1 to ``FOLDS``.
         seeds: of each fold, counted from 0.
         epochs: of each cell.
         rates: learning rates, ascending.
@@ -149,13 +165,14 @@ class Protocol:
     roots: Mapping[str, Path]
     out: Path
     resolution: int
+    folds: tuple[int, ...]
     seeds: int
     epochs: int
     rates: tuple[float, ...]
     decays: tuple[float, ...]
 
     def cell(self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int) -> Cell:
-        task = TASKS[name]
+        task, entry = TASKS[name], ROWS[method]
         folder = self.out / f"{name}-{self.resolution}" / method / f"fold{fold}" / f"lr{pair[0]:g}-wd{pair[1]:g}"
         model = {
             "num_classes": len(task.classes),
@@ -164,33 +181,33 @@ class Protocol:
             "pretrained": str(self.weights),
             "learning_rate": pair[0],
             "weight_decay": pair[1],
-            **ROWS[method].model,
+            **entry.model,
         }
-        data = {
+        data: dict[str, Any] = {
             "root": str(self.roots[task.data]),
             "manifest": str(self.manifest(name)),
             "group_column": "patient",
             "classes": list(task.classes),
             "fold": fold,
             "folds": FOLDS,
-            "store": str(self.store(task, method)),
-            **({"mirrored": True} if ROWS[method].mirrored else {}),
             "resolution": self.resolution,
             "mean": MEAN,
             "std": STD,
-            "in_memory": True,
         }
-        trainer = {"accelerator": "auto", "devices": 1, "max_epochs": self.epochs, "enable_progress_bar": False}
+        if entry.stored:
+            data |= {"store": str(self.store(task, method)), "in_memory": True}
+        if entry.mirrored:
+            data["mirrored"] = True
+        epochs = entry.epochs or self.epochs
+        trainer = {"accelerator": "auto", "devices": 1, "max_epochs": epochs, "enable_progress_bar": False}
+        module = "PreloadedFeatureDataModule" if entry.stored else "ImageDataModule"
         config = {
             "seed_everything": seed,
             "trainer": {**trainer, "default_root_dir": str(folder / f"seed{seed}")},
-            "model": {
-                "class_path": f"fpt_lightning.methods.{METHODS[ROWS[method].method].__name__}",
-                "init_args": model,
-            },
-            "data": {"class_path": "PreloadedFeatureDataModule", "init_args": data},
+            "model": {"class_path": f"fpt_lightning.methods.{METHODS[entry.method].__name__}", "init_args": model},
+            "data": {"class_path": module, "init_args": data},
         }
-        return Cell(folder / f"seed{seed}", config, preloads=True)
+        return Cell(folder / f"seed{seed}", config, preloads=entry.stored)
 
     def store(self, task: Task, method: str) -> Path:
         """One for all tasks of a data set; FPT taps every block, and so has its own."""
@@ -221,6 +238,9 @@ class Protocol:
                 found[pair] = max(cell.logged(f"val_{TASKS[name].monitor}"))
             return max(found, key=lambda pair: found[pair])
 
+        rate = ROWS[method].rate
+        if rate is not None:
+            return best([(rate, self.decays[0])])
         chosen = best((rate, self.decays[0]) for rate in self.rates)
         for higher in HIGHER:
             if chosen is not None and chosen[0] == max(rate for rate, _ in found) < higher:
@@ -230,7 +250,7 @@ class Protocol:
     def cells(self, name: str, method: str, run: bool = False) -> list[list[Cell]] | None:
         """Of each seed the cells of all folds, with the chosen pairs; None where one is not finished."""
         seeds: list[list[Cell]] = [[] for _ in range(self.seeds)]
-        for fold in range(1, FOLDS + 1):
+        for fold in self.folds:
             pair = self.chosen(name, method, fold, run)
             if pair is None:
                 return None
@@ -368,13 +388,22 @@ def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[C
         (protocol.resolution, protocol.resolution),
     )
     return {
-        "label": ROWS[method].label,
+        "label": ROWS[method].label + (f" ({ROWS[method].epochs} epochs)" if ROWS[method].epochs else ""),
         "learnable_parameters": module.learnable_parameters,
         "learnable_ratio": module.learnable_ratio,
         "memory_mib": max(max(run["memory_mib"].values()) for run in runs),
         "epoch_seconds": median(run["epoch_seconds"] for run in runs),
-        "stored_bytes": StoreIndex.open(str(protocol.store(TASKS[name], method))).bytes_per_row,
+        "epochs": cells[0][0].config["trainer"]["max_epochs"],
+        "stored_bytes": _stored_bytes(protocol, name, method),
     }
+
+
+def _stored_bytes(protocol: Protocol, name: str, method: str) -> int:
+    """Of an image, its mirror image included; 0 of methods without a store."""
+    if not ROWS[method].stored:
+        return 0
+    index = StoreIndex.open(str(protocol.store(TASKS[name], method)))
+    return index.bytes_per_row * index.views
 
 
 def table(name: str, found: Mapping[str, Any]) -> str:
@@ -409,16 +438,17 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
     higher = ", ".join(f"{rate:g}" for rate in HIGHER)
     decays = ", ".join(f"{decay:g}" for decay in protocol.decays)
+    only = "" if len(protocol.folds) == FOLDS else f" (here alone: {', '.join(map(str, protocol.folds))})"
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
-        f"each tests once and the next validates; {protocol.seeds} seeds; {protocol.epochs} epochs, of which the best "
-        f"by validation counts; for each fold the learning rate with the best validation of {rates}, and of {higher} "
-        f"while the highest is the best; weight decay {decays}. AUC and kappa are of the pooled predictions, which "
-        "have models of several scales, and beside them the mean of the folds' own AUC; all are means over the seeds, "
-        "with intervals of 2,000 resamples of patients, paired for differences. MiB of live tensors in training. "
-        f"{place}; other work ran beside it, so seconds are upper bounds."
+        f"each tests once and the next validates{only}; {protocol.seeds} seeds; {protocol.epochs} epochs, of which "
+        f"the best by validation counts; for each fold the learning rate with the best validation of {rates}, and of "
+        f"{higher} while the highest is the best; weight decay {decays}. AUC and kappa are of the pooled predictions, "
+        "which have models of several scales, and beside them the mean of the folds' own AUC; all are means over the "
+        "seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live tensors in "
+        f"training. {place}; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
     return "\n\n".join([text, *tables]) + "\n"
@@ -434,6 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(AUTO), choices=list(ROWS))
     parser.add_argument("--resolution", type=int, default=448)
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(1, FOLDS + 1)))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
@@ -445,22 +476,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()},
         args.out.absolute(),
         args.resolution,
+        tuple(args.folds),
         args.seeds,
         args.epochs,
         tuple(args.learning_rates),
         tuple(args.weight_decays),
     )
+    some = "" if len(args.folds) == FOLDS else "_fold" + "".join(map(str, args.folds))
     if not args.write:
         for name in args.tasks:
             for method in args.methods:
                 protocol.cells(name, method, run=True)
-                write_json(args.out / f"{name}-{args.resolution}.json", results(protocol, name, args.methods))
+                write_json(args.out / f"{name}-{args.resolution}{some}.json", results(protocol, name, args.methods))
         return
     found = {name: results(protocol, name, args.methods) for name in args.tasks}
     for data in ("fundus", "chest"):
         own = {name: rows for name, rows in found.items() if rows and TASKS[name].data == data}
         if own:
-            name = f"evidence_{data}_{args.resolution}"
+            name = f"evidence_{data}_{args.resolution}{some}"
             path = write_result(name, {"resolution": args.resolution, "tasks": own})
             (RESULTS / f"{name}.md").write_text(report(protocol, own, data))
             print(f"results are in {path}, and .md beside it")

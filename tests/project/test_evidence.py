@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import timm
+from PIL import Image
 from safetensors.torch import save_file
 
 import evidence
+import evidence_figures
 import selected_tokens
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.specification import FeatureShape
@@ -97,7 +99,7 @@ class Run(NamedTuple):
         return [self.best - 0.1, self.best]
 
 
-PROTOCOL = evidence.Protocol(Path("w"), {}, Path("o"), 448, 1, 1, (1e-3, 1e-2), (0.1, 1.0))
+PROTOCOL = evidence.Protocol(Path("w"), {}, Path("o"), 448, (1,), 1, 1, (1e-3, 1e-2), (0.1, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,23 @@ def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
     one, other = [Run(0.7), Run(0.8)], [Run(0.9), Run(0.8)]
     assert evidence.by_validation([[one], [other]], "auc") == [[other[0], one[1]]]
+
+
+def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"label": "a", "memory_mib": 3.0, "epoch_seconds": 2.0, "fold_auc": {"value": 0.8, "low": 0.7, "high": 0.9}}
+    for name, method in {"448": "fpt_plus", "224": "fpt_plus", "448_fold1": "lora"}.items():
+        content = {"tasks": {"fundus_grade": {method: row, "auto": {}}}}
+        (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
+    found = list(evidence_figures.points(tmp_path))
+    methods = [(point.task, point.resolution, point.method) for point in found]
+    assert sorted(methods) == [
+        ("fundus_grade", size, name) for size, name in ((224, "fpt_plus"), (448, "fpt_plus"), (448, "lora"))
+    ]
+    monkeypatch.setattr(evidence_figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence_figures, "DOCS", tmp_path)
+    evidence_figures.main()
+    for name in ("cost", "resolution"):
+        assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
 
 
 def predictions(scores: list[float], ids: str = "abcd") -> evidence.Predictions:

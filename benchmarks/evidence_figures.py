@@ -1,0 +1,130 @@
+"""AUC against cost, and against resolution, drawn from the result files of ``evidence.py``.
+
+    python benchmarks/evidence_figures.py
+
+Writes ``docs/evidence_cost.png`` and ``docs/evidence_resolution.png``. The AUC is the mean of the folds' own, with its
+95% interval.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from environment import DOCS, RESULTS
+from evidence import ROWS, TASKS
+
+COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
+MAIN = 448
+"""Pixels of the first figure."""
+
+
+class Point(NamedTuple):
+    """What a method came to on a task."""
+
+    task: str
+    resolution: int
+    method: str
+    row: Mapping[str, Any]
+
+
+def points(folder: Path) -> Iterator[Point]:
+    """Of all result files ``evidence_{data}_{resolution}.json``, and of those of single folds."""
+    for path in sorted(folder.glob("evidence_*_*.json")):
+        match = re.fullmatch(r"evidence_[a-z]+_(\d+)(_fold\d)?", path.stem)
+        if match is None:
+            continue
+        for task, rows in json.loads(path.read_text())["tasks"].items():
+            for method, row in rows.items():
+                if method in ROWS and bool(match[2]) == (not ROWS[method].stored):
+                    yield Point(task, int(match[1]), method, row)
+
+
+def draw_cost(found: list[Point], path: Path) -> None:
+    """A row a task: AUC against memory and against time, a point a method."""
+    tasks = [name for name in TASKS if any(point.task == name for point in found)]
+    figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(COSTS), squeeze=False, sharey="row", sharex="col")
+    for name, row in zip(tasks, panels, strict=True):
+        for axes, (cost, label) in zip(row, COSTS.items(), strict=True):
+            for point in (point for point in found if point.task == name):
+                _error_bar(axes, point.row[cost], point)
+            axes.set(xscale="log", xlabel=label)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("AUC x 100")
+        row[0].set_title(TASKS[name].title, loc="left", fontsize=10)
+    figure.legend(*_unique(panels.ravel()), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Date": None})
+
+
+def draw_resolution(found: list[Point], path: Path) -> None:
+    """A panel a task that was run at several resolutions: AUC against resolution, a line a method."""
+    sizes = {name: sorted({p.resolution for p in found if p.task == name}) for name in TASKS}
+    tasks = [name for name in TASKS if len(sizes[name]) > 1]
+    figure = Figure(figsize=(2.5 + 3.6 * len(tasks), 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for name, axes in zip(tasks, panels, strict=True):
+        for method in ROWS:
+            own = sorted((p for p in found if (p.task, p.method) == (name, method)), key=lambda p: p.resolution)
+            if len(own) > 1:
+                shift = 1 + 0.01 * list(ROWS).index(method)  # so that intervals do not hide each other
+                places = [p.resolution * shift for p in own]
+                axes.plot(places, [100 * p.row["fold_auc"]["value"] for p in own], color=_color(method))
+                for place, point in zip(places, own, strict=True):
+                    _error_bar(axes, place, point)
+        axes.set(xscale="log", xlabel="resolution of the encoder's images, pixels")
+        axes.set_xticks(sizes[name], [str(size) for size in sizes[name]])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_title(TASKS[name].title, fontsize=10)
+    panels[0].set_ylabel("AUC x 100")
+    figure.legend(*_unique(panels), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Date": None})
+
+
+def _error_bar(axes: Axes, x: float, point: Point) -> None:
+    estimate = point.row["fold_auc"]
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    axes.errorbar(
+        [x],
+        [value],
+        [[value - low], [high - value]],
+        marker="o" if ROWS[point.method].stored else "s",
+        color=_color(point.method),
+        elinewidth=0.8,
+        label=point.row["label"],
+    )
+
+
+def _color(method: str) -> Any:
+    index = list(ROWS).index(method)
+    return f"C{index % 10}" if index < 10 else ("black", "grey", "gold", "navy")[index - 10]
+
+
+def _unique(panels: Any) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all panels, each label once."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    return list(handles.values()), list(handles)
+
+
+def main() -> None:
+    """See the module."""
+    found = list(points(RESULTS))
+    draw_cost([point for point in found if point.resolution == MAIN], DOCS / "evidence_cost.png")
+    if len({point.resolution for point in found}) > 1:
+        draw_resolution(found, DOCS / "evidence_resolution.png")
+
+
+if __name__ == "__main__":
+    main()
