@@ -1,6 +1,7 @@
 """What methods are worth with real weights: five patient-wise folds, several seeds, rates searched for each alike.
 
-    python benchmarks/evidence.py --weights dinov2_small.safetensors --fundus DIR --chest DIR --out runs/evidence
+    python benchmarks/evidence.py --weights FILE.safetensors --fundus DIR --chest DIR --out runs/evidence
+    python benchmarks/evidence.py --weights FILE.safetensors --fundus DIR --chest DIR --out runs/evidence --write
 
 ``DIR/labels.csv`` has the columns ``image``, ``grade``, ``maculopathy`` and ``patient`` (fundus photographs with grades
 of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
@@ -11,8 +12,8 @@ resamples of patients. The last row takes for each fold and seed the method with
 ``fit --model auto`` does.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
-them with other ``--tasks`` may run at once. Writes ``{out}/{task}.json`` after each method, and with ``--write``
-``results/evidence_{data}_{resolution}.json`` and ``.md`` of all that is finished.
+them with other ``--tasks`` may run at once. Writes ``{out}/{task}-{study}.json`` after each method, with ``--write``
+``results/evidence_{data}_{study}.json`` and ``.md`` of all that is finished; ``evidence_figures.py`` draws them.
 """
 
 from __future__ import annotations
@@ -50,15 +51,17 @@ class Entry(NamedTuple):
         method: by short name.
         label: for people.
         model: options of the method.
-        mirrored: whether the store has mirror images too.
-        rate: the only learning rate, of methods with the encoder inside, which take too long for a search.
-        epochs: fewer than the others', likewise.
+        data: options of the data.
+        store: what distinguishes its store's name, where it needs one of its own.
+        rate: the only learning rate, where none is searched.
+        epochs: of methods with the encoder inside, which take long.
     """
 
     method: str
     label: str
     model: Mapping[str, Any] = {}
-    mirrored: bool = False
+    data: Mapping[str, Any] = {}
+    store: str = ""
     rate: float | None = None
     epochs: int | None = None
 
@@ -68,17 +71,23 @@ class Entry(NamedTuple):
         return issubclass(METHODS[self.method], FeatureModule)
 
 
+def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) -> Entry:
+    """Query tokens with one setting changed, at one learning rate."""
+    return Entry("query_tokens", label, model, data, store, rate=1e-3)
+
+
+_MIRRORED: Any = ({"mirrored": True}, "-mirrored")
 ROWS = {
     "stored_linear": Entry("stored_linear", "Linear probing, stored"),
     "attentive": Entry("attentive", "Attentive probing, stored"),
     "query_tokens": Entry("query_tokens", "Query tokens, stored"),
     "fpt_plus": Entry("fpt_plus", "FPT+", SIDE),
     "fpt_plus_prompt_head": Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True}),
-    "query_tokens_mirrored": Entry("query_tokens", "Query tokens, mirror images too", BOTH, True),
+    "query_tokens_mirrored": Entry("query_tokens", "Query tokens, mirror images too", BOTH, *_MIRRORED),
     "fpt_plus_mirrored": Entry(
-        "fpt_plus", "FPT+ with a prompt head, mirror images too", {**SIDE, **BOTH, "prompt_head": True}, True
+        "fpt_plus", "FPT+ with a prompt head, mirror images too", {**SIDE, **BOTH, "prompt_head": True}, *_MIRRORED
     ),
-    "fpt": Entry("fpt", "FPT", {"side_resolution": 224}),
+    "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
     "linear": Entry("linear", "Linear probing, augmented", rate=3e-3, epochs=5),
     "bitfit": Entry("bitfit", "BitFit", rate=1e-3, epochs=5),
     "adapter": Entry("adapter", "Adapter", rate=1e-3, epochs=5),
@@ -86,8 +95,26 @@ ROWS = {
     "full": Entry("full", "Full fine-tuning", rate=3e-5, epochs=5),
 }
 """What is compared, by name."""
+PARTS = {
+    "default": _part("as by default: token ratio 0.2, `global`, blocks 6 to 11, int8, 16 prompts", {}),
+    "ratio_0.05": _part("token ratio 0.05", {"token_ratio": 0.05}, "-ratio-0.05"),
+    "ratio_0.1": _part("token ratio 0.1", {"token_ratio": 0.1}, "-ratio-0.1"),
+    "ratio_0.5": _part("token ratio 0.5", {"token_ratio": 0.5}, "-ratio-0.5"),
+    "ratio_1": _part("all tokens", {"token_ratio": 1.0}, "-ratio-1"),
+    "class_token": _part("criterion `class_token`", {"criterion": "class_token"}, "-class-token"),
+    "layers_all": _part("all 12 blocks", {"layers": list(range(12))}, "-all-layers"),
+    "layers_3": _part("blocks 9 to 11", {"layers": [9, 10, 11]}, "-layers-3"),
+    "layers_1": _part("block 11 alone", {"layers": [11]}, "-layers-1"),
+    "fp16": _part("codec fp16", {}, "-fp16", codec="fp16"),
+    "int4": _part("codec int4", {}, "-int4", codec="int4"),
+    "prompts_4": _part("4 prompts", {"prompts": 4}),
+    "prompts_64": _part("64 prompts", {"prompts": 64}),
+}
+"""What the parts of the method bring: query tokens with one setting changed."""
+ROWS |= PARTS
 FOLDS = 5
-REFERENCE = "fpt_plus"
+REFERENCES = ("fpt_plus", "default")
+"""To which the others are held: the first that is there."""
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
 HIGHER = (3e-2, 1e-1)
@@ -145,6 +172,36 @@ TASKS = {
 }
 
 
+class Study(NamedTuple):
+    """Tasks and methods that stand in one table.
+
+    Attributes:
+        tasks: by name.
+        methods: names of ``ROWS``.
+        resolution: of the encoder's images in pixels.
+        folds: that are run, of 1 to ``FOLDS``.
+        seeds: of each fold, counted from 0.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    resolution: int = 448
+    folds: tuple[int, ...] = tuple(range(1, FOLDS + 1))
+    seeds: int = 3
+
+
+_REFERABLE = ("fundus_referable",)
+_INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
+STUDIES = {
+    "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, "query_tokens_mirrored", "fpt_plus_mirrored")),
+    "224": Study((*_REFERABLE, "chest_pneumonia"), ("fpt_plus", *AUTO), 224),
+    "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896),
+    "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
+    "448_parts": Study(_REFERABLE, tuple(PARTS)),
+}
+"""By the end of its files' names."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """All cells of a comparison.
@@ -196,8 +253,7 @@ class Protocol:
         }
         if entry.stored:
             data |= {"store": str(self.store(task, method)), "in_memory": True}
-        if entry.mirrored:
-            data["mirrored"] = True
+        data |= entry.data
         epochs = entry.epochs or self.epochs
         trainer = {"accelerator": "auto", "devices": 1, "max_epochs": epochs, "enable_progress_bar": False}
         module = "PreloadedFeatureDataModule" if entry.stored else "ImageDataModule"
@@ -210,9 +266,8 @@ class Protocol:
         return Cell(folder / f"seed{seed}", config, preloads=entry.stored)
 
     def store(self, task: Task, method: str) -> Path:
-        """One for all tasks of a data set; FPT taps every block, and so has its own."""
-        kind = "-all-layers" if method == "fpt" else "-mirrored" if ROWS[method].mirrored else ""
-        return self.out / "stores" / f"{task.data}{self.resolution}{kind}.zarr"
+        """One for all tasks of a data set."""
+        return self.out / "stores" / f"{task.data}{self.resolution}{ROWS[method].store}.zarr"
 
     def manifest(self, name: str) -> Path:
         """The task's own, written where it is missing."""
@@ -361,15 +416,16 @@ def by_validation(methods: Sequence[Sequence[Sequence[Cell]]], monitor: str) -> 
 
 
 def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str) -> dict[str, Any]:
-    """The metric with its interval, and its difference to FPT+, paired."""
+    """The metric with its interval, and its difference to the reference, paired."""
+    reference = next((name for name in REFERENCES if name in spread), method)
     bounds = interval(spread[method][metric])
     found = {"value": float(value[method][metric][0]), "low": bounds["low"], "high": bounds["high"]}
-    if method == REFERENCE or REFERENCE not in spread:
+    if method == reference:
         return found
-    difference = float(value[method][metric][0] - value[REFERENCE][metric][0])
+    difference = float(value[method][metric][0] - value[reference][metric][0])
     return {
         **found,
-        "difference": {"value": difference, **interval(spread[method][metric] - spread[REFERENCE][metric])},
+        "difference": {"value": difference, **interval(spread[method][metric] - spread[reference][metric])},
     }
 
 
@@ -411,7 +467,8 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     task = TASKS[name]
     metrics = task.metrics
     called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "kappa": "quadratic kappa x 100"}
-    heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus FPT+ [95%]" for m in metrics)]
+    other = "FPT+" if REFERENCES[0] in found else "the first row"
+    heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus {other} [95%]" for m in metrics)]
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
     for row in found.values():
@@ -431,24 +488,36 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
 
 
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
 def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str) -> str:
     """All tables of a data set."""
     machine = environment()["machine"]
     place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
-    rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
-    higher = ", ".join(f"{rate:g}" for rate in HIGHER)
-    decays = ", ".join(f"{decay:g}" for decay in protocol.decays)
-    only = "" if len(protocol.folds) == FOLDS else f" (here alone: {', '.join(map(str, protocol.folds))})"
+    rates, higher, decays = (_listed(numbers) for numbers in (protocol.rates, HIGHER, protocol.decays))
+    only = "" if len(protocol.folds) == FOLDS else f" (here alone: {_listed(protocol.folds)})"
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
+    chosen = (
+        f"for each fold the learning rate with the best validation of {rates}, and of {higher} while the highest is"
+    )
+    search = {
+        f"{chosen} the best"
+        if ROWS[method].rate is None
+        else f"learning rate {ROWS[method].rate:g} of {ROWS[method].label}"
+        for methods in found.values()
+        for method in methods
+        if method in ROWS and method not in PARTS
+    } or {"learning rate 0.001"}
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
         f"each tests once and the next validates{only}; {protocol.seeds} seeds; {protocol.epochs} epochs, of which "
-        f"the best by validation counts; for each fold the learning rate with the best validation of {rates}, and of "
-        f"{higher} while the highest is the best; weight decay {decays}. AUC and kappa are of the pooled predictions, "
-        "which have models of several scales, and beside them the mean of the folds' own AUC; all are means over the "
-        "seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live tensors in "
-        f"training. {place}; other work ran beside it, so seconds are upper bounds."
+        f"the best by validation counts; {'; '.join(sorted(search))}; weight decay {decays}. AUC and kappa are of the "
+        "pooled predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all "
+        "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live "
+        f"tensors in training. {place}; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
     return "\n\n".join([text, *tables]) + "\n"
@@ -461,40 +530,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fundus", type=Path, required=True, help="folder of the fundus photographs")
     parser.add_argument("--chest", type=Path, required=True, help="folder of the chest X-rays")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is run")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(AUTO), choices=list(ROWS))
-    parser.add_argument("--resolution", type=int, default=448)
-    parser.add_argument("--folds", type=int, nargs="+", default=list(range(1, FOLDS + 1)))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="only these of a study")
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), help="only these of a study")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--weight-decays", type=float, nargs="+", default=[0.1])
     parser.add_argument("--write", action="store_true", help="write the result files, and run nothing")
     args = parser.parse_args(arguments)
-    protocol = Protocol(
-        args.weights.absolute(),
-        {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()},
-        args.out.absolute(),
-        args.resolution,
-        tuple(args.folds),
-        args.seeds,
-        args.epochs,
-        tuple(args.learning_rates),
-        tuple(args.weight_decays),
-    )
-    some = "" if len(args.folds) == FOLDS else "_fold" + "".join(map(str, args.folds))
-    if not args.write:
-        for name in args.tasks:
-            for method in args.methods:
-                protocol.cells(name, method, run=True)
-                write_json(args.out / f"{name}-{args.resolution}{some}.json", results(protocol, name, args.methods))
-        return
-    found = {name: results(protocol, name, args.methods) for name in args.tasks}
+    for name in args.studies:
+        study = STUDIES[name]
+        protocol = Protocol(
+            args.weights.absolute(),
+            {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()},
+            args.out.absolute(),
+            study.resolution,
+            study.folds,
+            study.seeds,
+            args.epochs,
+            tuple(args.learning_rates),
+            tuple(args.weight_decays),
+        )
+        tasks = [task for task in study.tasks if task in args.tasks]
+        methods = [method for method in study.methods if method in args.methods]
+        if args.write:
+            write(protocol, name, {task: results(protocol, task, methods) for task in tasks})
+            continue
+        for task in tasks:
+            for method in methods:
+                protocol.cells(task, method, run=True)
+                write_json(args.out / f"{task}-{name}.json", results(protocol, task, methods))
+
+
+def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The result files of a study, one a data set."""
     for data in ("fundus", "chest"):
         own = {name: rows for name, rows in found.items() if rows and TASKS[name].data == data}
         if own:
-            name = f"evidence_{data}_{args.resolution}{some}"
-            path = write_result(name, {"resolution": args.resolution, "tasks": own})
+            name = f"evidence_{data}_{study}"
+            path = write_result(name, {"resolution": protocol.resolution, "tasks": own})
             (RESULTS / f"{name}.md").write_text(report(protocol, own, data))
             print(f"results are in {path}, and .md beside it")
 

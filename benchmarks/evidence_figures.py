@@ -38,7 +38,7 @@ class Point(NamedTuple):
 def points(folder: Path) -> Iterator[Point]:
     """Of all result files ``evidence_{data}_{resolution}.json``, and of those of single folds."""
     for path in sorted(folder.glob("evidence_*_*.json")):
-        match = re.fullmatch(r"evidence_[a-z]+_(\d+)(_fold\d)?", path.stem)
+        match = re.fullmatch(r"evidence_[a-z]+_(\d+)(_fold\d)?", path.stem)  # not of the parts
         if match is None:
             continue
         for task, rows in json.loads(path.read_text())["tasks"].items():

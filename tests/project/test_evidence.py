@@ -41,6 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     small = {
         "AUTO": tuple(rows),
         "HIGHER": (3e-2,),
+        "STUDIES": {"64": evidence.Study(("fundus_grade",), tuple(rows), 64, (1, 2, 3), 1)},
         "ENCODER": "test_vit",
         "ROWS": rows,
         "FOLDS": 3,
@@ -53,8 +54,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     def call(*more: str) -> dict[str, Any]:
         out, weights = tmp_path / "out", tmp_path / "weights.safetensors"
         folders = ["--weights", weights, "--fundus", root, "--chest", root]
-        size = ["--resolution", "64", "--seeds", "1", "--epochs", "1", "--learning-rates", "1e-3", "1e-2"]
-        evidence.main([*map(str, folders), "--out", str(out), "--tasks", "fundus_grade", *size, *more])
+        size = ["--epochs", "1", "--learning-rates", "1e-3", "1e-2"]
+        evidence.main([*map(str, folders), "--out", str(out), *size, *more])
         found: dict[str, Any] = json.loads((out / "fundus_grade-64.json").read_text())
         return found
 
