@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import csv
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pydicom.uid import (
 from dicom_files import BUNDLED, dataset, write
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.data.images import ImageReader, read_image
+from fpt_lightning.data.notices import ImageNotice
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.data.transforms import channel_statistics, stored_copy
 from fpt_lightning.errors import ImageError, StaleStoreError
@@ -146,6 +148,96 @@ def test_a_table_goes_before_a_window(tmp_path: Path, bits: int) -> None:
     assert values(tmp_path, pixels, **elements) == [0, 0, 13107, FULL, FULL]
 
 
+@pytest.mark.parametrize(
+    ("declared", "top"),
+    [(16, 4095), (16, 255), (12, 4095), (8, 4095), (8, 65535), (10, 1023), (16, 65535)],
+    ids=["12 of 16", "8 of 16", "12", "12 of 8", "16 of 8", "10", "16"],
+)
+def test_entries_are_scaled_by_the_bits_that_they_use(tmp_path: Path, declared: int, top: int) -> None:
+    """What is declared is often the size of the words: 12 bits of 16 would be nearly black."""
+    table = lookup(0, declared, [0, (top + 1) // 2, top])
+    found = values(tmp_path, np.array([[0, 1, 2]], np.uint16), VOILUTSequence=table)
+    assert found == [0, round((top + 1) // 2 / top * FULL), FULL]
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["little", "big"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_tables_as_bytes_in_the_order_of_the_file(tmp_path: Path, size: int, big: bool) -> None:
+    """Of bytes, two are in a word, the lower one first."""
+    entries = np.array([0, 51, 255, 102], np.uint8).astype(f"<u{size}") * (257 if size == 2 else 1)
+    item = Dataset()
+    item.LUTDescriptor = [4, 0, 8 * size]
+    words = np.frombuffer(entries.tobytes(), "<u2")
+    item.add_new("LUTData", "OW", words.astype(">u2" if big else "<u2").tobytes())
+    pixels = np.array([[0, 1, 2, 3]], np.uint16)
+    file = dataset(pixels, VOILUTSequence=[item])
+    if big:
+        file.PixelData = pixels.astype(">u2").tobytes()
+        as_big_endian(file)
+    image = read_image(write(tmp_path / "a.dcm", file))
+    assert image[0, :, 0].tolist() == [0, 51 * 257, FULL, 102 * 257]
+
+
+def test_a_modality_table_of_twelve_bits(tmp_path: Path) -> None:
+    table = lookup(0, 12, [0, 1024, 4096])
+    assert values(tmp_path, np.array([[0, 1, 2]], np.uint16), ModalityLUTSequence=table) == [0, 16384, FULL]
+
+
+def test_a_table_that_starts_below_zero(tmp_path: Path) -> None:
+    """-2 in an element for unsigned numbers is 65534."""
+    pixels = np.array([[-3, -2, -1, 0, 9]], np.int16)
+    table = lookup(0, 16, [0, 30000, FULL])
+    table[0].add_new("LUTDescriptor", "US", [3, 65534, 16])
+    assert values(tmp_path, pixels, VOILUTSequence=table) == [0, 0, 30000, FULL, FULL]
+
+
+def test_a_table_that_is_too_short(tmp_path: Path) -> None:
+    table = lookup(0, 16, [0, 30000, FULL])
+    table[0].LUTDescriptor = [9, 0, 16]
+    refused(write(tmp_path / "a.dcm", dataset(GREY, VOILUTSequence=table)), "a lookup table of 6 of 9 entries")
+
+
+def noticed(tmp_path: Path, **elements: Any) -> tuple[list[int], list[str]]:
+    """The first row of 0, 50 and 100, and what was said of it: alike collected and warned of."""
+    path = write(tmp_path / "a.dcm", dataset(np.array([[0, 50, 100]], np.uint16), **elements))
+    notices: list[str] = []
+    row: list[int] = read_image(path, notices)[0, :, 0].tolist()
+    with pytest.warns(ImageNotice) as warned:
+        read_image(path)
+    assert [str(warning.message) for warning in warned] == notices
+    assert all(str(path) in notice for notice in notices)
+    return row, notices
+
+
+@pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("width", [0, -100])
+def test_a_window_without_width_is_the_whole_range(tmp_path: Path, width: int, function: str | None) -> None:
+    elements = {} if function is None else {"VOILUTFunction": function}
+    row, notices = noticed(tmp_path, WindowCenter=50, WindowWidth=width, **elements)
+    assert row == [0, 32768, FULL]
+    assert len(notices) == 1
+    assert f"is {width} wide" in notices[0]
+
+
+def test_an_empty_table_is_none(tmp_path: Path) -> None:
+    row, notices = noticed(tmp_path, VOILUTSequence=[Dataset()])
+    assert row == [0, 32768, FULL]
+    assert "lookup table" in notices[0]
+    window = {"WindowCenter": 25, "WindowWidth": 50, "VOILUTFunction": "LINEAR_EXACT"}
+    assert noticed(tmp_path, VOILUTSequence=[Dataset()], **window)[0] == [0, FULL, FULL]
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [{"RescaleSlope": 0, "RescaleIntercept": 5}, {"WindowCenter": 5000, "WindowWidth": 10}],
+    ids=["slope 0", "a window beside the values"],
+)
+def test_what_leaves_one_colour_is_said(tmp_path: Path, elements: dict[str, int]) -> None:
+    row, notices = noticed(tmp_path, **elements)
+    assert row == [0, 0, 0]
+    assert "one colour as its header asks, and its values are 0 to 100" in notices[0]
+
+
 def test_a_table_after_rescale(tmp_path: Path) -> None:
     pixels = np.array([[1000, 1001, 1002]], np.uint16)
     table = lookup(0, 16, [0, 30000, FULL])
@@ -208,23 +300,54 @@ def test_ybr_becomes_rgb(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - COLOURS).max() <= 2
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_palettes_are_looked_up(tmp_path: Path, bits: int) -> None:
+def palette(entries: NDArray[Any], declared: int, big: bool = False) -> pydicom.FileDataset:
+    """Pixels 0, 1 and 2 of a palette whose entries are by channel (3, count)."""
     file = dataset(np.array([[0, 1, 2]], np.uint8))
     file.PhotometricInterpretation = "PALETTE COLOR"
-    for colour, scale in (("Red", 1), ("Green", 2), ("Blue", 3)):
-        setattr(file, f"{colour}PaletteColorLookupTableDescriptor", [4, 0, bits])
-        entries = np.arange(4, dtype=f"<u{bits // 8}") * 10 * scale
-        setattr(file, f"{colour}PaletteColorLookupTableData", entries.tobytes())
-    image = read_image(write(tmp_path / "a.dcm", file))
-    assert image.dtype == f"uint{bits}"
-    assert image[0].tolist() == [[0, 0, 0], [10, 20, 30], [20, 40, 60]]
+    for colour, own in zip(("Red", "Green", "Blue"), entries, strict=True):
+        setattr(file, f"{colour}PaletteColorLookupTableDescriptor", [len(own), 0, declared])
+        data = own.astype(own.dtype.newbyteorder(">" if big else "<")).tobytes()
+        if big and own.itemsize == 1:  # two entries in a word, the lower one first
+            data = np.frombuffer(data, "<u2").astype(">u2").tobytes()
+        setattr(file, f"{colour}PaletteColorLookupTableData", data)
+    return as_big_endian(file) if big else file
+
+
+def as_big_endian(file: pydicom.FileDataset) -> pydicom.FileDataset:
+    file.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    file.set_original_encoding(False, False)
+    return file
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["little", "big"])
+@pytest.mark.parametrize(
+    ("dtype", "declared", "factor", "expected"),
+    [
+        (np.uint8, 8, 1, np.uint8([[0, 0, 0], [10, 20, 30], [20, 40, 60]])),
+        (np.uint16, 16, 1000, np.uint16([[0, 0, 0], [10000, 20000, 30000], [20000, 40000, 60000]])),
+        (np.uint16, 8, 1, np.uint8([[0, 0, 0], [10, 20, 30], [20, 40, 60]])),  # in words of 16 bits
+        (np.uint16, 16, 1, np.uint8([[0, 0, 0], [10, 20, 30], [20, 40, 60]])),  # and so declared
+    ],
+)
+def test_palettes_are_looked_up(
+    tmp_path: Path, dtype: Any, declared: int, factor: int, expected: NDArray[Any], big: bool
+) -> None:
+    entries = np.outer([1, 2, 3], [0, 10, 20, 20]).astype(dtype) * dtype(factor)
+    image = read_image(write(tmp_path / "a.dcm", palette(entries, declared, big)))
+    assert image.dtype == expected.dtype
+    np.testing.assert_array_equal(image[0], expected)
 
 
 def test_unsupported_colours_are_named(tmp_path: Path) -> None:
     file = dataset(COLOURS, "RGB")
     file.PhotometricInterpretation = "HSV"
     refused(write(tmp_path / "a.dcm", file), "'HSV'", "save it as RGB")
+
+
+def test_grey_of_three_samples_is_refused(tmp_path: Path) -> None:
+    file = dataset(COLOURS, "RGB")
+    file.PhotometricInterpretation = "MONOCHROME2"
+    refused(write(tmp_path / "a.dcm", file), "says MONOCHROME2, which is grey, and has 3 samples a pixel")
 
 
 # Transfer syntaxes
@@ -239,7 +362,7 @@ def test_every_way_of_writing_gives_the_same(tmp_path: Path, syntax: str) -> Non
     file.file_meta.TransferSyntaxUID = syntax
     if syntax == ExplicitVRBigEndian:
         file.PixelData = GREY.astype(">u2").tobytes()
-        file.set_original_encoding(False, False)
+        as_big_endian(file)
     np.testing.assert_array_equal(read_image(write(tmp_path / "a.dcm", file)), expected)
 
 
@@ -253,6 +376,58 @@ def test_run_length_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MR_small_RLE", "MR_small_jp2klossless", "MR_small_bigendian", "MR_small_implicit"])
 def test_compressed_and_plain_siblings_are_equal(name: str) -> None:
     np.testing.assert_array_equal(read_image(BUNDLED / f"{name}.dcm"), read_image(BUNDLED / "MR_small.dcm"))
+
+
+@pytest.mark.parametrize("form", ["no preamble", "no file meta", "implicit", "big-endian"])
+def test_files_without_preamble_or_syntax(tmp_path: Path, form: str) -> None:
+    """As scanners and old archives write them: the data set begins at byte 0."""
+    file = dataset(GREY, bits=12)
+    expected = read_image(write(tmp_path / "whole.dcm", file))
+    path = tmp_path / "a.dcm"
+    if form == "no preamble":
+        path.write_bytes((tmp_path / "whole.dcm").read_bytes()[132:])
+    else:
+        big = form == "big-endian"
+        if big:
+            file.PixelData = GREY.astype(">u2").tobytes()
+            file.set_original_encoding(False, False)
+        del file.file_meta
+        file.preamble = None
+        file.save_as(path, implicit_vr=form == "implicit", little_endian=not big)
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_implicit_elements_under_an_explicit_syntax(tmp_path: Path) -> None:
+    path = write(tmp_path / "whole.dcm", dataset(GREY, bits=12))
+    expected, file = read_image(path), pydicom.dcmread(path)
+    file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    write(path, file)
+    named = path.read_bytes().replace(
+        ImplicitVRLittleEndian.encode() + b"\0", ExplicitVRLittleEndian.encode()[:-2].ljust(18, b"\0"), 1
+    )
+    path.write_bytes(named)
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_a_jpeg_that_is_found_by_its_data_set_alone() -> None:
+    """Its elements are implicit, where the syntax says that they are explicit."""
+    image = read_image(BUNDLED / "SC_rgb_jpeg.dcm")
+    np.testing.assert_array_equal(image, pydicom.dcmread(BUNDLED / "SC_rgb_jpeg.dcm").pixel_array)
+
+
+def test_what_would_fill_the_memory_is_not_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deflated file of 40 KB and 40 MB, whose image is small."""
+    file = dataset(GREY, bits=12)
+    file.add_new(0x00091001, "OB", bytes(40_000_000))
+    file.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    path = write(tmp_path / "a.dcm", file)
+    assert path.stat().st_size < 50_000
+    assert read_image(path).shape == (8, 10, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    tracemalloc.start()
+    refused(path, "inflates to more than 16,000,000 bytes")
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["SC_rgb_dcmtk_+eb+cr", "SC_rgb_dcmtk_+eb+cy+np", "SC_rgb_jpeg_lossy_gdcm"])

@@ -22,7 +22,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom")
 INTERPOLATION = "bicubic, antialiased"  # of ``fpt_lightning.data.transforms.resize``
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read an image file as RGB, upright.
 
     JPEG, PNG, TIFF, BMP and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
@@ -31,6 +31,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
     Args:
         path: of the file; ``scan.dcm#12`` is its page or frame 12, counted from 1.
+        notices: takes what had to be left out of what a file asks for (``fpt_lightning.data.notices``); warned of where
+            it is None.
 
     Returns:
         (height, width, 3), uint8 or uint16.
@@ -42,7 +44,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     name, page = file_and_page(path)
     try:
         with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
-            return _read_dicom(file, name, page) if _is_dicom(file, name) else _read_picture(file, name, page)
+            dicom = _is_dicom(file, name)
+            return _read_dicom(file, name, page, notices) if dicom else _read_picture(file, name, page)
     except FileNotFoundError as error:
         raise ImageError(f"the image {path} does not exist.") from error
     except ImageError:
@@ -57,14 +60,16 @@ def _is_dicom(file: BinaryIO, path: Path) -> bool:
     return path.suffix.lower() in DICOM_SUFFIXES or head[128:] == b"DICM"
 
 
-def _read_dicom(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def _read_dicom(
+    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
     try:
         from fpt_lightning.data.dicom import read_dicom
     except ModuleNotFoundError as error:
         if error.name != "pydicom":
             raise
         raise ImageError(f"the image {path} is DICOM: pip install 'fpt-lightning[dicom]' to read it.") from error
-    return read_dicom(file, path, page)
+    return read_dicom(file, path, page, notices)
 
 
 def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def page_index(path: str | Path, pages: int, page: int | None) -> int:
     return 0 if page is None else page - 1
 
 
+def largest() -> float:
+    """How many pixels Pillow reads at most: its guard against small files that fill the memory."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
 def too_large(height: int, width: int) -> bool:
-    """Whether an image has more pixels than Pillow reads: its guard against small files that fill the memory."""
-    return Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
+    """Whether an image has more pixels than Pillow reads."""
+    return height * width > largest()
