@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,78 @@ def test_big_endian_sixteen_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 0], pixels)
 
 
+def tiff(
+    data: bytes, size: tuple[int, int], bits: int, white: int = 1, order: str = "<", signed: bool = False
+) -> bytes:
+    """An uncompressed grey TIFF of (height, width), as scanners and microscopes write them.
+
+    Args:
+        data: of the pixels.
+        size: of the image.
+        bits: a pixel.
+        white: 1 where 0 is black, 0 where 0 is white (PhotometricInterpretation).
+        order: of bytes.
+        signed: SampleFormat 2.
+    """
+    fields = {256: size[1], 257: size[0], 258: bits, 259: 1, 262: white, 277: 1, 278: size[0], 339: 1 + signed}
+    tags = {**fields, 279: len(data), 273: 8 + 2 + 12 * (len(fields) + 2) + 4}
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    entries = (struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return head + b"".join(entries) + bytes(4) + data
+
+
+GREY = np.array([[0, 1000, 65535], [1, 30000, 40000]], np.uint16)
+
+
+def test_zero_is_white_at_any_depth(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    for bits in (8, 16):
+        pixels = (GREY >> (16 - bits)).astype(f"<u{bits // 8}")
+        path.write_bytes(tiff(pixels.tobytes(), (2, 3), bits, white=1))
+        plain = read_image(path)
+        path.write_bytes(tiff(pixels.tobytes(), (2, 3), bits, white=0))
+        np.testing.assert_array_equal(read_image(path), 2**bits - 1 - plain)
+
+
+def test_twelve_packed_bits_fill_the_scale(tmp_path: Path) -> None:
+    """Two pixels in three bytes."""
+    for white, expected in ((1, [0, 43978, 65535, 4657]), (0, [65535, 21551, 0, 60878])):
+        (tmp_path / "a.tif").write_bytes(tiff(bytes.fromhex("000ABCFFF123"), (1, 4), 12, white))
+        if white:
+            assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == expected
+        else:  # Pillow reads none of those
+            refused(tmp_path / "a.tif", "a form of TIFF that it does not read")
+
+
+def test_what_pillow_does_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(GREY.astype(">u2").tobytes(), (2, 3), 16, white=0, order=">"))
+    refused(tmp_path / "a.tif", "a form of TIFF that it does not read", "Save it as PNG")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_signed_pixels_have_no_known_black(tmp_path: Path, order: str) -> None:
+    data = GREY.astype(f"{order}u2").tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(data, (2, 3), 16, order=order, signed=True))
+    refused(tmp_path / "a.tif", "signed 16-bit pixels, whose black and white are unknown")
+
+
+@pytest.mark.parametrize("top", [65535, 4095])
+def test_sixteen_bit_portable_graymaps(tmp_path: Path, top: int) -> None:
+    pixels = (GREY // (65536 // (top + 1))).astype(">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 2 %d\n" % top + pixels.tobytes())
+    image = read_image(tmp_path / "a.pgm")
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image[..., 0], np.rint(pixels.astype(float) * (65535 / top)))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 4), (0, 5, 3)])
+def test_nothing_but_three_channels_leaves_the_reader(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpt_lightning.data.images._read_picture", lambda *_: np.zeros(shape, np.uint8))
+    refused(save(tmp_path / "a.png", noise()), "its header is wrong")
+
+
 def test_dim_sixteen_bit_images_do_not_turn_black(tmp_path: Path) -> None:
     """A 12-bit scan in a 16-bit file: 8 bits would leave 16 levels."""
     pixels = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
@@ -164,7 +237,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"patient,grade\n1,2\n", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "head"])
 def test_a_file_that_is_no_image(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    refused(tmp_path / "a.png", "cannot be read", "Error")
+    refused(tmp_path / "a.png", "cannot be read", "of no kind that Pillow knows")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "bmp", "webp"])

@@ -205,7 +205,6 @@ FAULTS: dict[str, dict[str, Any]] = {
     "three samples of grey": {"SamplesPerPixel": 3},
     "unknown photometric": {"PhotometricInterpretation": "GREY"},
     "no photometric": {"PhotometricInterpretation": None},
-    "window of no width": {"WindowCenter": 10, "WindowWidth": 0},
     "unknown window": {"WindowCenter": 10, "WindowWidth": 5, "VOILUTFunction": "CUBIC"},
     "no pixels": {"PixelData": None},
     "empty pixels": {"PixelData": b""},

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from fpt_lightning.data.pages import file_and_page, page_index, too_large
 from fpt_lightning.errors import ConfigurationError, ImageError
@@ -20,12 +21,13 @@ FITS: tuple[str, ...] = get_args(Fit)
 OnError = Literal["stop", "skip"]
 DICOM_SUFFIXES = (".dcm", ".dicom")
 INTERPOLATION = "bicubic, antialiased"  # of ``fpt_lightning.data.transforms.resize``
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
 def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read an image file as RGB, upright.
 
-    JPEG, PNG, TIFF, BMP and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
+    JPEG, PNG, TIFF, BMP, PGM and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
     orientation is applied. 16-bit grey files keep their depth (the full scale is 65,535). DICOM, by its suffix or by
     its content: see ``fpt_lightning.data.dicom.read_dicom``.
 
@@ -45,13 +47,21 @@ def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np
     try:
         with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
             dicom = _is_dicom(file, name)
-            return _read_dicom(file, name, page, notices) if dicom else _read_picture(file, name, page)
+            image = _read_dicom(file, name, page, notices) if dicom else _read_picture(file, name, page)
     except FileNotFoundError as error:
         raise ImageError(f"the image {path} does not exist.") from error
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"the image {path} cannot be read: it is damaged, of no kind that Pillow knows, or a form of TIFF that it "
+            "does not read. Save it as PNG, or leave it out."
+        ) from error
     except Exception as error:  # Pillow's and pydicom's readers raise errors of many kinds on damaged files
         raise ImageError(f"the image {path} cannot be read: {type(error).__name__}: {error}.") from error
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape or image.dtype not in (np.uint8, np.uint16):
+        raise ImageError(f"the image {path} is of the shape {image.shape} and {image.dtype}: its header is wrong.")
+    return image
 
 
 def _is_dicom(file: BinaryIO, path: Path) -> bool:
@@ -76,15 +86,32 @@ def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.ui
     with Image.open(file) as image:
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's JPEG with its preview
         image.seek(page_index(path, pages, page))
+        tags = dict(image.tag_v2) if isinstance(image, TiffImageFile) else {}
         upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("I", "F"):
-            raise ImageError(f"the image {path} has 32-bit pixels, whose scale is unknown: save it with 8 or 16.")
-        if upright.mode.startswith("I;16"):
+        if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):  # scaled to 16 bits
             grey = np.asarray(upright).astype(np.uint16)
-            return np.repeat(grey[..., None], 3, axis=2)
+            return np.repeat(_at_full_scale(grey, tags)[..., None], 3, axis=2)
+        if upright.mode in ("I", "F"):
+            kind = "signed 16-bit" if tags.get(_BITS) == (16,) else "32-bit"
+            raise ImageError(
+                f"the image {path} has {kind} pixels, whose black and white are unknown: save it with 8 or 16 bits, "
+                "unsigned."
+            )
         if "transparency" in upright.info:
             upright = upright.convert("RGBA")
         return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def _at_full_scale(grey: NDArray[np.uint16], tags: Mapping[int, Any]) -> NDArray[np.uint16]:
+    """What Pillow leaves undone at more than 8 bits: values of fewer than 16, and those of which 0 is white."""
+    (bits,) = tags.get(_BITS, (16,))
+    top = 2**bits - 1
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = top - grey
+    if bits == 16:
+        return grey
+    scaled: NDArray[np.uint16] = np.rint(grey * (65535 / top)).astype(np.uint16)
+    return scaled
 
 
 @dataclass(frozen=True)
