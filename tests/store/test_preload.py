@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import shutil
@@ -21,6 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dicom_files import dataset
+from dicom_files import write as write_dicom
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.data import images
 from fpt_lightning.data.images import read_image
@@ -79,9 +82,9 @@ def reads(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Iterator[Counter
     """How often the pass has read each image, apart from the one that it measures its speed with."""
     counts: Counter[str] = Counter()
 
-    def counted(path: Path) -> Any:
+    def counted(path: Path, notices: list[str] | None) -> Any:
         counts[path.relative_to(image_root).as_posix()] += 1
-        return read_image(path)
+        return read_image(path, notices)
 
     monkeypatch.setattr(images, "read_image", counted)
     monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 1.0)
@@ -636,3 +639,29 @@ def test_a_store_of_another_precision_is_stale_and_close(
     pooled = arrays(data.url)["pooled"]
     difference = np.abs(pooled - reference["pooled"]).max() / np.abs(reference["pooled"]).max()
     assert 0 < difference < 0.05
+
+
+# Notices
+
+PIXELS = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+
+
+def test_images_that_are_not_shown_as_they_ask_are_counted_and_listed(
+    image_root: Path, tiny_data: MakeData, tmp_path: Path
+) -> None:
+    """Of three DICOM files with a window without width; one is preloaded later, and the earlier ones stay listed."""
+    for folder in ("a", "c"):
+        write_dicom(image_root / folder / "scan.dcm", dataset(PIXELS, WindowCenter=5, WindowWidth=0))
+    listed = tmp_path / "store.zarr.notices.csv"
+
+    def preloaded(count: int) -> list[dict[str, str]]:
+        with pytest.warns(UserWarning, match=rf"^{count} images are not shown as their files ask: {listed}"):
+            tiny_data(num_workers=1).preload(ENCODER)
+        return list(csv.DictReader(listed.open(newline="")))
+
+    rows = preloaded(2)
+    assert [row["image"] for row in rows] == ["a/scan.dcm", "c/scan.dcm"]
+    assert all("is 0 wide: its whole range is shown" in row["notice"] for row in rows)
+    write_dicom(image_root / "b" / "scan.dcm", dataset(PIXELS, WindowCenter=5, WindowWidth=-3))
+    assert [row["image"] for row in preloaded(3)] == ["a/scan.dcm", "b/scan.dcm", "c/scan.dcm"]
+    assert [path.name for path in tmp_path.glob("*.notices.csv*")] == ["store.zarr.notices.csv"]

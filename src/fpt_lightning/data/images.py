@@ -136,13 +136,13 @@ class ImageReader:
         if self.fit not in FITS:
             raise ConfigurationError(f"data.fit is {self.fit!r}: choose one of {', '.join(FITS)}.")
 
-    def __call__(self, path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    def __call__(self, path: str | Path, notices: list[str] | None = None) -> NDArray[np.uint8] | NDArray[np.uint16]:
         """(height, width, 3), uint8 or uint16, as ``read_image`` gives it and raises.
 
         Raises:
             ImageError: also an image so thin that padding would make it larger than Pillow reads any.
         """
-        return self.framed(read_image(path), str(path))
+        return self.framed(read_image(path, notices), str(path))
 
     def framed(
         self, image: NDArray[np.uint8] | NDArray[np.uint16], name: str
@@ -207,7 +207,7 @@ def unreadable(paths: Mapping[str, Path], reader: ImageReader) -> dict[str, str]
 
     def reason(path: Path) -> str | None:
         try:
-            reader(path)
+            reader(path, [])  # its notices come when the image is used
         except ImageError as error:
             return str(error)
         return None

@@ -68,7 +68,7 @@ class ImageFiles(Dataset["Tensor | str"]):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            return unit_pixels(self.reader(self.paths[index]), self.size)
+            return unit_pixels(self.reader(self.paths[index], []), self.size)  # notices come when it is used
         except ImageError as error:
             return str(error)
 

@@ -28,7 +28,7 @@ from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.encoder.selection import number_of_tokens
 from fpt_lightning.errors import ImageError, StoreError
-from fpt_lightning.files import write_rows
+from fpt_lightning.files import read_rows, write_rows
 from fpt_lightning.store.codecs import check_codec, encode
 from fpt_lightning.store.damage import forget_damaged
 from fpt_lightning.store.index import FileRecord
@@ -116,8 +116,27 @@ def preload(
     store = FeatureStore.open(url)
     if missing := store.missing(ids):
         raise StoreError(f"the feature store {url} still lacks {len(missing)} of {len(ids)} samples after its preload.")
+    _report_notices(url)
     _report_left_out(store, manifest, on_error)
     return store
+
+
+@rank_zero_only
+def _report_notices(url: str) -> None:
+    """Join what the processes noticed to what earlier preloads did, in ``{url}.notices.csv``, and say how many.
+
+    A preload that goes on does not read again what is stored, so notices of it stay.
+    """
+    path, noticed = Path(f"{url}.notices.csv"), dict[str, str]()
+    parts = sorted(path.parent.glob(f"{path.name}.*"))
+    for part in [path, *parts] if parts else []:
+        if part.is_file():
+            noticed |= {row["image"]: row["notice"] for row in read_rows(part, "list of notices")}
+    if noticed:
+        write_rows(path, [["image", "notice"], *sorted(noticed.items())])
+        for part in parts:
+            part.unlink()
+        rank_zero_warn(f"{len(noticed)} images are not shown as their files ask: {path} lists them and why.")
 
 
 def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError) -> None:
@@ -282,6 +301,7 @@ class _PreloadBatch(NamedTuple):
         copies: the low-resolution copies (len(rows), size, size, 3), uint8.
         broken: rows whose images cannot be read.
         files: of all images, by row.
+        notices: of images that are not shown as their files ask, by id.
     """
 
     rows: list[int]
@@ -289,6 +309,7 @@ class _PreloadBatch(NamedTuple):
     copies: NDArray[np.uint8]
     broken: list[int]
     files: dict[int, FileRecord]
+    notices: dict[str, str]
 
 
 class _PreloadImages(Dataset[_PreloadBatch]):
@@ -296,12 +317,14 @@ class _PreloadImages(Dataset[_PreloadBatch]):
 
     def __init__(self, manifest: Manifest, store: FeatureStore, specification: FeatureSpecification) -> None:
         self.root, self.source, self.specification = manifest.root, store.source, specification
+        self.local = "://" not in store.url
 
     def __getitem__(self, rows: list[int]) -> _PreloadBatch:
         spec = self.specification
         sources = {row: self.source(row) for row in rows}
         files = {id: FileRecord.of(self.root / id) for id, _ in sources.values()}  # before it is read
-        read = {id: self._read(id) for id in files}
+        notices: dict[str, list[str]] = {id: [] for id in files}
+        read = {id: self._read(id, notices[id] if self.local else None) for id in files}  # else warned of at once
         images = {
             row: image[:, ::-1] if mirrored else image
             for row, (id, mirrored) in sources.items()
@@ -313,11 +336,12 @@ class _PreloadImages(Dataset[_PreloadBatch]):
             np.array([stored_copy(image, spec.image_size) for image in images.values()], np.uint8),
             [row for row in rows if row not in images],
             {row: files[id] for row, (id, _) in sources.items()},
+            {id: " ".join(said) for id, said in notices.items() if said},
         )
 
-    def _read(self, id: str) -> NDArray[Any] | None:
+    def _read(self, id: str, notices: list[str] | None) -> NDArray[Any] | None:
         try:
-            return self.specification.reader(self.root / id)
+            return self.specification.reader(self.root / id, notices)
         except ImageError as error:
             warnings.warn(str(error), stacklevel=2)  # at once; the list comes at the end
             return None
@@ -332,6 +356,7 @@ class _StoreWriter(L.Callback):
 
     def __init__(self) -> None:
         self.pending: list[tuple[int, dict[str, NDArray[Any]], FileRecord]] = []  # row, its arrays, its image's file
+        self.notices: dict[str, str] = {}
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -344,6 +369,7 @@ class _StoreWriter(L.Callback):
             return
         if self.pending and self.pending[0][0] // SHARD != batch.rows[0] // SHARD:
             self._flush(pl_module.store)
+        self.notices |= batch.notices
         names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in batch.rows]
         content = {
             **encode(outputs.features, pl_module.specification, names),
@@ -369,6 +395,9 @@ class _StoreWriter(L.Callback):
         if self.pending:
             rows, samples, files = zip(*self.pending, strict=True)
             self.pending = []  # before writing, which is not tried again after an error
+            if self.notices:
+                path = Path(f"{store.url}.notices.csv.{getattr(rank_zero_only, 'rank', None) or 0}")
+                write_rows(path, [["image", "notice"], *self.notices.items()])
             store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
 
 
