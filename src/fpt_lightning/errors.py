@@ -37,6 +37,10 @@ class CheckpointError(FPTError):
     """A checkpoint that does not belong to this model, encoder or data."""
 
 
+class NonFiniteError(FPTError):
+    """A model whose outputs are not finite."""
+
+
 class ExportError(FPTError):
     """A model that cannot be exported, or whose export computes something else."""
 

@@ -164,6 +164,19 @@ def test_metrics_of_labels_equal_scikit_learn(batch_size: int) -> None:
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_label_of_which_nothing_is_known_is_left_out() -> None:
+    scores, labels = scored_labels()
+    without, unknown = multilabel_metrics(4, ""), multilabel_metrics(5, "")
+    without.update(scores, labels)
+    unknown.update(torch.cat([scores, scores[:, :1]], 1), torch.cat([labels, labels[:, :1] * 0 - 1], 1))
+    assert unknown.compute() == without.compute()
+    nothing = multilabel_metrics(2, "")
+    nothing.update(scores[:, :2], labels[:, :2] * 0 - 1)
+    found = {name: float(value) for name, value in nothing.compute().items()}
+    assert found.pop("auc_classes") == 0
+    assert all(math.isnan(value) for value in found.values())
+
+
 def test_metrics_of_numbers_equal_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     true = rng.normal(60, 15, 40)
@@ -306,6 +319,32 @@ def fitted(data: PreloadedFeatureDataModule, folder: Path, **changes: Any) -> tu
     trainer.fit(model, data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return model, folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_label_unknown_in_a_split_is_left_out_and_said(
+    split: str, tiny_data: DataMaker, image_root: Path, tmp_path: Path
+) -> None:
+    path = table(image_root, "multilabel")
+    header, *rows = csv.reader(path.open(newline=""))
+    parts = ["train", "train", "val", "test"]
+    changed = tmp_path / "labels.csv"
+    with changed.open("w", newline="") as file:
+        csv.writer(file).writerow([*header, "split"])
+        for number, row in enumerate(rows):
+            unknown = [*row[:-1], ""] if parts[number % 4] == split else row
+            csv.writer(file).writerow([*unknown, parts[number % 4]])
+    data, model = data_for("multilabel", tiny_data, image_root, manifest=str(changed)), model_for("multilabel")
+    data.preload(model, quiet_trainer(tmp_path))
+    trainer = quiet_trainer(tmp_path / "run", callbacks=[ResultsWriter(tmp_path / "run")])
+    trainer.fit(model, data)
+    (found,) = trainer.test(model, data, verbose=False)
+    assert found["test_auc_classes"] == (2 if split == "test" else 3)
+    assert found["test_auc"] > 0
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())["model"]
+    said = f"Labels of which nothing is known, left out of the macro means: {header[-1]}."
+    assert (said in evaluation["notes"]) == (split == "test")
+    assert evaluation["overall"]["auc"]["value"] == pytest.approx(found["test_auc"], abs=1e-5)
 
 
 def validation_predictions(model: FPTPlusModule, data: PreloadedFeatureDataModule) -> Predictions:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
@@ -23,6 +23,9 @@ from fpt_lightning.errors import CheckpointError
 def is_first_process() -> bool:
     """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+_LOSS = "val_loss"
 
 
 class RunLogger(CSVLogger):
@@ -97,7 +100,38 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Of equal scores the later wins: a small validation split is soon perfect, and the model goes on learning."""
+    """Of equal scores the later wins: a small validation split is soon perfect, and the model goes on learning.
+
+    Where the metric has no value, as an AUC of images of one class, the smallest validation loss wins. Arguments as for
+    ``ModelCheckpoint``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._key = super().state_key  # whatever it is chosen by in the end
+
+    @property
+    def state_key(self) -> str:
+        return self._key
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["monitor"] == _LOSS:
+            self._choose_by_loss()
+        super().load_state_dict(state_dict)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        value = trainer.callback_metrics.get(str(self.monitor))
+        if not trainer.sanity_checking and value is not None and torch.isnan(value):
+            rank_zero_warn(
+                f"{self.monitor} has no value in the validation images, which are perhaps of one class alone: the best "
+                f"epoch is chosen by {_LOSS}."
+            )
+            self._choose_by_loss()
+        super().on_validation_end(trainer, pl_module)
+
+    def _choose_by_loss(self) -> None:
+        self.monitor, self.mode, self.kth_value = _LOSS, "min", torch.tensor(torch.inf)
+        self.best_k_models, self.best_model_score, self.kth_best_model_path = {}, None, ""
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)

@@ -87,7 +87,8 @@ class Predictor:
         with torch.inference_mode():
             for some in parts(len(ids), self.batch_size):
                 pixels = [self._read(id, pictures[id]) for id in ids[some]]
-                scores += self.module.scores(self.module.evaluated(self._batch(pixels))).tolist()
+                batch = {**self._batch(pixels), "ids": ids[some]}
+                scores += self.module.scores(self.module.evaluated(batch)).tolist()
         unknown: Any = {
             "single-label": UNLABELLED,
             "multi-label": [math.nan] * self.module.num_classes,

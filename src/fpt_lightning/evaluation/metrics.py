@@ -21,6 +21,7 @@ from torchmetrics.classification import (
     MultilabelAveragePrecision,
     MultilabelF1Score,
 )
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.wrappers.abstract import WrapperMetric
@@ -61,7 +62,7 @@ class MacroLabelAUROC(MultilabelAUROC):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """Scalar."""
-        return _mean_over_scored(self, super().compute)
+        return _mean_over_scored(self, binary_auroc)
 
 
 class MacroLabelAveragePrecision(MultilabelAveragePrecision):
@@ -72,17 +73,36 @@ class MacroLabelAveragePrecision(MultilabelAveragePrecision):
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """Scalar."""
-        return _mean_over_scored(self, super().compute)
+        return _mean_over_scored(self, binary_average_precision)
 
 
-def _mean_over_scored(metric: Metric, per_label: Callable[[], Any]) -> Tensor:
+def _mean_over_scored(metric: Metric, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Label by label, as torchmetrics raises on one of which nothing is known."""
     if not metric.update_called:
         return torch.tensor(float("nan"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No (positive|negative) samples in targets")
-        values = torch.as_tensor(per_label())
-    target = dim_zero_cat(cast(list[Tensor], metric.target))
-    return values[((target == 1).any(0)) & ((target == 0).any(0))].mean()
+    preds, target = (dim_zero_cat(cast(list[Tensor], state)) for state in (metric.preds, metric.target))
+    scored = (target == 1).any(0) & (target == 0).any(0)
+    values = [
+        score(preds[known, label], target[known, label])
+        for label in scored.nonzero()[:, 0].tolist()
+        for known in [target[:, label] >= 0]
+    ]
+    return torch.stack(values).mean() if values else preds.new_tensor(float("nan"))
+
+
+class MacroLabelF1(MultilabelF1Score):
+    """Macro F1 at 0.5 over the labels of which something is known (torchmetrics would count the others as 0).
+
+    Takes probabilities (B, classes) and labels (B, classes), -1 where unknown.
+    """
+
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(num_classes, average="none", ignore_index=-1, **kwargs)
+
+    def compute(self) -> Tensor:
+        """Scalar."""
+        counts = sum(cast(Tensor, state) for state in (self.tp, self.fp, self.tn, self.fn))
+        return torch.as_tensor(super().compute())[torch.as_tensor(counts) > 0].mean()
 
 
 class ScoredLabels(Metric):
@@ -231,7 +251,7 @@ def multilabel_metrics(num_classes: int, prefix: str) -> MetricCollection:
             "auc": MacroLabelAUROC(num_classes),
             "auc_classes": ScoredLabels(num_classes),
             "average_precision": MacroLabelAveragePrecision(num_classes),
-            "f1": MultilabelF1Score(num_classes, average="macro", ignore_index=-1),
+            "f1": MacroLabelF1(num_classes),
         },
         prefix=prefix,
         compute_groups=False,

@@ -54,7 +54,8 @@ def _class_notes(
     positives: Mapping[str, int], negatives: Mapping[str, int], estimates: Mapping[tuple[str, str], Estimate]
 ) -> list[str]:
     notes = []
-    absent = [name for name in positives if not positives[name]]
+    unknown = [name for name in positives if not positives[name] and not negatives[name]]
+    absent = [name for name in positives if not positives[name] and name not in unknown]
     alone = [name for name in positives if positives[name] and not negatives[name]]
     few = [f"{name} ({count})" for name, count in positives.items() if 0 < count < FEW]
     inverted = [
@@ -62,6 +63,8 @@ def _class_notes(
         for (name, metric), estimate in estimates.items()
         if name and metric == "auc" and estimate.value < 0.5
     ]
+    if unknown:
+        notes.append(f"Labels of which nothing is known, left out of the macro means: {', '.join(unknown)}.")
     if absent:
         notes.append(f"Classes without an image, left out of the macro means: {', '.join(absent)}.")
     if alone:

@@ -82,8 +82,10 @@ def resampled_counts(
         weights: (R, N), how many times each resample holds each case.
 
     Returns:
-        Positives and negatives (R, D), in ascending order of the score.
+        Positives and negatives (R, D), in ascending order of the score; of no case one column of zeros.
     """
+    if not len(scores):
+        return np.zeros((len(weights), 1)), np.zeros((len(weights), 1))
     order = np.argsort(scores, kind="stable")
     ascending, of_class = scores[order], positive[order]
     starts = np.flatnonzero(np.r_[True, ascending[1:] != ascending[:-1]])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
-from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.encoder.selection import exporting
+from fpt_lightning.errors import ConfigurationError, NonFiniteError
 from fpt_lightning.evaluation.calibration import fit_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
@@ -172,9 +173,33 @@ class ClassificationModule(TrainedModule, ABC):
 
         Raises:
             ConfigurationError: ``test_time_mirroring`` with stored features that have no mirror images.
+            NonFiniteError: NaN or infinity, as of a training that diverges.
         """
         logits: Tensor = self(batch).float()
-        return (logits + self(mirrored(batch)).float()) / 2 if self.test_time_mirroring else logits
+        if self.test_time_mirroring:
+            logits = (logits + self(mirrored(batch)).float()) / 2
+        if not exporting():
+            self._check_finite(logits, batch.get("ids"))
+        return logits
+
+    def _check_finite(self, logits: Tensor, ids: Sequence[str] | None) -> None:
+        finite = logits.isfinite().all(-1)
+        if bool(finite.all()):
+            return
+        place = int((~finite).nonzero()[0, 0])
+        which = f"image {place} of the batch" if ids is None else ids[place]
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            raise NonFiniteError(
+                f"the model's outputs for {which} are not finite after {self.trainer.global_step} steps "
+                f"(epoch {self.current_epoch}): training diverges. Give a smaller model.learning_rate than "
+                f"{self.learning_rate:g}, trainer.gradient_clip_val, or another trainer.precision; last.ckpt is of an "
+                "earlier epoch."
+            )
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        raise NonFiniteError(
+            f"the model's outputs for {which} are not finite{'' if path is None else f', with the checkpoint {path}'}: "
+            "its training diverged, or the file is damaged. Use an earlier checkpoint."
+        )
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
         logits, labels = self.evaluated(batch), self.own_labels(batch["labels"])
