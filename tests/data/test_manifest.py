@@ -8,6 +8,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from fpt_lightning.data.manifest import SPLITS, UNLABELLED, Manifest, Sample, check_classes
 from fpt_lightning.data.sources import IMAGE_SUFFIXES, list_images, read_manifest
-from fpt_lightning.data.splits import FRACTIONS, random_split
+from fpt_lightning.data.splits import FRACTIONS, fold_split, random_split
 from fpt_lightning.errors import ConfigurationError, DataError
 
 
@@ -57,15 +58,26 @@ def refused(root: Path, *words: str, **arguments: Any) -> None:
 # Folders
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
-def test_split_folders(tmp_path: Path, val: str) -> None:
-    root = touch(tmp_path, "train/a/1.png", "train/b/2.jpg", f"{val}/a/3.png", f"{val}/b/4.png", "test/a/deep/5.TIFF")
-    manifest = read_manifest(root)
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("train", "valid", "test"),
+        ("train", "validation", "test"),
+        ("train", "Val", "test"),
+        ("Training", "dev", "Testing"),
+        ("TRAIN", "Development", "TEST"),
+    ],
+)
+def test_split_folders(tmp_path: Path, train: str, val: str, test: str) -> None:
+    files = [f"{train}/a/1.png", f"{train}/b/2.jpg", f"{val}/a/3.png", f"{val}/b/4.png", f"{test}/a/deep/5.TIFF"]
+    manifest = read_manifest(touch(tmp_path, *files))
     assert manifest.classes == ("a", "b")
-    assert [(s.id, s.label) for s in manifest.split("train")] == [("train/a/1.png", 0), ("train/b/2.jpg", 1)]
+    assert [(s.id, s.label) for s in manifest.split("train")] == [(files[0], 0), (files[1], 1)]
     assert [s.label for s in manifest.split("val")] == [0, 1]
-    assert [s.id for s in manifest.split("test")] == ["test/a/deep/5.TIFF"]
-    assert manifest.path(manifest.split("test")[0]) == tmp_path / "test/a/deep/5.TIFF"
+    assert [s.id for s in manifest.split("test")] == [files[4]]
+    assert manifest.path(manifest.split("test")[0]) == tmp_path / files[4]
+    assert manifest.notes == ()
     assert [sample.id for sample in manifest.samples] == sorted(sample.id for sample in manifest.samples)
 
 
@@ -107,6 +119,21 @@ def test_classes_can_be_given_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classes", [["a"], ["a", "a", "b"], ["a", "c"]])
 def test_classes_that_do_not_fit_the_labels(tmp_path: Path, classes: list[str]) -> None:
     refused(folders(tmp_path, {"a": 10, "b": 10}), "data.classes", str(classes), "['a', 'b']", classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["12.0", "0.0", "4.0"], ("0.0", "4.0", "12.0")),
+        (["1", "-1", "0"], ("-1", "0", "1")),
+        (["1e1", "2", "0.5"], ("0.5", "2", "1e1")),
+        (["nan", "2", "10"], ("10", "2", "nan")),  # a word among them
+    ],
+)
+def test_numbers_are_in_the_order_of_numbers(labels: list[str], expected: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [(f"{i}.png", label, split) for i, (label, split) in enumerate(product(labels, SPLITS))]
+    assert read_manifest(tmp_path, table_of(tmp_path, rows)).classes == expected
 
 
 # The random split
@@ -154,6 +181,49 @@ def test_groups_stay_whole_and_the_shares_stay_near() -> None:
         counts = Counter(s.split for s in dealt if s.label == label)
         for split, fraction in zip(SPLITS, FRACTIONS, strict=True):
             assert counts[split] / counts.total() == pytest.approx(fraction, abs=0.02)
+
+
+@pytest.mark.parametrize(("classes", "images"), [(30, 4), (40, 3), (100, 2), (12, 5)])
+def test_many_small_classes_fill_every_split(classes: int, images: int) -> None:
+    """Each class alone would leave the validation split empty."""
+    samples = [Sample(f"{i:04d}.png", i % classes) for i in range(classes * images)]
+    counts = Counter(s.split for s in random_split(samples, 0))
+    for split, fraction in zip(SPLITS, FRACTIONS, strict=True):
+        assert counts[split] == pytest.approx(fraction * len(samples), abs=1)
+    tested = [[s.id for s in fold_split(samples, fold, 5, 0) if s.split == "test"] for fold in range(1, 6)]
+    assert sorted(id for ids in tested for id in ids) == [sample.id for sample in samples]
+    assert [len(ids) for ids in tested] == pytest.approx([len(samples) / 5] * 5, abs=1)
+
+
+def test_small_classes_are_evened_out_by_whole_groups() -> None:
+    samples = [Sample(f"{i:04d}.png", i // 4, group=f"p{i // 2}") for i in range(120)]
+    dealt = random_split(samples, 0)
+    counts = Counter(s.split for s in dealt)
+    for split, fraction in zip(SPLITS, FRACTIONS, strict=True):
+        assert counts[split] == pytest.approx(fraction * 120, abs=2)
+    assert len({(s.group, s.split) for s in dealt}) == 60
+
+
+@pytest.mark.parametrize("given", ["folders", "table"])
+def test_validation_images_are_drawn_where_there_are_none(given: str, tmp_path: Path) -> None:
+    """An eighth of the training images, by group; test images stay."""
+    table = None
+    if given == "folders":
+        root = folders(tmp_path, {"Training/a": 40, "Training/b": 40, "Testing/a": 10, "Testing/b": 10})
+    else:
+        rows = [(f"{i:03d}.png", "ab"[i % 2], "test" if i >= 80 else "train", f"p{i // 4}") for i in range(100)]
+        root, table = tmp_path, table_of(tmp_path, rows, ("image", "label", "split", "group"))
+    manifest = read_manifest(root, table)
+    assert [len(manifest.split(split)) for split in SPLITS] == pytest.approx([70, 10, 20], abs=2)
+    tests = {s.id for s in manifest.split("test")}
+    assert all(id.startswith("Testing") if given == "folders" else int(id[:3]) >= 80 for id in tests)
+    assert manifest.random
+    drawn = len(manifest.split("val"))
+    assert manifest.notes == (
+        f"there are no validation images: {drawn} of the training images are drawn, whole groups.",
+    )
+    assert read_manifest(root, table, split_seed=1).split("val") != manifest.split("val")
+    assert [len(read_manifest(root, table, fold=2).split(split)) for split in SPLITS] == [64, 16, 20]
 
 
 def test_a_random_split_changes_nothing_but_the_split() -> None:
@@ -250,7 +320,7 @@ def test_an_empty_class_folder_within_a_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [("train", "test"), ("train", "val"), ("train", "val", "test", "extra"), ("train", "val", "valid", "test")],
+    [("train", "val"), ("val", "test"), ("train", "val", "test", "extra"), ("train", "val", "valid", "test")],
 )
 def test_other_folders_than_the_three_splits(tmp_path: Path, given: tuple[str, ...]) -> None:
     root = folders(tmp_path, {f"{split}/{name}": 1 for split in given for name in "ab"})
@@ -268,8 +338,14 @@ def test_an_empty_split(tmp_path: Path, counts: dict[str, int], empty: str) -> N
 
 
 def test_an_empty_split_of_a_table(tmp_path: Path) -> None:
-    path = table_of(tmp_path, [("1.png", "a", "train"), ("2.png", "b", "train"), ("3.png", "b", "test")])
-    refused(tmp_path, "leaves the split val empty", table=path)
+    path = table_of(tmp_path, [("1.png", "a", "train"), ("2.png", "b", "train"), ("3.png", "b", "val")])
+    refused(tmp_path, "leaves the split test empty", table=path)
+
+
+def test_one_patient_cannot_be_split(tmp_path: Path) -> None:
+    rows = [(f"{i:02d}.png", "ab"[i % 2], "Jane") for i in range(40)]
+    path = table_of(tmp_path, rows, ("image", "label", "group"))
+    refused(tmp_path, "40 images of 1 groups (Jane), kept whole", "give it more groups", table=path)
 
 
 def test_no_table(tmp_path: Path) -> None:
@@ -285,7 +361,7 @@ def test_no_such_column(tmp_path: Path, argument: str) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (("x/4.png", "a", "training"), ("line 5", "'training'", "train, val or test")),
+        (("x/4.png", "a", "holdout"), ("line 5", "'holdout'", "train, val or test")),
         (("x/4.png", "a", ""), ("line 5", "''", "train, val or test")),
         (("x/4.png", " ", "train"), ("line 5", "'label'", "empty")),
         (("x/4.png", "a"), ("line 5", "number of fields")),

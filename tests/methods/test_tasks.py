@@ -288,6 +288,17 @@ def test_each_task_is_learned_and_a_checkpoint_gives_the_same_scores(
     assert again == [first]
 
 
+@pytest.mark.parametrize("task", ["ordinal", "coral"])
+def test_grades_that_are_words_need_their_order(
+    task: str, tiny_data: DataMaker, image_root: Path, tmp_path: Path
+) -> None:
+    model = model_for(task)
+    data_for(task, tiny_data, image_root).preload(model, quiet_trainer(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"high, low, mid are words.* such as \[mid, low, high\]"):
+        quiet_trainer(tmp_path).fit(model, data_for(task, tiny_data, image_root, classes=None))
+    quiet_trainer(tmp_path).fit(model_for("multiclass"), data_for(task, tiny_data, image_root, classes=None))
+
+
 def test_a_checkpoint_of_another_task_is_refused(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
     data = data_for("ordinal", tiny_data, image_root)
     data.preload(model_for("ordinal"), quiet_trainer(tmp_path))

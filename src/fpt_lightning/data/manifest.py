@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,7 @@ class Manifest:
             number.
         kind: of the labels.
         random: whether the split was drawn, and not given.
+        notes: what people should know of how it was read.
     """
 
     root: Path
@@ -55,6 +57,7 @@ class Manifest:
     classes: tuple[str, ...]
     kind: Kind = "single-label"
     random: bool = False
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split, in ascending order of their ids."""
@@ -110,6 +113,15 @@ class Manifest:
             own = [self.classes[sample.label]] if self.kind == "single-label" else [f"{t:.10g}" for t in sample.targets]
             rows.append([sample.id, *own, sample.split, sample.group])
         write_rows(path, rows)
+
+
+def numbers_of(names: Iterable[str]) -> list[float] | None:
+    """Class names as numbers, such as grades; None where one is none."""
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 def check_classes(argument: str, expected: int, manifest: Manifest) -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, NoReturn
 
-from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample
+from fpt_lightning.data.manifest import Kind, Manifest, Sample, numbers_of
 from fpt_lightning.data.pages import file_and_page
-from fpt_lightning.data.splits import check_splits, fold_split, random_split
+from fpt_lightning.data.splits import check_splits, draw_validation, fold_split, random_split
 from fpt_lightning.errors import DataError, a_few
 from fpt_lightning.files import Row, read_rows
 
@@ -21,7 +21,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".d
 Fill = Literal["ignore", "zeros", "ones"]
 _FILLS: Mapping[str, float] = {"ignore": math.nan, "zeros": 0.0, "ones": 1.0}
 _UNCERTAIN = -1.0  # as CheXpert and MIMIC-CXR write it
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_NAMES = {
+    name: split
+    for split, names in {
+        "train": ("train", "training"),
+        "val": ("val", "valid", "validation", "dev", "development"),
+        "test": ("test", "testing"),
+    }.items()
+    for name in names
+}
+"""What splits are called, in lower case."""
 
 
 def read_manifest(
@@ -46,7 +55,8 @@ def read_manifest(
 
     Without ``table`` the folders say it: ``root/{train,val,test}/{class}/image``, or ``root/{class}/image``, which is
     split 70/10/20 at random, stratified by class. A ``table`` is a CSV file with one row an image; without a split
-    column its images are split in the same way, groups kept whole.
+    column its images are split in the same way, groups kept whole. Where there are training and test images alone, an
+    eighth of the training images is drawn for validation.
 
     With ``fold``, cross-validation: where splits are given, the test images stay, and the fold of the others validates;
     otherwise the fold is the test split, and the next one validates. Folds are stratified and keep groups whole.
@@ -81,7 +91,7 @@ def read_manifest(
         samples = _from_table(folder, path, rows, image_column, None if external else split_column, group_column)
         columns = [label_column] if isinstance(label_column, str) else list(label_column)
         samples, names = _labelled(samples, rows, path, columns, kind, classes)
-    samples = sorted(samples, key=lambda sample: sample.id)
+    samples, notes = sorted(samples, key=lambda sample: sample.id), list[str]()
     drawn = not external and not samples[0].split
     if external:
         samples = [replace(sample, split="test") for sample in samples]
@@ -89,9 +99,13 @@ def read_manifest(
         samples = fold_split(samples, fold, folds, split_seed, kind)
     elif drawn:
         samples = random_split(samples, split_seed, kind)
+    elif {sample.split for sample in samples} == {"train", "test"}:
+        samples, drawn = draw_validation(samples, split_seed, kind), True
+        count = sum(sample.split == "val" for sample in samples)
+        notes.append(f"there are no validation images: {count:,} of the training images are drawn, whole groups.")
     if kind == "multi-label":
         samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
-    manifest = Manifest(folder, tuple(samples), names, kind, random=not external and (drawn or fold is not None))
+    manifest = Manifest(folder, tuple(samples), names, kind, not external and (drawn or fold is not None), tuple(notes))
     if not external:
         if kind == "single-label" and len(names) < 2:
             raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
@@ -154,15 +168,15 @@ def _from_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
     if kind != "single-label":
         raise DataError(f"a {kind} data set needs a CSV manifest (data.manifest): folders name one class an image.")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    splits = {p: _SPLIT_FOLDERS[p.name.lower()] for p in folders if p.name.lower() in _SPLIT_FOLDERS}
+    splits = {p: _SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in _SPLIT_NAMES}
     if not splits:
         return _from_classes(root, root, "")
-    missing = [split for split in SPLITS if split not in splits.values()]
     others = [p.name for p in folders if p not in splits]
-    if missing or others or len(splits) != len(SPLITS):
+    if others or not {"train", "test"} <= set(splits.values()) or len(splits) != len(set(splits.values())):
         raise DataError(
             f"the data root {root} holds {', '.join(p.name for p in folders)}: give the folders train, val and test "
-            "and no other, or only class folders (which are then split 70/10/20), or a CSV manifest (data.manifest)."
+            "(or train and test) and no other, or only class folders (which are then split 70/10/20), or a CSV "
+            "manifest (data.manifest)."
         )
     return [labelled for folder, split in splits.items() for labelled in _from_classes(folder, root, split)]
 
@@ -193,7 +207,7 @@ def _from_table(
     group_column = _column(rows, path, group_column, "group")
     samples = []
     for row in rows:
-        split = _SPLIT_FOLDERS.get(row[split_column].strip().lower(), "") if split_column else ""
+        split = _SPLIT_NAMES.get(row[split_column].strip().lower(), "") if split_column else ""
         if split_column and not split:
             raise DataError(f"{path}, line {row.line}: the split is {row[split_column]!r}, not train, val or test.")
         id = _sample_id(row[image_column].strip(), path, row.line)
@@ -314,5 +328,6 @@ def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[st
             f"classes differ in upper and lower case or Unicode form alone: {a_few(alike)}. Unify the labels, or name "
             "every class in data.classes."
         )
-    numeric = all(name.isdecimal() for name in found)
-    return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
+    if numbers_of(found) is None:
+        return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda name: (float(name), name)))

@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from fpt_lightning.errors import ConfigurationError, DataError, a_few
 from fpt_lightning.files import file_digest
 
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
+_VALIDATION_FOLDS = 8  # one of them is drawn: of 80% of all images, the 10% of that partition
+_TOLERATED = 0.2  # of a part's share of all images, that it may lack for the sake of the strata's shares
 _ENDS = 2**16  # bytes of a file that tell most files apart
 
 
@@ -24,6 +26,11 @@ def random_split(samples: Sequence[Sample], seed: int, kind: Kind = "single-labe
     """Split 70/10/20 at random, stratified; a group stays whole."""
     dealt = _deal(samples, FRACTIONS, seed, kind)
     return [replace(sample, split=SPLITS[part]) for sample, part in zip(samples, dealt, strict=True)]
+
+
+def draw_validation(samples: Sequence[Sample], seed: int, kind: Kind = "single-label") -> list[Sample]:
+    """Make an eighth of the training images validation images, at random, stratified; a group stays whole."""
+    return fold_split(samples, 1, _VALIDATION_FOLDS, seed, kind)
 
 
 def fold_split(
@@ -68,7 +75,51 @@ def _deal(samples: Sequence[Sample], fractions: Sequence[float], seed: int, kind
             lacking[stratum][chosen] -= n
         for position in groups[name]:
             part_of[position] = chosen
+    _even_out(part_of, [groups[name] for name in order], strata, lacking, fractions)
     return part_of
+
+
+def _even_out(
+    part_of: list[int],
+    groups: Sequence[Sequence[int]],
+    strata: Sequence[tuple[int, ...]],
+    lacking: Mapping[int, list[float]],
+    fractions: Sequence[float],
+) -> None:
+    """Move groups from parts with too many images to those that lack many, where strata are too small for their shares.
+
+    Of many classes of a few images each, rounding every class alone would leave a small part empty. Moved is what the
+    strata miss least, until every part has its share of all images to one image or group.
+
+    Args:
+        part_of: of each sample; changed.
+        groups: positions of samples.
+        strata: of each sample.
+        lacking: by stratum, images that each part lacks; changed.
+        fractions: of the parts.
+    """
+    dealt = Counter(part_of)
+    short = [fraction * len(part_of) - dealt[part] for part, fraction in enumerate(fractions)]
+    if all(abs(lack) <= max(1, _TOLERATED * len(part_of) * f) for lack, f in zip(short, fractions, strict=True)):
+        return
+
+    def gain(group: Sequence[int], to: int) -> float:
+        own = [stratum for position in group for stratum in strata[position]]
+        return sum(lacking[stratum][to] - lacking[stratum][part_of[group[0]]] for stratum in own) / len(own)
+
+    while (most := max(short)) >= 1:
+        to = short.index(most)
+        movable = [group for group in groups if len(group) <= min(most, -short[part_of[group[0]]]) + 0.5]
+        if not movable:
+            return
+        group = max(movable, key=lambda group: gain(group, to))
+        for position in group:
+            for stratum in strata[position]:
+                lacking[stratum][to] -= 1
+                lacking[stratum][part_of[position]] += 1
+            short[to] -= 1
+            short[part_of[position]] += 1
+            part_of[position] = to
 
 
 def _strata(samples: Sequence[Sample], kind: Kind) -> list[tuple[int, ...]]:
@@ -89,9 +140,11 @@ def check_splits(manifest: Manifest, allow_overlap: bool) -> None:
     """
     empty = [split for split in SPLITS if not manifest.split(split)]
     if empty:
+        groups = {sample.group or sample.id for sample in manifest.samples}
+        few = "" if len(groups) >= len(SPLITS) else f" of {len(groups)} groups ({a_few(sorted(groups))}), kept whole"
         raise DataError(
-            f"the data set {manifest.root} ({len(manifest.samples)} images) leaves the split {', '.join(empty)} empty: "
-            "give it more images, or a CSV manifest with a split column."
+            f"the data set {manifest.root} ({len(manifest.samples)} images{few}) leaves the split {', '.join(empty)} "
+            f"empty: give it more {'groups' if few else 'images'}, or a CSV manifest with a split column."
         )
     for overlap in (_crossing_groups(manifest), _identical_files(manifest)):
         if overlap and not allow_overlap:

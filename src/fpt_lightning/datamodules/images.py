@@ -12,13 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from fpt_lightning.data.images import Fit, ImageReader, unreadable
-from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes
+from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.transforms import Augmentation, ViewTransform, channel_statistics
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
-from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.errors import ConfigurationError, a_few
 from fpt_lightning.store.preload import write_left_out
 from fpt_lightning.store.specification import FeatureSpecification
 
@@ -92,7 +92,7 @@ class ImageDataModule(ManifestDataModule):
             self.seed = torch.initial_seed() % 2**32
         self._setup_features(stage)
         if stage == "fit":
-            rank_zero_info(self.labelled.summary())
+            rank_zero_info("\n".join([self.labelled.summary(), *self.labelled.notes]))
         for split in ("test",) if self.external else SPLITS:
             absent = [
                 n for n, count in zip(self.class_names, self.labelled.class_counts(split), strict=True) if not count
@@ -166,8 +166,18 @@ class ImageDataModule(ManifestDataModule):
         num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
         if num_classes is not None and not self.external:  # other hospitals may lack a class
             check_classes("model.num_classes", num_classes, self.labelled)
+            self._check_order()
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+
+    def _check_order(self) -> None:
+        """Refuse grades whose order nobody said."""
+        named, classes = self.reading["classes"] is not None, self.labelled.classes
+        if getattr(self._declared("task"), "ORDERED", False) and not named and numbers_of(classes) is None:
+            raise ConfigurationError(
+                f"model.task has grades from low to high, but {a_few(classes)} are words in alphabetical order: "
+                f"name them from low to high in data.classes, such as [{', '.join(reversed(classes))}]."
+            )
 
     def _side_resolution(self) -> int:
         declared: int | None = self._declared("side_resolution")

@@ -14,13 +14,12 @@ from tqdm.auto import tqdm
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.data.sources import read_manifest
-from fpt_lightning.data.splits import fold_split, random_split
+from fpt_lightning.data.splits import draw_validation, random_split
 from fpt_lightning.datasets import DATASETS, Found, Recipe
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
 from fpt_lightning.files import file_digest
 
 LEFT_OUT = "left_out.csv"
-_VALIDATION_FOLDS = 8  # an eighth of the training images is to the rest as the paper's 10% are to 70%
 
 
 def list_datasets() -> None:
@@ -69,7 +68,7 @@ def prepare(name: str, root: Path, manifest: Path | None = None, seed: int = 0) 
     if official == {""}:
         samples = random_split(samples, seed)
     elif "val" not in official:
-        samples = fold_split(samples, 1, _VALIDATION_FOLDS, seed)
+        samples = draw_validation(samples, seed)
     checked = _write(Manifest(root, tuple(samples), recipe.classes), found.left_out, path)
     print(_report(recipe, checked, found.left_out, path))
     return checked

@@ -27,12 +27,14 @@ class Task(nn.Module, ABC):
     Attributes:
         KIND: of the labels, as a manifest has them.
         MONITOR: the metric whose best epoch is kept, and whether that is its largest or smallest value.
+        ORDERED: whether its classes are grades from low to high.
         outputs: of a method's linear head.
         adapts: whether the training labels are needed (``adapt``).
     """
 
     KIND: ClassVar[Kind]
     MONITOR: ClassVar[tuple[str, Literal["max", "min"]]]
+    ORDERED: ClassVar[bool] = False
     outputs: int
     adapts = False
 
@@ -112,6 +114,7 @@ class Ordinal(Multiclass):
     """Grades from low to high as classes: cross-entropy, quadratic-weighted kappa."""
 
     MONITOR = ("kappa", "max")
+    ORDERED = True
 
 
 class Coral(Task):
@@ -126,6 +129,7 @@ class Coral(Task):
 
     KIND = "single-label"
     MONITOR = ("kappa", "max")
+    ORDERED = True
     outputs = 1
 
     def __init__(self, num_classes: int) -> None:
