@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ class Row(dict[str, str]):
     """
 
     line: int
+
+
+_FORMULA = re.compile("'*[=+@\t\r-]")
+"""How cells begin that spreadsheets run, or that are guarded from it (OWASP, CSV injection)."""
 
 
 def read_rows(path: Path, kind: str) -> list[Row]:
@@ -55,7 +60,7 @@ def read_rows(path: Path, kind: str) -> list[Row]:
     for row in rows:
         if None in row or None in row.values():  # more fields, or fewer
             raise DataError(f"{path}, line {row.line}: the number of fields differs from the header's.")
-    return rows
+    return [_numbered({_unguarded(name): _unguarded(cell) for name, cell in row.items()}, row.line) for row in rows]
 
 
 def _numbered(fields: dict[str, str], line: int) -> Row:
@@ -71,10 +76,30 @@ def file_digest(path: Path) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file, its header first."""
+    """Write a CSV file, its header first; what a spreadsheet would run as a formula is written as text."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        cells = [_guarded(cell) for cell in row]
+        lone = any(isinstance(cell, str) and "\r" in cell for cell in cells)  # which Python before 3.13 does not quote
+        (quoted if lone else plain).writerow(cells)
     write_text(path, text.getvalue())
+
+
+def _guarded(cell: Any) -> Any:
+    """Text that a spreadsheet would run as a formula, behind an apostrophe; ``read_rows`` takes it off."""
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def _unguarded(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell[1:]) else cell
 
 
 def write_text(path: Path, text: str) -> None:

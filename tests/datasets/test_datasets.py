@@ -176,10 +176,18 @@ def test_a_split_that_nothing_usable_is_left_of_leaves_no_file(built: dict[str, 
     (root / "manifest.csv").write_text("an older one")
     for path in (root / "DDR-dataset" / "DR_grading" / "valid").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="leaves the split val empty"):
+    with pytest.raises(DataError, match=r"leaves the split val empty, as its images are not usable: .*unreadable"):
         prepare("ddr", root)
     assert (root / "manifest.csv").read_text() == "an older one"
     assert sorted(path.name for path in root.iterdir()) == ["DDR-dataset", "__MACOSX", "manifest.csv"]
+
+
+def test_a_class_that_nothing_usable_is_left_of(tmp_path: Path) -> None:
+    m = build("covid", tmp_path / "data")
+    for path in (m.root / "COVID_IEEE" / "virus").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"COVID in .* leaves the class virus empty.*unreadable"):
+        prepare("covid", m.root)
 
 
 def test_nothing_usable_at_all(tmp_path: Path) -> None:

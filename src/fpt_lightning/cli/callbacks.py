@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import matplotlib
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -347,14 +348,15 @@ def write_confusion(folder: Path, predictions: Predictions) -> None:
         folder / "confusion_matrix.csv",
         [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))],
     )
-    figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
-    axes = figure.subplots()
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(counts.shape):
-        shade = "white" if shares[i, j] > 0.5 else "black"
-        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=shade)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="true")
-    figure.savefig(folder / "confusion_matrix.png", dpi=150)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $x_1$
+        figure = Figure(figsize=(1.5 + 0.9 * len(classes), 1.2 + 0.8 * len(classes)), layout="constrained")
+        axes = figure.subplots()
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(counts.shape):
+            shade = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=shade)
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(xlabel="predicted", ylabel="true")
+        figure.savefig(folder / "confusion_matrix.png", dpi=150)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.data.splits import draw_validation, random_split
 from fpt_lightning.datasets import DATASETS, Found, Recipe
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
-from fpt_lightning.files import file_digest
+from fpt_lightning.files import file_digest, write_rows
 
 LEFT_OUT = "left_out.csv"
 
@@ -65,6 +64,15 @@ def prepare(name: str, root: Path, manifest: Path | None = None, seed: int = 0) 
     samples = _drop_copies(found, _drop_unreadable(found))
     if not samples:
         raise DataError(f"no image of {recipe.title} in {root} is usable: {_reasons(found.left_out) or 'none found'}.")
+    for what, lost in (
+        ("split", official - {sample.split for sample in samples}),
+        ("class", {recipe.classes[s.label] for s in found.samples} - {recipe.classes[s.label] for s in samples}),
+    ):
+        if lost:
+            raise DataError(
+                f"{recipe.title} in {root} leaves the {what} {', '.join(sorted(lost))} empty, as its images are not "
+                f"usable: {_reasons(found.left_out)}."
+            )
     if official == {""}:
         samples = random_split(samples, seed)
     elif "val" not in official:
@@ -115,17 +123,13 @@ def _drop_copies(found: Found, alike: Mapping[str, Sequence[Sample]]) -> list[Sa
 def _write(manifest: Manifest, left_out: Mapping[str, str], path: Path) -> Manifest:
     """Both files, once the manifest has been read again without a complaint; else none."""
     unchecked = path.with_name(f"{path.name}.unchecked")
-    partial = path.with_name(f"{LEFT_OUT}.partial")
     try:
         manifest.write(unchecked)
         checked = read_manifest(manifest.root, unchecked, classes=manifest.classes)
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([("image", "reason"), *sorted(left_out.items())])
-        os.replace(partial, path.with_name(LEFT_OUT))
+        write_rows(path.with_name(LEFT_OUT), [("image", "reason"), *sorted(left_out.items())])
         os.replace(unchecked, path)
     finally:
         unchecked.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
     return checked
 
 

@@ -33,6 +33,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 7.5,
     "text.color": _INK,
     "axes.labelcolor": MUTED,
+    "text.parse_math": False,  # a class may be called $x_1$
     "axes.edgecolor": LINE,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
