@@ -41,26 +41,61 @@ def read_rows(path: Path, kind: str) -> list[Row]:
     Raises:
         DataError: no such file, no CSV, no row, a column twice, or a row with more or fewer fields than the header.
     """
+    try:
+        text = read_bytes(path, kind).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the {kind} {path} is not a CSV file in UTF-8: {error}.") from error
+    return parse_rows(text, path, kind)
+
+
+def read_bytes(path: Path, kind: str) -> bytes:
+    """All of a file.
+
+    Raises:
+        DataError: no such file, or one that cannot be read.
+    """
     if not os.path.isfile(path):
         raise DataError(f"the {kind} {path} does not exist.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise csv.Error("it holds NUL characters")  # UTF-16 without a mark at its start, or not text at all
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = [_numbered(row, reader.line_num) for row in reader]
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"the {kind} {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+
+
+def parse_rows(text: str, path: Path, kind: str, separator: str = ",") -> list[Row]:
+    """The rows of a table; columns without a name, such as pandas' index, are left out.
+
+    Args:
+        text: of the table.
+        path: of its file, for errors.
+        kind: what it is called in errors.
+        separator: of fields.
+
+    Raises:
+        DataError: as ``read_rows``.
+    """
+    try:
+        if "\0" in text:
+            raise csv.Error("it holds NUL characters")  # not text at all
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        names = list(reader.fieldnames or ())
+        reader.fieldnames = [name or f"\0{i}" for i, name in enumerate(names)]
+        rows = [_numbered(row, reader.line_num) for row in reader]
+    except csv.Error as error:
         raise DataError(f"the {kind} {path} is not a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise DataError(f"the {kind} {path} holds no row below its header.")
-    if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
         raise DataError(f"the {kind} {path} has several columns named {', '.join(twice)}.")
     for row in rows:
         if None in row or None in row.values():  # more fields, or fewer
             raise DataError(f"{path}, line {row.line}: the number of fields differs from the header's.")
-    return [_numbered({_unguarded(name): _unguarded(cell) for name, cell in row.items()}, row.line) for row in rows]
+    return [_named(row) for row in rows]
+
+
+def _named(row: Row) -> Row:
+    cells = {_unguarded(name): _unguarded(cell) for name, cell in row.items() if not name.startswith("\0")}
+    return _numbered(cells, row.line)
 
 
 def _numbered(fields: dict[str, str], line: int) -> Row:

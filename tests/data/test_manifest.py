@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from fpt_lightning.data.folders import IMAGE_SUFFIXES
 from fpt_lightning.data.manifest import SPLITS, UNLABELLED, Manifest, Sample, check_classes
-from fpt_lightning.data.sources import IMAGE_SUFFIXES, list_images, read_manifest
+from fpt_lightning.data.sources import list_images, read_manifest
 from fpt_lightning.data.splits import FRACTIONS, fold_split, random_split
 from fpt_lightning.errors import ConfigurationError, DataError
 
@@ -128,7 +129,7 @@ def test_classes_that_do_not_fit_the_labels(tmp_path: Path, classes: list[str]) 
         (["12.0", "0.0", "4.0"], ("0.0", "4.0", "12.0")),
         (["1", "-1", "0"], ("-1", "0", "1")),
         (["1e1", "2", "0.5"], ("0.5", "2", "1e1")),
-        (["nan", "2", "10"], ("10", "2", "nan")),  # a word among them
+        (["x", "2", "10"], ("10", "2", "x")),  # a word among them
     ],
 )
 def test_numbers_are_in_the_order_of_numbers(labels: list[str], expected: tuple[str, ...], tmp_path: Path) -> None:
@@ -402,9 +403,9 @@ def test_a_table_without_rows(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["image,label\nü.png,a\n".encode("latin-1"), "image,label\n1.png,a\n".encode("utf-16"), b'image,label\n"1"x,a\n'],
+    [b'image,label\n"1"x,a\n', b"image,label\n\0\0,a\n"],
 )
-def test_a_table_that_is_no_csv_in_utf8(tmp_path: Path, content: bytes) -> None:
+def test_a_table_that_is_no_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "table.csv").write_bytes(content)
     refused(tmp_path, str(tmp_path / "table.csv"), "not a CSV file in UTF-8", table="table.csv")
 
@@ -482,7 +483,7 @@ def test_what_missing_and_uncertain_labels_stand_for(
 def test_labels_that_are_neither_true_nor_false(tmp_path: Path, value: str) -> None:
     path = labels_table(tmp_path, [("1", "0"), ("0", value)])
     asked: dict[str, Any] = {"label_column": ["a", "b"], "kind": "multi-label"}
-    refused(tmp_path, "line 3", "'b'", repr(value), "1, 0, -1 (uncertain) or nothing", table=path, **asked)
+    refused(tmp_path, "line 3", "'b'", repr(value), "1, 0, -1 (uncertain), True, False or nothing", table=path, **asked)
 
 
 @pytest.mark.parametrize("value", ["", "old", "nan", "inf"])
@@ -507,7 +508,7 @@ def test_counts_of_labels_are_of_positive_images(tmp_path: Path) -> None:
 
 def test_what_several_columns_and_folders_are_not_for(tmp_path: Path) -> None:
     path = labels_table(tmp_path, [("1", "0")])
-    refused(tmp_path, "names 2 columns", "'multilabel'", table=path, label_column=["a", "b"])
+    refused(tmp_path, "names 2 columns", "'multilabel'", table=path, label_column=["a", "b"], kind="regression")
     refused(tmp_path, "data.classes", table=path, label_column=["a"], kind="multi-label", classes=["x"])
     refused(tmp_path, "multi-label data set needs a CSV manifest", kind="multi-label")
 

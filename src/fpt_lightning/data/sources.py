@@ -1,36 +1,25 @@
-"""Where a manifest comes from: class folders, a CSV file, or any folder of images."""
+"""Where a manifest comes from: class folders, a table, or any folder of images."""
 
 from __future__ import annotations
 
 import math
 import os
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Literal, NoReturn
+from pathlib import Path
+from typing import Literal
 
+from fpt_lightning.data import tables
+from fpt_lightning.data.folders import IMAGE_SUFFIXES, image_ids, labelled_folders
 from fpt_lightning.data.manifest import Kind, Manifest, Sample, numbers_of
-from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.data.splits import check_splits, draw_validation, fold_split, random_split
+from fpt_lightning.data.tables import UNCERTAIN, Table, read_table
 from fpt_lightning.errors import DataError, a_few
-from fpt_lightning.files import Row, read_rows
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
 Fill = Literal["ignore", "zeros", "ones"]
 _FILLS: Mapping[str, float] = {"ignore": math.nan, "zeros": 0.0, "ones": 1.0}
-_UNCERTAIN = -1.0  # as CheXpert and MIMIC-CXR write it
-_SPLIT_NAMES = {
-    name: split
-    for split, names in {
-        "train": ("train", "training"),
-        "val": ("val", "valid", "validation", "dev", "development"),
-        "test": ("test", "testing"),
-    }.items()
-    for name in names
-}
-"""What splits are called, in lower case."""
 
 
 def read_manifest(
@@ -39,7 +28,9 @@ def read_manifest(
     *,
     image_column: str = "image",
     label_column: str | Sequence[str] = "label",
+    label_separator: str | None = None,
     split_column: str | None = None,
+    split_lists: Mapping[str, str] | None = None,
     group_column: str | None = None,
     classes: Sequence[str] | None = None,
     kind: Kind = "single-label",
@@ -65,8 +56,11 @@ def read_manifest(
         root: folder of the images.
         table: CSV file, absolute or relative to ``root``.
         image_column: column of image paths, relative to ``root``.
-        label_column: column of class names or numbers; the columns of 1, 0, -1 or nothing of a multi-label data set.
+        label_column: column of class names or numbers; the columns of 1, 0, -1 or nothing of a multi-label data set;
+            of a single-label one also columns of which one is true in each row.
+        label_separator: of the names of a multi-label data set, where one column holds them: ``|`` of ``Mass|Nodule``.
         split_column: column of ``train``, ``val``, ``test``; the column ``split``, if there is one, by default.
+        split_lists: in its place, files that list the images of each split, one a line: ``{train: a.txt}`` and so on.
         group_column: column of groups, such as patients; the column ``group``, if there is one, by default.
         classes: class names in the order wanted (grades from low to high, say); sorted by default.
         kind: of the labels.
@@ -84,14 +78,15 @@ def read_manifest(
     """
     folder = _data_root(root)
     if table is None:
-        samples, names = _with_classes(_from_folders(folder, kind), classes)
+        (samples, names), notes = _with_classes(labelled_folders(folder, kind), classes), []
     else:
-        path = folder / Path(table).expanduser()
-        rows = read_rows(path, "manifest")
-        samples = _from_table(folder, path, rows, image_column, None if external else split_column, group_column)
+        rows = read_table(folder / Path(table).expanduser(), image_column)
+        splits = (None, None) if external else (split_column, split_lists)
+        samples = tables.unlabelled_samples(folder, rows, image_column, splits[0], group_column, splits[1])
         columns = [label_column] if isinstance(label_column, str) else list(label_column)
-        samples, names = _labelled(samples, rows, path, columns, kind, classes)
-    samples, notes = sorted(samples, key=lambda sample: sample.id), list[str]()
+        samples, names = _labelled(samples, rows, columns, kind, classes, label_separator)
+        notes = rows.notes
+    samples = sorted(samples, key=lambda sample: sample.id)
     drawn = not external and not samples[0].split
     if external:
         samples = [replace(sample, split="test") for sample in samples]
@@ -125,7 +120,7 @@ def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1)
         DataError: no such folder, or no image in it.
     """
     folder = _data_root(root)
-    ids = sorted(_image_ids(folder, folder))
+    ids = sorted(image_ids(folder, folder))
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
     unknown = () if kind == "single-label" else (math.nan,) * targets
@@ -139,169 +134,37 @@ def _data_root(root: str | Path) -> Path:
     return folder
 
 
-def _image_ids(folder: Path, root: Path) -> list[str]:
-    found = []
-    for directory, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        _check_links(Path(directory), folders)
-        relative = Path(directory).relative_to(root)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    return found
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
-
-
-def _check_links(directory: Path, folders: Iterable[str]) -> None:
-    above = {os.path.realpath(path) for path in (directory, *directory.parents)}
-    for path in (directory / name for name in folders):
-        if path.is_symlink() and os.path.realpath(path) in above:
-            raise DataError(f"{path} is a link to a folder that it lies in: remove it.")
-
-
-def _from_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
-    if kind != "single-label":
-        raise DataError(f"a {kind} data set needs a CSV manifest (data.manifest): folders name one class an image.")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    splits = {p: _SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in _SPLIT_NAMES}
-    if not splits:
-        return _from_classes(root, root, "")
-    others = [p.name for p in folders if p not in splits]
-    if others or not {"train", "test"} <= set(splits.values()) or len(splits) != len(set(splits.values())):
-        raise DataError(
-            f"the data root {root} holds {', '.join(p.name for p in folders)}: give the folders train, val and test "
-            "(or train and test) and no other, or only class folders (which are then split 70/10/20), or a CSV "
-            "manifest (data.manifest)."
-        )
-    return [labelled for folder, split in splits.items() for labelled in _from_classes(folder, root, split)]
-
-
-def _from_classes(folder: Path, root: Path, split: str) -> list[tuple[Sample, str]]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: _image_ids(p, root) for p in classes}
-    empty = [name for name, ids in found.items() if not ids]
-    if empty or not classes:
-        raise DataError(
-            f"{folder} must hold one folder of images a class; "
-            + (f"without an image: {', '.join(empty)}." if empty else "it holds no folder.")
-        )
-    return [(Sample(id, split=split), name) for name, ids in found.items() for id in ids]
-
-
-def _from_table(
-    root: Path,
-    path: Path,
-    rows: Sequence[Row],
-    image_column: str,
-    split_column: str | None,
-    group_column: str | None,
-) -> list[Sample]:
-    """The rows' samples, still without labels."""
-    _require_column(rows, path, image_column)
-    split_column = _column(rows, path, split_column, "split")
-    group_column = _column(rows, path, group_column, "group")
-    samples = []
-    for row in rows:
-        split = _SPLIT_NAMES.get(row[split_column].strip().lower(), "") if split_column else ""
-        if split_column and not split:
-            raise DataError(f"{path}, line {row.line}: the split is {row[split_column]!r}, not train, val or test.")
-        id = _sample_id(row[image_column].strip(), path, row.line)
-        samples.append(Sample(id, split=split, group=row[group_column].strip() if group_column else ""))
-    _check_files(root, path, [sample.id for sample in samples])
-    return samples
-
-
 def _labelled(
     samples: Sequence[Sample],
-    rows: Sequence[Row],
-    path: Path,
+    table: Table,
     columns: Sequence[str],
     kind: Kind,
     classes: Sequence[str] | None,
+    separator: str | None,
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples with the labels of their rows, and the names of the classes."""
-    for column in columns:
-        _require_column(rows, path, column)
-    if kind != "multi-label" and len(columns) != 1:
-        raise DataError(f"data.label_column names {len(columns)} columns, which is for the task 'multilabel'.")
+    """A sample an image with its labels, and the names of the classes."""
+    if separator is not None and (kind != "multi-label" or len(columns) != 1):
+        raise DataError(f"data.label_separator is {separator!r}, which is for one column of the task 'multilabel'.")
     if kind == "single-label":
-        labels = [row[columns[0]].strip() for row in rows]
-        for row, label in zip(rows, labels, strict=True):
-            if not label:
-                raise DataError(f"{path}, line {row.line}: the label (column {columns[0]!r}) is empty.")
-        return _with_classes(list(zip(samples, labels, strict=True)), classes)
+        tables.merged(samples, table, several=False)
+        named = tables.class_labels(table, columns, classes)
+        asked = columns if classes is None and len(columns) > 1 else classes
+        return _with_classes(list(zip(samples, named, strict=True)), asked)
+    if separator is not None:
+        found, names = tables.named_targets(samples, table, columns[0], separator, classes)
+        return tables.merged(found, table, several=True, union=True), names
+    if kind == "regression" and len(columns) != 1:
+        raise DataError(f"data.label_column names {len(columns)} columns, which is for the task 'multilabel'.")
     if classes is not None:
         raise DataError(f"data.classes is {list(classes)}: the classes of a {kind} data set are its label columns.")
-    allowed = (1.0, 0.0, _UNCERTAIN) if kind == "multi-label" else None
-    targets = [
-        tuple(
-            _number(row[column].strip(), allowed, f"{path}, line {row.line}: the label (column {column!r})")
-            for column in columns
-        )
-        for row in rows
-    ]
-    return [replace(s, targets=t) for s, t in zip(samples, targets, strict=True)], tuple(columns)
-
-
-def _number(text: str, allowed: Sequence[float] | None, where: str) -> float:
-    """A label; an infinite one stands for an empty field, NaN for one that is unknown in any case."""
-    if not text and allowed is not None:
-        return math.inf
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.inf
-    if allowed is None and math.isfinite(number):
-        return number
-    if allowed is not None and (number in allowed or math.isnan(number)):
-        return number
-    expected = "a number" if allowed is None else "1, 0, -1 (uncertain) or nothing"
-    raise DataError(f"{where} is {text!r}, not {expected}.")
+    found, names = tables.number_targets(samples, table, columns, kind)
+    return tables.merged(found, table, several=kind == "multi-label"), names
 
 
 def _filled(sample: Sample, missing: Fill, uncertain: Fill) -> Sample:
     """The sample with what its empty and uncertain labels stand for."""
-    stands = {math.inf: _FILLS[missing], _UNCERTAIN: _FILLS[uncertain if sample.split == "train" else "ignore"]}
+    stands = {math.inf: _FILLS[missing], UNCERTAIN: _FILLS[uncertain if sample.split == "train" else "ignore"]}
     return replace(sample, targets=tuple(stands.get(target, target) for target in sample.targets))
-
-
-def _require_column(rows: Sequence[Row], path: Path, column: str) -> None:
-    if column not in rows[0]:
-        raise DataError(f"the manifest {path} has no column {column!r}; it has {', '.join(rows[0])}.")
-
-
-def _column(rows: Sequence[Row], path: Path, asked: str | None, default: str) -> str | None:
-    if asked is None:
-        return default if default in rows[0] else None
-    _require_column(rows, path, asked)
-    return asked
-
-
-def _sample_id(text: str, path: Path, line: int) -> str:
-    id = PurePosixPath(text.replace("\\", "/"))
-    if not id.parts or id.is_absolute() or ".." in id.parts:
-        raise DataError(f"{path}, line {line}: the image {text!r} is not a path below the data root.")
-    return id.as_posix()
-
-
-def _check_files(root: Path, path: Path, ids: list[str]) -> None:
-    twice = [id for id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise DataError(f"the manifest {path} lists {len(twice)} images more than once: {a_few(twice)}.")
-    missing = [id for id in ids if not os.path.isfile(file_and_page(root / id)[0])]
-    if missing:
-        hint = ""
-        if any(os.path.isfile(root / unicodedata.normalize(form, id)) for id in missing for form in ("NFC", "NFD")):
-            hint = " Some do in another Unicode form (NFC or NFD) of their names: rewrite the manifest in the files'."
-        raise DataError(
-            f"{len(missing)} of {len(ids)} images of the manifest {path} do not exist below {root}: "
-            f"{a_few(missing)}.{hint}"
-        )
 
 
 def _with_classes(

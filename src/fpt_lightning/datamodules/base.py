@@ -25,8 +25,10 @@ class ManifestDataModule(L.LightningDataModule):
         root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
         manifest: CSV file instead of class folders; absolute or relative to ``root``. Prediction does not read it.
         image_column: its column of image paths, relative to ``root``.
-        label_column: its column of class names or numbers; its columns of a multi-label task.
+        label_column: its column of class names or numbers; its columns of a multi-label task, or of which one is true.
+        label_separator: of the names of a multi-label task, where one column holds them: ``|`` of ``Mass|Nodule``.
         split_column: its column of ``train``, ``val``, ``test``; by default ``split``, if there is one.
+        split_lists: in its place, files that list the images of each split, one a line, by split.
         group_column: its column of groups that a split keeps whole, such as patients; by default ``group``, if any.
         classes: class names in the order wanted, such as grades from low to high; sorted by default.
         missing_labels: what an empty field of a multi-label task stands for: ``ignore``, ``zeros`` or ``ones``.
@@ -52,7 +54,9 @@ class ManifestDataModule(L.LightningDataModule):
         manifest: str | None = None,
         image_column: str = "image",
         label_column: str | list[str] = "label",
+        label_separator: str | None = None,
         split_column: str | None = None,
+        split_lists: dict[str, str] | None = None,
         group_column: str | None = None,
         classes: list[str] | None = None,
         missing_labels: Fill = "ignore",
@@ -71,7 +75,9 @@ class ManifestDataModule(L.LightningDataModule):
         self.reading: dict[str, Any] = {  # arguments of ``read_manifest``
             "image_column": image_column,
             "label_column": label_column,
+            "label_separator": label_separator,
             "split_column": split_column,
+            "split_lists": split_lists,
             "group_column": group_column,
             "classes": classes,
             "missing_labels": missing_labels,

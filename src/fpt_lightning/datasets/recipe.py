@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
+from fpt_lightning.data.folders import IMAGE_SUFFIXES
 from fpt_lightning.data.manifest import Sample
-from fpt_lightning.data.sources import IMAGE_SUFFIXES
 from fpt_lightning.errors import DataError
 
 DR_GRADES = ("no DR", "mild NPDR", "moderate NPDR", "severe NPDR", "PDR")
