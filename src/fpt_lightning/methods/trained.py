@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import lightning as L
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest
-from fpt_lightning.errors import CheckpointError, StoreError
+from fpt_lightning.errors import CheckpointError, StoreError, a_few
 from fpt_lightning.methods.tasks import Task
 from fpt_lightning.store.specification import FeatureSpecification
 
@@ -44,6 +45,7 @@ class TrainedModule(L.LightningModule):
         self.temperature, self.thresholds = 1.0, dict[str, float]()
         self._digest = ""  # of the encoder's weights, once they are loaded
         self._split_digest = ""  # of the split trained on, where it was drawn
+        self._seen: dict[str, Tensor] = {}  # digests of the training and of the validation images and groups
         self._columns: list[int] | None = None  # of the data's classes among this model's, where they differ
         self._seed: int | None = None
 
@@ -147,6 +149,26 @@ class TrainedModule(L.LightningModule):
             )
         if not trained:
             self._split_digest = digest
+            self._seen = {split: _digests(_names(manifest, split)) for split in ("train", "val")}
+        elif self.trainer.state.fn in ("test", "validate"):
+            data = getattr(self.trainer, "datamodule", None)
+            allowed = getattr(data, "external", False) or getattr(data, "reading", {}).get("allow_overlap", False)
+            if not allowed:
+                self._check_unseen(manifest, self.trainer.state.fn)
+
+    def _check_unseen(self, manifest: Manifest, stage: str) -> None:
+        """Refuse to test images, or groups, that were trained on or chosen by; or to validate those trained on."""
+        split, seen = ("test", ("train", "val")) if stage == "test" else ("val", ("train",))
+        names = _names(manifest, split)
+        known = torch.cat([self._seen[part] for part in seen if part in self._seen] or [_digests([])])
+        again = [name for name, met in zip(names, torch.isin(_digests(names), known).tolist(), strict=True) if met]
+        if again:
+            raise CheckpointError(
+                f"{len(again)} of the images and groups of the split {split} of {manifest.root} were trained on or "
+                f"validated in this model's training: {a_few(again)}. Give its own split (the run's split.csv as "
+                "data.manifest), data.external true for another data set with the same names, or data.allow_overlap "
+                "true."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = {
@@ -155,6 +177,7 @@ class TrainedModule(L.LightningModule):
             "specification": None if self.specification is None else self.specification.to_dict(),
             "seed": self._seed,
             "split": self._split_digest,
+            "seen": self._seen,
             "thresholds": self.thresholds,
             "temperature": self.temperature,
         }
@@ -189,5 +212,19 @@ class TrainedModule(L.LightningModule):
         content = about["specification"]
         self.specification = None if content is None else FeatureSpecification.from_dict(content)
         self._seed, self._split_digest = about["seed"], about["split"]
+        self._seen = about.get("seen", {})  # which earlier versions do not keep
         self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
         self.temperature = float(about["temperature"])
+
+
+def _names(manifest: Manifest, split: str) -> list[str]:
+    """Of a split's images, and of its groups."""
+    samples = manifest.split(split)
+    return [*(sample.id for sample in samples), *sorted({sample.group for sample in samples if sample.group})]
+
+
+def _digests(names: Sequence[str]) -> Tensor:
+    """The first 8 bytes of each name's SHA-256 (N,), int64."""
+    return torch.tensor(
+        [int.from_bytes(sha256(name.encode()).digest()[:8], "little", signed=True) for name in names], dtype=torch.int64
+    )
