@@ -12,9 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fpt_lightning.data.folders import IMAGE_SUFFIXES
+from fpt_lightning.data.images import read_image
 from fpt_lightning.data.manifest import SPLITS, UNLABELLED, Manifest, Sample, check_classes
 from fpt_lightning.data.sources import list_images, read_manifest
 from fpt_lightning.data.splits import FRACTIONS, fold_split, random_split
@@ -293,6 +296,43 @@ def test_spaces_around_values_and_other_spellings_of_a_split(tmp_path: Path) -> 
         ("x/2.png", 1, "val"),
         ("x/3.png", 0, "test"),
     ]
+
+
+# What is ignored
+
+
+def dicom_like(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + path.name.encode())
+
+
+IGNORED = ["a/notes.txt", "a/.hidden.png", "__MACOSX/a/._1.png", "a/__MACOSX/2.png", "b/x.npy", ".cache/3.png"]
+
+
+def test_what_is_ignored_is_counted_and_named(tmp_path: Path) -> None:
+    root = touch(folders(tmp_path, {"a": 10, "b": 10}), *IGNORED, "readme.md")
+    dicom_like(root / "a/IM-0001")
+    dicom_like(root / "b/1.2.840.7")
+    manifest = read_manifest(root)
+    assert [s.id for s in manifest.samples if not s.id.endswith(".png")] == ["a/IM-0001", "b/1.2.840.7"]
+    assert len(manifest.samples) == 22
+    told = "7 files are ignored, being hidden or no images: .cache, __MACOSX, a/.hidden.png and 4 more."
+    assert manifest.notes == (told,)
+    assert list_images(root).notes == (told,)
+    assert len(list_images(root).samples) == 22
+
+
+def test_every_kind_of_image_is_found(tmp_path: Path) -> None:
+    """By suffixes in any case that Pillow writes, and by what it reads again."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in (".dcm", ".dicom"):
+            continue
+        path = tmp_path / f"a{suffix.upper()}"
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3).save(
+            path, Image.registered_extensions()[suffix]
+        )
+        assert read_image(path).shape == (8, 8, 3)
+    assert len(list_images(tmp_path).samples) == len(IMAGE_SUFFIXES) - 2
 
 
 # Refusals

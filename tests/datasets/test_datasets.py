@@ -352,3 +352,16 @@ def test_from_the_owners_folders_to_a_trained_model(built: dict[str, Miniature],
     assert 0 <= json.loads((tmp_path / "run" / "metrics.json").read_text())["best"]["test_auc"] <= 1
     tested = {row[0] for row in lines(tmp_path / "run" / "predictions.csv")[1:]}
     assert tested == {row[0] for row in lines(root / "manifest.csv") if row[2] == "test"}
+
+
+def test_a_piece_behind_a_link_is_found(built: dict[str, Miniature], tmp_path: Path) -> None:
+    """As in data roots: archives often lie on another disk."""
+    root, elsewhere = tmp_path / "data", tmp_path / "disk"
+    shutil.copytree(built["ddr"].root, root)
+    valid = root / "DDR-dataset" / "DR_grading" / "valid"
+    shutil.move(valid, elsewhere)
+    valid.symlink_to(elsewhere)
+    (elsewhere / "deeper").mkdir()
+    plain = prepare("ddr", built["ddr"].root, tmp_path / "plain.csv")
+    linked = prepare("ddr", root)
+    assert [sample.id for sample in linked.samples] == [sample.id for sample in plain.samples]

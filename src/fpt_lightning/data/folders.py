@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from fpt_lightning.data.manifest import Kind, Sample
-from fpt_lightning.errors import DataError
+from fpt_lightning.errors import DataError, a_few
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".dcm", ".dicom")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".webp", ".jp2", ".j2k"),
+    *(".pgm", ".ppm", ".pnm", ".dcm", ".dicom"),
+)
+"""Of files that ``fpt_lightning.data.images.read_image`` reads; DICOM files need none."""
 SPLIT_NAMES = {
     name: split
     for split, names in {
@@ -23,23 +27,61 @@ SPLIT_NAMES = {
 """What splits are called, in lower case."""
 
 
-def image_ids(folder: Path, root: Path) -> list[str]:
-    """The paths, relative to a root, of all images below a folder.
+class Found(NamedTuple):
+    """What is below a folder.
+
+    Attributes:
+        images: their paths relative to a root, with forward slashes.
+        ignored: likewise, of hidden files and folders, and of files that are no images.
+    """
+
+    images: list[str]
+    ignored: list[str]
+
+    def notes(self) -> list[str]:
+        """What people should know of it."""
+        told = f"{len(self.ignored):,} files are ignored, being hidden or no images: {a_few(sorted(self.ignored), 3)}."
+        return [told] if self.ignored else []
+
+
+def find_images(folder: Path, root: Path) -> Found:
+    """All images below a folder: by their suffix in any case, or by the letters DICM at byte 128.
 
     Raises:
         DataError: a folder that cannot be read, or links in a circle.
     """
-    found = []
-    for directory, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        _check_links(Path(directory), folders)
-        relative = Path(directory).relative_to(root)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
+    found = Found([], [])
+    for path, hidden in walk(folder):
+        name = path.relative_to(root).as_posix()
+        (found.images if not hidden and _is_image(path) else found.ignored).append(name)
     return found
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Every file below a folder, links followed, and whether it is hidden; hidden folders are not entered.
+
+    Raises:
+        DataError: a folder that cannot be read, or links in a circle.
+    """
+    for directory, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        yield from ((Path(directory, name), True) for name in folders if _is_hidden(name))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        _check_links(Path(directory), folders)
+        yield from ((Path(directory, name), _is_hidden(name)) for name in files)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # which archives made on a Mac hold
+
+
+def _is_image(path: Path) -> bool:
+    if path.name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False  # a broken link, say, which is no image by its name either
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -53,18 +95,19 @@ def _check_links(directory: Path, folders: Iterable[str]) -> None:
             raise DataError(f"{path} is a link to a folder that it lies in: remove it.")
 
 
-def labelled_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
-    """Images with the names of their classes, from ``{split}/{class}`` or ``{class}``.
+def labelled_folders(root: Path, kind: Kind) -> tuple[list[tuple[Sample, str]], list[str]]:
+    """Images with the names of their classes, from ``{split}/{class}`` or ``{class}``, and notes on what is ignored.
 
     Raises:
         DataError: other folders, or a class without an image.
     """
     if kind != "single-label":
         raise DataError(f"a {kind} data set needs a CSV manifest (data.manifest): folders name one class an image.")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = _folders(root)
     splits = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
+    ignored: list[str] = []
     if not splits:
-        return _from_classes(root, root, "")
+        return _from_classes(root, root, "", ignored), Found([], ignored).notes()
     others = [p.name for p in folders if p not in splits]
     if others or not {"train", "test"} <= set(splits.values()) or len(splits) != len(set(splits.values())):
         raise DataError(
@@ -72,16 +115,25 @@ def labelled_folders(root: Path, kind: Kind) -> list[tuple[Sample, str]]:
             "(or train and test) and no other, or only class folders (which are then split 70/10/20), or a CSV "
             "manifest (data.manifest)."
         )
-    return [labelled for folder, split in splits.items() for labelled in _from_classes(folder, root, split)]
+    labelled = [
+        labelled for folder, split in splits.items() for labelled in _from_classes(folder, root, split, ignored)
+    ]
+    return labelled, Found([], ignored).notes()
 
 
-def _from_classes(folder: Path, root: Path, split: str) -> list[tuple[Sample, str]]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {p.name: image_ids(p, root) for p in classes}
-    empty = [name for name, ids in found.items() if not ids]
-    if empty or not classes:
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def _from_classes(folder: Path, root: Path, split: str, ignored: list[str]) -> list[tuple[Sample, str]]:
+    found = {path.name: find_images(path, root) for path in _folders(folder)}
+    beside = [path for path in folder.iterdir() if not path.is_dir() or _is_hidden(path.name)]
+    ignored += [path.relative_to(root).as_posix() for path in beside]
+    ignored += [name for one in found.values() for name in one.ignored]
+    empty = [name for name, one in found.items() if not one.images]
+    if empty or not found:
         raise DataError(
             f"{folder} must hold one folder of images a class; "
             + (f"without an image: {', '.join(empty)}." if empty else "it holds no folder.")
         )
-    return [(Sample(id, split=split), name) for name, ids in found.items() for id in ids]
+    return [(Sample(id, split=split), name) for name, one in found.items() for id in one.images]

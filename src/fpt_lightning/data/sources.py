@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from fpt_lightning.data import tables
-from fpt_lightning.data.folders import IMAGE_SUFFIXES, image_ids, labelled_folders
+from fpt_lightning.data.folders import IMAGE_SUFFIXES, find_images, labelled_folders
 from fpt_lightning.data.manifest import Kind, Manifest, Sample, numbers_of
 from fpt_lightning.data.splits import check_splits, draw_validation, fold_split, random_split
 from fpt_lightning.data.tables import UNCERTAIN, Table, read_table
@@ -78,7 +78,8 @@ def read_manifest(
     """
     folder = _data_root(root)
     if table is None:
-        (samples, names), notes = _with_classes(labelled_folders(folder, kind), classes), []
+        labelled, notes = labelled_folders(folder, kind)
+        samples, names = _with_classes(labelled, classes)
     else:
         rows = read_table(folder / Path(table).expanduser(), image_column)
         splits = (None, None) if external else (split_column, split_lists)
@@ -120,11 +121,13 @@ def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1)
         DataError: no such folder, or no image in it.
     """
     folder = _data_root(root)
-    ids = sorted(image_ids(folder, folder))
+    found = find_images(folder, folder)
+    ids = sorted(found.images)
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
     unknown = () if kind == "single-label" else (math.nan,) * targets
-    return Manifest(folder, tuple(Sample(id, targets=unknown) for id in ids), (), kind)
+    samples = tuple(Sample(id, targets=unknown) for id in ids)
+    return Manifest(folder, samples, (), kind, notes=tuple(found.notes()))
 
 
 def _data_root(root: str | Path) -> Path:

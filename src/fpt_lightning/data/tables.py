@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from fpt_lightning.data.folders import SPLIT_NAMES, image_ids
+from fpt_lightning.data.folders import SPLIT_NAMES, find_images
 from fpt_lightning.data.manifest import Kind, Sample
 from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.errors import DataError, a_few
@@ -152,7 +152,7 @@ def _found(root: Path, table: Table, ids: Sequence[str]) -> list[str]:
     if not missing:
         return list(ids)
     called: defaultdict[str, list[str]] = defaultdict(list)
-    for id in image_ids(root, root):
+    for id in find_images(root, root).images:
         path = PurePosixPath(id)
         for name in {path.name, path.stem, path.with_suffix("").as_posix()}:
             called[name].append(id)

@@ -81,7 +81,10 @@ class ImageDataModule(ManifestDataModule):
         task = self._declared("task")
         kind: Kind = "single-label" if task is None else task.KIND
         if stage == "predict" and self.explained is None:
-            self.unlabelled = self._readable(list_images(self.root, kind, self._declared("num_classes") or 1))
+            listed = list_images(self.root, kind, self._declared("num_classes") or 1)
+            for note in listed.notes:
+                rank_zero_info(note)
+            self.unlabelled = self._readable(listed)
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
-from fpt_lightning.data.folders import IMAGE_SUFFIXES
+from fpt_lightning.data.folders import IMAGE_SUFFIXES, walk
 from fpt_lightning.data.manifest import Sample
 from fpt_lightning.errors import DataError
 
@@ -164,16 +164,8 @@ def _by_name(pairs: Iterable[tuple[str, T]], where: Path) -> dict[str, T]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file below a folder in ascending order, hidden ones left out."""
-    found = []
-    for directory, folders, names in os.walk(folder, onerror=_fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(directory, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _fail(error: OSError) -> NoReturn:
-    raise error
+    """Every file below a folder in ascending order, links followed, hidden ones left out."""
+    return sorted(path for path, hidden in walk(folder) if not hidden)
 
 
 def images(folder: Path) -> list[Path]:
