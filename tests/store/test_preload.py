@@ -38,7 +38,7 @@ from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.preload import FrozenPass, feature_shape
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
-from small import quiet_trainer, write_images
+from small import quiet_trainer, tiny_model, write_images
 
 ENCODER = EncoderConfig("test_vit", pretrained=False)
 IDS = [f"{name}/{i:03d}.png" for name in "abc" for i in range(10)]  # of ``image_root``, in the order of their rows
@@ -639,6 +639,26 @@ def test_a_store_of_another_precision_is_stale_and_close(
     pooled = arrays(data.url)["pooled"]
     difference = np.abs(pooled - reference["pooled"]).max() / np.abs(reference["pooled"]).max()
     assert 0 < difference < 0.05
+
+
+# What training would refuse
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({"side_resolution": 64}, {}, "side network's resolution is 64, but the low-resolution copies have 48"),
+        ({"num_classes": 4}, {}, "model.num_classes is 4, but the data set .* has 3 classes"),
+        ({"task": "ordinal"}, {}, "a, b, c are words"),
+        ({}, {"side_resolution": 48}, "data.side_resolution is 48, but model.side_resolution is 32"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_pass(
+    model: dict[str, Any], data: dict[str, Any], message: str, tiny_data: MakeData, no_encoder: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_data(**data).preload(tiny_model(**model))
+    assert not (tmp_path / "store.zarr").exists()
 
 
 # Notices

@@ -91,6 +91,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.external = external
         self.batch_size, self.num_workers = batch_size, num_workers
         self.on_error: OnError = on_error
+        self.model: Any = None  # that is met without a trainer; else the trainer's
         self.seed: int | None = None
         self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
         self.listed: Manifest | None = None  # the whole data set
@@ -143,8 +144,11 @@ class ManifestDataModule(L.LightningDataModule):
         self.seed = state_dict["seed"]
 
     def _declared(self, name: str) -> Any:
-        """What the trainer's model declares that it needs, such as ``side_resolution``; None without one."""
-        return getattr(self.trainer.lightning_module, name, None) if self.trainer is not None else None
+        """What the model declares that it needs, such as ``side_resolution``; None without one."""
+        model = self.model
+        if model is None and self.trainer is not None:
+            model = self.trainer.lightning_module
+        return getattr(model, name, None)
 
     def _dataloader(self, dataset: Samples, shuffle: bool) -> DataLoader[Any]:
         rank, world, epoch = 0, 1, 0

@@ -77,7 +77,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         Raises:
             StaleStoreError: the store there was made with other settings.
             ImageError: images that cannot be read, and ``on_error`` is ``stop``; all others are stored.
-            ConfigurationError: a model that takes no stored features.
+            ConfigurationError: a model that takes no stored features, or that the data do not fit.
         """
         if not self.uses_store(model):
             raise ConfigurationError(
@@ -92,8 +92,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
             )
         self.store = None  # what it holds in memory may change
         check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+        manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
+        self._check_before_preload(model)
         return preload(
-            self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label")),
+            manifest,
             encoder,
             self.asked_store(encoder),
             self.url,
@@ -105,6 +107,16 @@ class PreloadedFeatureDataModule(ImageDataModule):
             on_error=self.on_error,
             rebuild=self.rebuild,
         )
+
+    def _check_before_preload(self, model: L.LightningModule | EncoderConfig) -> None:
+        """Refuse what training would refuse, before the images are encoded and not after."""
+        self.model = model
+        try:
+            self._check_model()
+            if isinstance(model, L.LightningModule) and "side_images" in self._inputs():
+                self._side_resolution()
+        finally:
+            self.model = None
 
     def asked_store(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification that the store must have."""
