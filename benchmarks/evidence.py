@@ -113,7 +113,7 @@ PARTS = {
 """What the parts of the method bring: query tokens with one setting changed."""
 ROWS |= PARTS
 FOLDS = 5
-REFERENCES = ("fpt_plus", "default")
+REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
 """To which the others are held: the first that is there."""
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
@@ -467,7 +467,8 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     task = TASKS[name]
     metrics = task.metrics
     called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "kappa": "quadratic kappa x 100"}
-    other = "FPT+" if REFERENCES[0] in found else "the first row"
+    other = next((ROWS[name].label for name in REFERENCES if name in found and name in ROWS), "the first row")
+    other = "the first row" if "default" in found else other
     heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus {other} [95%]" for m in metrics)]
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]

@@ -24,12 +24,12 @@ from pydicom.uid import (
 )
 
 from dicom_files import BUNDLED, dataset, write
-from fpt_lightning import PreloadedFeatureDataModule
+from fpt_lightning import ImageDataModule, Predictor, PreloadedFeatureDataModule
 from fpt_lightning.data.images import ImageReader, read_image
 from fpt_lightning.data.notices import ImageNotice
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.data.transforms import channel_statistics, stored_copy
-from fpt_lightning.errors import ImageError, StaleStoreError
+from fpt_lightning.errors import CheckpointError, ConfigurationError, ImageError, StaleStoreError
 from small import quiet_trainer, tiny_model
 
 FULL = 65535
@@ -243,6 +243,64 @@ def test_a_table_after_rescale(tmp_path: Path) -> None:
     table = lookup(0, 16, [0, 30000, FULL])
     rescale = {"RescaleSlope": 1, "RescaleIntercept": -1000}
     assert values(tmp_path, pixels, VOILUTSequence=table, **rescale) == [0, 30000, FULL]
+
+
+PICTURE = {"WindowCenter": 60, "WindowWidth": 20, "VOILUTFunction": "SIGMOID"}
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ("full", [0, 32768, FULL]),
+        ("50,100", [0, 32768, FULL]),
+        ("25,50", [0, FULL, FULL]),
+        ("100,400", [16384, 24576, 32768]),
+    ],
+)
+def test_a_window_for_the_whole_data_set(window: str, expected: list[int], tmp_path: Path) -> None:
+    """In place of the header's, whatever that is."""
+    for elements in (PICTURE, {"VOILUTSequence": lookup(0, 16, [0, FULL])}, {}):
+        path = write(tmp_path / "a.dcm", dataset(np.array([[0, 50, 100]], np.uint16), **elements))
+        assert read_image(path, window=window)[0, :, 0].tolist() == expected
+        assert ImageReader((1, 1), window=window)(path)[0, :, 0].tolist() == expected
+    rescaled = dataset(np.array([[1024, 1074, 1124]], np.uint16), RescaleSlope=1, RescaleIntercept=-1024, **PICTURE)
+    assert read_image(write(tmp_path / "b.dcm", rescaled), window=window)[0, :, 0].tolist() == expected
+    eight = write(tmp_path / "c.dcm", dataset(np.array([[0, 50, 100]], np.uint8), **PICTURE))
+    if window == "full":
+        assert read_image(eight, window=window)[0, :, 0].tolist() == [0, 50, 100]
+
+
+@pytest.mark.parametrize("window", ["half", "50", "50,0", "50,-1", "nan,5", "50,inf", "1,2,3", ""])
+def test_windows_that_are_none(window: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.window is '.*': give header, full, or"):
+        ImageReader((1, 1), window=window)
+
+
+def test_the_border_of_what_a_sigmoid_lifts_is_cut_off(tmp_path: Path) -> None:
+    """CMMD's headers: black becomes 0.12 of white, which is above a tenth of it."""
+    pixels = np.zeros((200, 200), np.uint8)
+    pixels[50:150, 20:120] = 200
+    window = {"WindowCenter": 128, "WindowWidth": 256, "VOILUTFunction": "SIGMOID"}
+    path = write(tmp_path / "a.dcm", dataset(pixels, **window))
+    assert read_image(path).min() == 30
+    assert ImageReader((1, 1), crop_border=True)(path).shape == (100, 100, 3)
+
+
+def test_a_window_is_part_of_what_a_store_is(
+    dicom_root: Path, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
+) -> None:
+    model, settings = tiny_model(num_classes=2), {"root": str(dicom_root), "manifest": "labels.csv"}
+    data = tiny_data(**settings, window=[1000, 3000])
+    assert data.preload(model).specification.window == "1000,3000"
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    with pytest.raises(StaleStoreError, match="window: '1000,3000', asked for 'full'"):
+        tiny_data(**settings, window="full").preload(model)
+    live = ImageDataModule(**settings, resolution=64, mean=[0.4], std=[0.2], image_size=48, window="full")
+    with pytest.raises(CheckpointError, match="window: '1000,3000', asked for 'full'"):
+        quiet_trainer(tmp_path).test(tiny_model(num_classes=2), live, ckpt_path=str(tmp_path / "m.ckpt"))
+    assert Predictor(tmp_path / "m.ckpt").specification.reader.window == "1000,3000"
 
 
 def test_monochrome1_is_inverted_after_the_window(tmp_path: Path) -> None:
@@ -597,7 +655,9 @@ def test_dicom_files_are_preloaded_and_fitted(
         np.testing.assert_array_equal(store.read([row], "images")[0], stored_copy(image, 48))
     train = [dicom_root / id for id in store.ids[:12]]
     specification = store.specification
-    assert (specification.mean, specification.std) == channel_statistics(train, (64, 64), crop_border=True)
+    assert (specification.mean, specification.std) == channel_statistics(
+        train, (64, 64), reader=ImageReader((64, 64), crop_border=True)
+    )
     assert store.changed(dicom_root, store.ids) == []
     assert (specification.fit, specification.crop_border) == (fit, True)
     other = tiny_data(root=str(dicom_root), manifest="labels.csv", mean="auto", std="auto", fit=fit)

@@ -166,6 +166,17 @@ def test_nothing_but_three_channels_leaves_the_reader(
     refused(save(tmp_path / "a.png", noise()), "its header is wrong")
 
 
+def test_larger_images_are_allowed_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    path = save(tmp_path / "a.png", noise(30, 40))
+    refused(path, "more than 600 pixels", "data.max_pixels")
+    with pytest.raises(ImageError, match="more than 1,198 pixels"):
+        ImageReader((1, 1), max_pixels=1198)(path)
+    assert ImageReader((1, 1), max_pixels=1200)(path).shape == (30, 40, 3)
+    with pytest.raises(ConfigurationError, match=r"data\.max_pixels is 0"):
+        ImageReader((1, 1), max_pixels=0)
+
+
 def test_dim_sixteen_bit_images_do_not_turn_black(tmp_path: Path) -> None:
     """A 12-bit scan in a 16-bit file: 8 bits would leave 16 levels."""
     pixels = np.linspace(0, 4095, 24 * 32).astype(np.uint16).reshape(24, 32)
@@ -456,7 +467,7 @@ def test_the_dark_border_counts_unless_it_is_cropped(tmp_path: Path) -> None:
     image = np.pad(noise(40, 40), ((0, 0), (20, 20), (0, 0)))
     path = save(tmp_path / "a.png", image)
     assert channel_statistics([path], (40, 80))[0] == pytest.approx(image.mean((0, 1)) / 255, abs=6e-5)
-    cropped = channel_statistics([path], (40, 40), crop_border=True)[0]
+    cropped = channel_statistics([path], (40, 40), reader=ImageReader((40, 40), crop_border=True))[0]
     assert cropped == pytest.approx(noise(40, 40).mean((0, 1)) / 255, abs=6e-5)
 
 

@@ -50,6 +50,8 @@ CHANGES: dict[str, Any] = {
     "interpolation": "bilinear",
     "fit": "letterbox",
     "crop_border": True,
+    "border": 7,
+    "window": "full",
     "format": 98,
 }
 
@@ -528,12 +530,23 @@ def test_every_field_can_differ() -> None:
     assert len(changed | {json.dumps(SPECIFICATION.to_dict())}) == len(CHANGES) + 1
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "statistics"])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("statistics", "border")])
 def test_each_difference_is_named_with_both_values(name: str) -> None:
     asked = replace(SPECIFICATION, **{name: CHANGES[name]})
     line = f"{name}: {getattr(SPECIFICATION, name)!r}, asked for {CHANGES[name]!r}"
     assert SPECIFICATION.differences(asked) == [line]
     assert SPECIFICATION.differences(asked, ignore=[name]) == []
+
+
+def test_how_a_border_is_found_counts_where_it_is_cut_off() -> None:
+    assert SPECIFICATION.differences(replace(SPECIFICATION, border=7)) == []
+    cut = replace(SPECIFICATION, crop_border=True)
+    assert cut.differences(replace(cut, border=7)) == ["border: 2, asked for 7"]
+
+
+def test_a_specification_of_an_earlier_version_is_read() -> None:
+    earlier = {k: v for k, v in SPECIFICATION.to_dict().items() if k not in ("border", "window")}
+    assert FeatureSpecification.from_dict(earlier) == replace(SPECIFICATION, border=1)
 
 
 def test_no_difference() -> None:
@@ -570,7 +583,7 @@ def test_digests_are_compared_where_both_are_known() -> None:
 
 def test_a_stale_store_names_every_field_and_the_rebuild(make: Callable[..., FeatureStore]) -> None:
     store = make()
-    names = [name for name in CHANGES if name != "statistics"]
+    names = [name for name in CHANGES if name not in ("statistics", "border")]
     with pytest.raises(StaleStoreError) as error:
         store.require(replace(SPECIFICATION, **{name: CHANGES[name] for name in names}), "REBUILD COMMAND")
     message = str(error.value)

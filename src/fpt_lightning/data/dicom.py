@@ -38,7 +38,7 @@ _GUESSED = {
 
 
 def read_dicom(
-    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None = None
+    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None = None, window: str = "header"
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read one frame of a DICOM file as RGB; only that frame is decoded.
 
@@ -52,6 +52,7 @@ def read_dicom(
         path: its name, for errors.
         page: the frame, counted from 1; None for a file of one frame.
         notices: takes what had to be left out, such as a window without width; warned of where it is None.
+        window: ``header`` for what is said above, ``full`` for the whole range, or ``centre,width`` in rescaled units.
 
     Returns:
         (height, width, 3) at full scale: uint8 for up to 8 stored bits (of a palette's entries), else uint16.
@@ -62,7 +63,10 @@ def read_dicom(
     """
     header = _header(file, path)
     if too_large(header.Rows, header.Columns):
-        raise ImageError(f"the DICOM file {path} says that it has {header.Rows} x {header.Columns} pixels: too many.")
+        raise ImageError(
+            f"the DICOM file {path} says that it has {header.Rows} x {header.Columns} pixels: too "
+            "many. Allow as many as you trust by data.max_pixels."
+        )
     index = page_index(path, int(header.get("NumberOfFrames") or 1), page)
     stored = _decoded(file, path, header, index)
     photometric = header.PhotometricInterpretation
@@ -73,7 +77,7 @@ def read_dicom(
                 "mend its header, or save it as RGB."
             )
         _take_frame_settings(header, index)
-        grey: NDArray[Any] = _to_depth(_displayed(stored, header, path, notices), header.BitsStored)
+        grey: NDArray[Any] = _to_depth(_displayed(stored, header, path, notices, window), header.BitsStored)
         return np.repeat(grey[..., None], 3, axis=2)
     if photometric == "PALETTE COLOR":
         return _coloured(stored, header, path)
@@ -129,7 +133,10 @@ def _check_inflated(file: BinaryIO, path: Path) -> None:
                 size += len(inflater.decompress(compressed, 2**20))
                 compressed = inflater.unconsumed_tail or file.read(2**16)
             if size > most:
-                raise ImageError(f"the DICOM file {path} inflates to more than {most:,} bytes: too many.")
+                raise ImageError(
+                    f"the DICOM file {path} inflates to more than {most:,} bytes: too many. Allow more by "
+                    "data.max_pixels."
+                )
     file.seek(0)
 
 
@@ -193,13 +200,17 @@ def _take_frame_settings(header: Dataset, index: int) -> None:
 # Grey values
 
 
-def _displayed(stored: NDArray[Any], header: Dataset, path: Path, notices: list[str] | None) -> NDArray[np.float64]:
+def _displayed(
+    stored: NDArray[Any], header: Dataset, path: Path, notices: list[str] | None, window: str
+) -> NDArray[np.float64]:
     """Stored values (height, width) as a display would show them: 0 black to 1 white."""
     values, padding = _rescaled(stored.astype(np.int64), header, path), _padding(stored, header)
-    voi = _part(header, _VOI)
-    unit = _looked_up(values, header, path, notices)
-    if unit is None and {"WindowCenter", "WindowWidth"} <= set(voi.dir()):
-        unit = _windowed(values, voi, path, notices)
+    unit: NDArray[np.float64] | None = None
+    if window == "header":
+        unit = _as_headed(values, header, path, notices)
+    elif window != "full":
+        centre, width = (float(number) for number in window.split(","))
+        unit = np.clip((values - centre) / width + 0.5, 0, 1)
     if unit is None and header.BitsStored <= 8 and stored.dtype.kind == "u" and np.array_equal(values, stored):
         unit = values / (2**header.BitsStored - 1)
     if unit is None:
@@ -214,6 +225,16 @@ def _displayed(stored: NDArray[Any], header: Dataset, path: Path, notices: list[
     if header.PhotometricInterpretation == "MONOCHROME1":
         unit = 1 - unit
     unit[padding] = 0
+    return unit
+
+
+def _as_headed(
+    values: NDArray[Any], header: Dataset, path: Path, notices: list[str] | None
+) -> NDArray[np.float64] | None:
+    """By the first lookup table or window of the header; None where there is none."""
+    unit, voi = _looked_up(values, header, path, notices), _part(header, _VOI)
+    if unit is None and {"WindowCenter", "WindowWidth"} <= set(voi.dir()):
+        unit = _windowed(values, voi, path, notices)
     return unit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from fpt_lightning.data.pages import file_and_page, page_index, too_large
+from fpt_lightning.data.pages import allow, file_and_page, largest, page_index, too_large
 from fpt_lightning.errors import ConfigurationError, ImageError
 
 Fit = Literal["squash", "letterbox"]
@@ -24,7 +25,9 @@ INTERPOLATION = "bicubic, antialiased"  # of ``fpt_lightning.data.transforms.res
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
-def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def read_image(
+    path: str | Path, notices: list[str] | None = None, window: str = "header", max_pixels: int | None = None
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read an image file as RGB, upright.
 
     JPEG, PNG, TIFF, BMP, PGM and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
@@ -35,6 +38,10 @@ def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np
         path: of the file; ``scan.dcm#12`` is its page or frame 12, counted from 1.
         notices: takes what had to be left out of what a file asks for (``fpt_lightning.data.notices``); warned of where
             it is None.
+        window: of grey DICOM values: ``header`` for what the file says, ``full`` for its whole range, or
+            ``centre,width``.
+        max_pixels: that images may have, in place of Pillow's limit of 179 million, which guards against small files
+            that fill the memory; raised for this process.
 
     Returns:
         (height, width, 3), uint8 or uint16.
@@ -44,14 +51,20 @@ def read_image(path: str | Path, notices: list[str] | None = None) -> NDArray[np
             which none is asked for, or DICOM without pydicom being installed.
     """
     name, page = file_and_page(path)
+    if max_pixels is not None:
+        allow(max_pixels)
     try:
         with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
             dicom = _is_dicom(file, name)
-            image = _read_dicom(file, name, page, notices) if dicom else _read_picture(file, name, page)
+            image = _read_dicom(file, name, page, notices, window) if dicom else _read_picture(file, name, page)
     except FileNotFoundError as error:
         raise ImageError(f"the image {path} does not exist.") from error
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"the image {path} has more than {largest():,} pixels: allow as many as you trust by data.max_pixels."
+        ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"the image {path} cannot be read: it is damaged, of no kind that Pillow knows, or a form of TIFF that it "
@@ -71,7 +84,7 @@ def _is_dicom(file: BinaryIO, path: Path) -> bool:
 
 
 def _read_dicom(
-    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None
+    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None, window: str
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     try:
         from fpt_lightning.data.dicom import read_dicom
@@ -79,7 +92,7 @@ def _read_dicom(
         if error.name != "pydicom":
             raise
         raise ImageError(f"the image {path} is DICOM: pip install 'fpt-lightning[dicom]' to read it.") from error
-    return read_dicom(file, path, page, notices)
+    return read_dicom(file, path, page, notices, window)
 
 
 def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:
@@ -123,16 +136,23 @@ class ImageReader:
         fit: ``squash`` leaves an image as it is, so that resizing changes its aspect; ``letterbox`` pads it with black,
             evenly on two sides, to the encoder's.
         crop_border: whether the dark border is cut off first (``bright_box``).
+        window: of grey DICOM values (``read_image``).
+        max_pixels: that images may have (``read_image``).
 
     Raises:
-        ConfigurationError: an unknown fit.
+        ConfigurationError: an unknown fit, a window without width, or fewer than one pixel.
     """
 
     aspect: tuple[int, int]
     fit: str = "squash"
     crop_border: bool = False
+    window: str = "header"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
+        centre_and_width(self.window)
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ConfigurationError(f"data.max_pixels is {self.max_pixels}: give at least 1.")
         if self.fit not in FITS:
             raise ConfigurationError(f"data.fit is {self.fit!r}: choose one of {', '.join(FITS)}.")
 
@@ -142,7 +162,7 @@ class ImageReader:
         Raises:
             ImageError: also an image so thin that padding would make it larger than Pillow reads any.
         """
-        return self.framed(read_image(path, notices), str(path))
+        return self.framed(read_image(path, notices, self.window, self.max_pixels), str(path))
 
     def framed(
         self, image: NDArray[np.uint8] | NDArray[np.uint16], name: str
@@ -160,6 +180,25 @@ class ImageReader:
         return padded
 
 
+def centre_and_width(window: str) -> tuple[float, float] | None:
+    """Of a window ``centre,width``; None for ``header`` and ``full``.
+
+    Raises:
+        ConfigurationError: another text, or no width.
+    """
+    if window in ("header", "full"):
+        return None
+    try:
+        centre, width = (float(number) for number in window.split(","))
+    except ValueError:
+        centre, width = math.nan, math.nan
+    if not (math.isfinite(centre) and 0 < width < math.inf):
+        raise ConfigurationError(
+            f"data.window is {window!r}: give header, full, or [centre, width] with a width above 0."
+        )
+    return centre, width
+
+
 def _padding(shape: tuple[int, ...], aspect: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows (above, below) and columns (left, right) that give (height, width) an aspect."""
     (height, width), (tall, wide) = shape, aspect
@@ -170,10 +209,11 @@ def _padding(shape: tuple[int, ...], aspect: tuple[int, int]) -> tuple[tuple[int
 def bright_box(image: NDArray[np.uint8] | NDArray[np.uint16]) -> tuple[slice, slice]:
     """The rows and columns of an image without its dark border, such as those of fundus images and mammograms.
 
-    They bound the pixels whose brightest channel exceeds a tenth of the image's 99th percentile, which noise, JPEG
-    ringing and not quite black backgrounds stay below. Connected parts of less than a tenth of the largest one's area,
-    such as burnt-in letters, do not count. Found on a copy of at most 512 pixels a side. An image where less than a
-    twentieth of the area would be left is taken to be dark as a whole and stays as it is.
+    They bound the pixels whose brightest channel exceeds a tenth of the way from the image's darkest level to its 99th
+    percentile, which noise, JPEG ringing and not quite black backgrounds stay below. Connected parts of less than a
+    tenth of the largest one's area, such as burnt-in letters, do not count. Found on a copy of at most 512 pixels a
+    side. An image where less than a twentieth of the area would be left is taken to be dark as a whole and stays as it
+    is.
 
     Args:
         image: (height, width, 3).
@@ -184,7 +224,8 @@ def bright_box(image: NDArray[np.uint8] | NDArray[np.uint16]) -> tuple[slice, sl
     scale = min(1, 512 / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).max(axis=2)
-    bright = (small > np.percentile(small, 99) / 10).astype(np.uint8)
+    darkest = float(small.min())
+    bright = (small > darkest + (np.percentile(small, 99) - darkest) / 10).astype(np.uint8)
     _, _, parts, _ = cv2.connectedComponentsWithStats(bright)
     parts = parts[1:]  # the first is the background
     parts = parts[10 * parts[:, cv2.CC_STAT_AREA] >= parts[:, cv2.CC_STAT_AREA].max(initial=0)]

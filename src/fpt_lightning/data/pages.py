@@ -44,6 +44,12 @@ def largest() -> float:
     return math.inf if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
+def allow(pixels: int) -> None:
+    """Raise the limit to a number of pixels, in this process."""
+    if pixels > largest():
+        Image.MAX_IMAGE_PIXELS = -(-pixels // 2)
+
+
 def too_large(height: int, width: int) -> bool:
     """Whether an image has more pixels than Pillow reads."""
     return height * width > largest()

@@ -69,7 +69,7 @@ def read_table(path: Path, image_column: str) -> Table:
         DataError: no table (``fpt_lightning.files.parse_rows``), or a separator that cannot be told.
     """
     text, notes = _decoded(read_bytes(path, "manifest"), path)
-    head = [text.partition("\n")[0]]
+    head = text.splitlines()[:1]
     heads = {separator: next(csv.reader(head, delimiter=separator), []) for separator in _SEPARATORS}
     fitting = [separator for separator, names in heads.items() if image_column in names]
     if len(fitting) > 1 and len({len(heads[separator]) for separator in fitting}) > 1:

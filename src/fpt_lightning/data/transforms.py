@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,13 +78,20 @@ def channel_statistics(
     paths: Sequence[Path],
     size: tuple[int, int],
     num_workers: int = 0,
-    crop_border: bool = False,
+    reader: ImageReader | None = None,
     on_error: OnError = "stop",
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of the images, resized to (height, width).
 
     The dark border counts unless it is cropped; the padding of a letterbox never does. Images that cannot be read are
     left out where ``on_error`` is ``skip``.
+
+    Args:
+        paths: of the images.
+        size: (height, width).
+        num_workers: processes that read.
+        reader: of the images; one that takes them as they are by default.
+        on_error: of images that cannot be read.
 
     Returns:
         (mean, std), rounded to 4 decimals as published ones are, for pixels in [0, 1].
@@ -92,9 +100,8 @@ def channel_statistics(
         ImageError: images that cannot be read, all of them by name.
         ConfigurationError: a channel that never varies, whose std cannot divide.
     """
-    loader = DataLoader(
-        ImageFiles(paths, size, ImageReader(size, crop_border=crop_border)), batch_size=None, num_workers=num_workers
-    )
+    unpadded = ImageReader(size) if reader is None else replace(reader, fit="squash")
+    loader = DataLoader(ImageFiles(paths, size, unpadded), batch_size=None, num_workers=num_workers)
     total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     broken: list[str] = []
     for pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):

@@ -37,6 +37,9 @@ class ImageDataModule(ManifestDataModule):
         fit: ``squash`` resizes images to the encoder's aspect, ``letterbox`` pads them to it with black first.
         crop_border: whether the dark border of images (fundus, mammograms) is cut off
             (``fpt_lightning.data.images.bright_box``).
+        window: of grey DICOM values: ``header``, ``full`` for the whole range, or [centre, width]
+            (``fpt_lightning.data.images.read_image``).
+        max_pixels: that images may have; Pillow's limit of 179 million by default.
         image_size: side in pixels of the low-resolution copy that augmentation starts from.
         side_resolution: side of the side network's images in pixels; the model's own by default.
         augmentation: ``default`` (the published one), ``strong`` or ``none``.
@@ -57,6 +60,8 @@ class ImageDataModule(ManifestDataModule):
         std: Literal["auto"] | list[float] = "auto",
         fit: Fit = "squash",
         crop_border: bool = False,
+        window: Literal["header", "full"] | tuple[float, float] = "header",
+        max_pixels: int | None = None,
         image_size: int = 256,
         side_resolution: int | None = None,
         augmentation: Augmentation = "default",
@@ -64,7 +69,8 @@ class ImageDataModule(ManifestDataModule):
     ) -> None:
         super().__init__(root, manifest, **kwargs)
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
-        self.reader = ImageReader(self.resolution, fit, crop_border)
+        named = window if isinstance(window, str) else ",".join(f"{number:g}" for number in window)
+        self.reader = ImageReader(self.resolution, fit, crop_border, named, max_pixels)
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
@@ -140,6 +146,7 @@ class ImageDataModule(ManifestDataModule):
             precision=encoder.precision,
             fit=self.reader.fit,
             crop_border=self.reader.crop_border,
+            window=self.reader.window,
         )
 
     def _setup_features(self, stage: str) -> None:
@@ -148,7 +155,7 @@ class ImageDataModule(ManifestDataModule):
             self.manifest = self._readable(self.labelled)
         if stage == "fit" and not self.mean and not self.computed[0]:
             paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
-            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader.crop_border)
+            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader)
             rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
         encoder = self._declared("encoder_config")
         if encoder is not None:

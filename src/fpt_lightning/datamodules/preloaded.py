@@ -106,6 +106,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             repair=repair,
             on_error=self.on_error,
             rebuild=self.rebuild,
+            max_pixels=self.reader.max_pixels,
         )
 
     def _check_before_preload(self, model: L.LightningModule | EncoderConfig) -> None:

@@ -118,6 +118,7 @@ class Classifier(nn.Module):
                 "dtype": "float32",
                 "pixels": "RGB in [0, 1]: the full scale (255, or 65535 of 16 bits) is 1; not normalised",
                 "crop_border": asked.crop_border,
+                "window": asked.window,
                 "fit": asked.fit,
                 "resize": asked.interpolation,
             },

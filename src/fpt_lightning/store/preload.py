@@ -63,6 +63,7 @@ def preload(
     repair: bool = False,
     on_error: OnError = "stop",
     rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
+    max_pixels: int | None = None,
 ) -> FeatureStore:
     """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
 
@@ -83,6 +84,7 @@ def preload(
         on_error: ``stop`` with the list of all images that cannot be read, at the end; or ``skip`` them: the store
             records them as left out, and ``{url}.left_out.csv`` lists them.
         rebuild: the command that a mismatch names.
+        max_pixels: that images may have (``fpt_lightning.data.images.read_image``).
 
     Returns:
         The complete store.
@@ -101,7 +103,7 @@ def preload(
         if fresh and (on_error == "skip" or not store.left_out(ids)):
             return store
     frozen_pass = FrozenPass(
-        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild
+        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild, max_pixels
     )
     if trainer is None:
         trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
@@ -178,8 +180,10 @@ class FrozenPass(L.LightningModule):
         repair: bool = False,
         on_error: OnError = "stop",
         rebuild: str = "",
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
+        self.max_pixels = max_pixels
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
         self.specification = specification
@@ -218,9 +222,8 @@ class FrozenPass(L.LightningModule):
             _check_space(self.url, len(ids) * size)
             if not asked.mean:
                 paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
-                mean, std = channel_statistics(
-                    paths, asked.resolution, self.num_workers, asked.crop_border, self.on_error
-                )
+                reader = replace(asked.reader, max_pixels=self.max_pixels)
+                mean, std = channel_statistics(paths, asked.resolution, self.num_workers, reader, self.on_error)
                 asked = replace(asked, mean=mean, std=std)
             store = WritableStore.create(self.url, asked, shape, _made_with())
         store.extend(ids)
@@ -248,7 +251,7 @@ class FrozenPass(L.LightningModule):
         batches = [
             shard[start : start + self.batch_size] for shard in mine for start in range(0, len(shard), self.batch_size)
         ]
-        images = _PreloadImages(self.manifest, self.store, self.specification)
+        images = _PreloadImages(self.manifest, self.store, self.specification, self.max_pixels)
         return PrefetchingLoader(images, batch_size=None, sampler=_ShardBatches(batches), num_workers=self.num_workers)
 
     def on_predict_start(self) -> None:
@@ -315,8 +318,15 @@ class _PreloadBatch(NamedTuple):
 class _PreloadImages(Dataset[_PreloadBatch]):
     """Batches by their rows."""
 
-    def __init__(self, manifest: Manifest, store: FeatureStore, specification: FeatureSpecification) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: FeatureStore,
+        specification: FeatureSpecification,
+        max_pixels: int | None = None,
+    ) -> None:
         self.root, self.source, self.specification = manifest.root, store.source, specification
+        self.reader = replace(specification.reader, max_pixels=max_pixels)
         self.local = "://" not in store.url
 
     def __getitem__(self, rows: list[int]) -> _PreloadBatch:
@@ -341,7 +351,7 @@ class _PreloadImages(Dataset[_PreloadBatch]):
 
     def _read(self, id: str, notices: list[str] | None) -> NDArray[Any] | None:
         try:
-            return self.specification.reader(self.root / id, notices)
+            return self.reader(self.root / id, notices)
         except ImageError as error:
             warnings.warn(str(error), stacklevel=2)  # at once; the list comes at the end
             return None

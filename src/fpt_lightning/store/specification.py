@@ -10,6 +10,7 @@ from fpt_lightning.data.images import INTERPOLATION, ImageReader
 from fpt_lightning.errors import StoreError
 
 FORMAT = 4  # of the store's layout and of what the numbers in it mean
+BORDER = 2  # of ``fpt_lightning.data.images.bright_box``, which was from black on at first
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class FeatureSpecification:
         interpolation: how images are resized.
         fit: how images come to the encoder's aspect (``fpt_lightning.data.images.ImageReader``).
         crop_border: whether their dark border is cut off.
+        border: version of how it is found; it counts where it is cut off.
+        window: of grey DICOM values (``fpt_lightning.data.images.read_image``).
         format: version of the store's layout.
     """
 
@@ -69,6 +72,8 @@ class FeatureSpecification:
     interpolation: str = INTERPOLATION
     fit: str = "squash"
     crop_border: bool = False
+    border: int = BORDER
+    window: str = "header"
     format: int = FORMAT
 
     @classmethod
@@ -78,6 +83,7 @@ class FeatureSpecification:
         Raises:
             StoreError: fields are missing, unknown or of another type.
         """
+        content = {"border": 1, "window": "header", **content}  # which earlier versions lack
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
@@ -95,7 +101,7 @@ class FeatureSpecification:
     @property
     def reader(self) -> ImageReader:
         """What reads the images."""
-        return ImageReader(self.resolution, self.fit, self.crop_border)
+        return ImageReader(self.resolution, self.fit, self.crop_border, self.window)
 
     @property
     def views(self) -> int:
@@ -111,6 +117,8 @@ class FeatureSpecification:
         skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
         if not (self.weights_digest and asked.weights_digest):
             skip.add("weights_digest")
+        if not (self.crop_border and asked.crop_border):
+            skip.add("border")
         return [
             f"{field.name}: {getattr(self, field.name)!r}, asked for {getattr(asked, field.name)!r}"
             for field in fields(self)
