@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from commands import fails, run
 from fpt_lightning.cli import auto, entry
+from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
 METHODS = ("stored_linear", "fpt_plus")
@@ -110,6 +111,15 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     assert "holds runs of another configuration" in message
     assert "there: data: of another" in message
     assert [path.name for path in root.iterdir()] == ["auto.yaml"]
+
+
+def test_a_metric_without_a_value_cannot_choose(tmp_path: Path) -> None:
+    run = auto.Run(tmp_path, "attentive", 1e-3)
+    (tmp_path / "metrics.csv").write_text("epoch,val_auc\n0,nan\n1,0.7\n2,nan\n")
+    assert run.score("auc", "max") == 0.7
+    (tmp_path / "metrics.csv").write_text("epoch,val_auc\n0,nan\n")
+    with pytest.raises(DataError, match=r"val_auc has no value in .*metrics\.csv"):
+        run.score("auc", "max")
 
 
 def test_only_the_model_can_be_auto() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fpt_lightning.cli.run_folder import is_first_process
 from fpt_lightning.cli.training import CommandLine
-from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.comparison import Difference, compare
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.predictions import Predictions
@@ -42,17 +43,19 @@ def fit_all(args: Sequence[str]) -> None:
 
     Raises:
         ConfigurationError: the folder holds runs of another configuration, or a run that would leave no checkpoint.
+        DataError: the validation images give the metric no value.
     """
     configuration = _Configuration(_arguments(args, "fpt_plus"))
     root = Path(configuration.settings["trainer"]["default_root_dir"])
     _claim(root / "auto.yaml", configuration)
+    model = configuration.settings["model"]["init_args"]
+    metric, mode = make_task(model["task"], model["num_classes"]).MONITOR
     runs = [Run(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
     for i, run in enumerate(runs, 1):
         if not run.finished:
             rank_zero_info(f"\n{i} of {len(runs)}: {run.label}, learning rate {run.learning_rate:g}")
             run.fit(args)
-    model = configuration.settings["model"]["init_args"]
-    metric, mode = make_task(model["task"], model["num_classes"]).MONITOR
+        run.score(metric, mode)  # refused after the first run, not after all
     best = [
         max((run for run in runs if run.method == name), key=lambda run: run.score(metric, mode)) for name in CANDIDATES
     ]
@@ -110,8 +113,17 @@ class Run:
             CommandLine(["validate", "--config", str(self.folder / "config.yaml"), "--ckpt_path", str(self.checkpoint)])
 
     def score(self, metric: str, mode: str) -> float:
-        """The best epoch's validation metric, of which more is better."""
-        values = self.logged(f"val_{metric}")
+        """The best epoch's validation metric, of which more is better.
+
+        Raises:
+            DataError: it has no value in any epoch.
+        """
+        values = [value for value in self.logged(f"val_{metric}") if not math.isnan(value)]
+        if not values:
+            raise DataError(
+                f"val_{metric} has no value in {self.folder / 'metrics.csv'}, as the validation images may be of one "
+                "class alone: --model auto cannot choose by it. Give other validation images."
+            )
         return max(values) if mode == "max" else -min(values)
 
     def logged(self, name: str) -> list[float]:
