@@ -8,9 +8,10 @@ Writes ``docs/evidence_cost.png`` and ``docs/evidence_resolution.png``. The AUC 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +119,11 @@ def _unique(panels: Any) -> tuple[list[Any], list[str]]:
     return list(handles.values()), list(handles)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     found = list(points(RESULTS))
     draw_cost([point for point in found if point.resolution == MAIN], DOCS / "evidence_cost.png")
     if len({point.resolution for point in found}) > 1:

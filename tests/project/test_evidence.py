@@ -137,7 +137,7 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     monkeypatch.setattr(evidence_figures, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence_figures, "DOCS", tmp_path)
-    evidence_figures.main()
+    evidence_figures.main([])
     for name in ("cost", "resolution"):
         assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
 
