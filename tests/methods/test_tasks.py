@@ -440,6 +440,8 @@ def test_a_run_leaves_predictions_and_their_evaluation(
     }
     if task == "multilabel":
         data["label_column"] = ["red", "green", "bright"]
+    elif task != "regression":
+        data["classes"] = ["low", "mid", "high"]
     model = {"num_classes": CLASSES[task], "task": task, "learning_rate": 3e-3, **TINY}
     config = {
         "trainer": {
