@@ -82,9 +82,9 @@ def reads(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Iterator[Counter
     """How often the pass has read each image, apart from the one that it measures its speed with."""
     counts: Counter[str] = Counter()
 
-    def counted(path: Path, notices: list[str] | None) -> Any:
+    def counted(path: Path, *asked: Any) -> Any:
         counts[path.relative_to(image_root).as_posix()] += 1
-        return read_image(path, notices)
+        return read_image(path, *asked)
 
     monkeypatch.setattr(images, "read_image", counted)
     monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 1.0)
