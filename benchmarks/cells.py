@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import json
 import shutil
@@ -18,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from fpt_lightning import cli
+from fpt_lightning.cli.run_folder import is_finished, logged
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.predictions import Predictions
 
@@ -38,8 +38,7 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        path = self.folder / "metrics.json"
-        return path.is_file() and {"best", "last"} <= set(json.loads(path.read_text()))
+        return is_finished(self.folder)
 
     def check(self) -> None:
         """Refuse what another configuration left in the folder.
@@ -106,8 +105,7 @@ class Cell:
 
     def logged(self, name: str) -> list[float]:
         """A metric of every epoch that has it."""
-        with (self.folder / "metrics.csv").open(newline="") as file:
-            return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+        return logged(self.folder, name)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

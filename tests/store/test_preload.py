@@ -685,3 +685,26 @@ def test_images_that_are_not_shown_as_they_ask_are_counted_and_listed(
     write_dicom(image_root / "b" / "scan.dcm", dataset(PIXELS, WindowCenter=5, WindowWidth=-3))
     assert [row["image"] for row in preloaded(3)] == ["a/scan.dcm", "b/scan.dcm", "c/scan.dcm"]
     assert [path.name for path in tmp_path.glob("*.notices.csv*")] == ["store.zarr.notices.csv"]
+
+
+def test_a_pass_that_was_stopped_loses_no_notice(
+    image_root: Path, tiny_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first shard is stored, and its images are not read again; a list that a kill cut off is left alone."""
+    for folder in ("a", "c"):
+        write_dicom(image_root / folder / "000.dcm", dataset(PIXELS, WindowCenter=5, WindowWidth=0))
+    data = tiny_data(preload_batch_size=2)
+    real = FrozenPass.predict_step
+
+    def stopped(self: FrozenPass, batch: Any, batch_idx: int) -> Any:
+        if batch_idx * 2 > SHARD:
+            raise RuntimeError("stopped")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(FrozenPass, "predict_step", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
+        data.preload(ENCODER)
+    (tmp_path / "store.zarr.notices.csv.0.partial").write_text('image,"cut')
+    monkeypatch.setattr(FrozenPass, "predict_step", real)
+    with pytest.warns(UserWarning, match="^2 images are not shown as their files ask"):
+        data.preload(ENCODER)

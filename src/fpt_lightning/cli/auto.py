@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -14,14 +13,14 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fpt_lightning.cli.run_folder import is_first_process
+from fpt_lightning.cli.run_folder import is_finished, is_first_process, logged
 from fpt_lightning.cli.training import CommandLine
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.comparison import Difference, compare
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
-from fpt_lightning.files import align, read_rows, without_nan, write_json, write_text
+from fpt_lightning.files import align, without_nan, write_json, write_text
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import make_task
 
@@ -89,8 +88,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it was trained, and tested at its best and its last epoch."""
-        path = self.folder / "metrics.json"
-        return path.is_file() and {"best", "last"} <= set(json.loads(path.read_text(encoding="utf-8")))
+        return is_finished(self.folder)
 
     @property
     def checkpoint(self) -> Path:
@@ -128,7 +126,7 @@ class Run:
 
     def logged(self, name: str) -> list[float]:
         """A metric of every epoch that has it."""
-        return [float(row[name]) for row in read_rows(self.folder / "metrics.csv", "history") if row.get(name)]
+        return logged(self.folder, name)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,23 @@ from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.errors import CheckpointError
+from fpt_lightning.files import read_rows
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was trained, and tested at its best and its last epoch."""
+    path = folder / "metrics.json"
+    return path.is_file() and {"best", "last"} <= set(json.loads(path.read_text(encoding="utf-8")))
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """A metric of a run, of every epoch that has it."""
+    return [float(row[name]) for row in read_rows(folder / "metrics.csv", "history") if row.get(name)]
 
 
 _LOSS = "val_loss"

@@ -25,6 +25,7 @@ from pydicom.uid import (
 
 from fpt_lightning.data.notices import tell
 from fpt_lightning.data.pages import largest, page_index, too_large
+from fpt_lightning.data.windows import centre_and_width
 from fpt_lightning.errors import ImageError
 
 _VOI = ("WindowCenter", "WindowWidth", "VOILUTFunction")
@@ -205,12 +206,9 @@ def _displayed(
 ) -> NDArray[np.float64]:
     """Stored values (height, width) as a display would show them: 0 black to 1 white."""
     values, padding = _rescaled(stored.astype(np.int64), header, path), _padding(stored, header)
-    unit: NDArray[np.float64] | None = None
-    if window == "header":
-        unit = _as_headed(values, header, path, notices)
-    elif window != "full":
-        centre, width = (float(number) for number in window.split(","))
-        unit = np.clip((values - centre) / width + 0.5, 0, 1)
+    unit = _as_headed(values, header, path, notices) if window == "header" else None
+    if (given := centre_and_width(window)) is not None:
+        unit = np.clip((values - given[0]) / given[1] + 0.5, 0, 1)
     if unit is None and header.BitsStored <= 8 and stored.dtype.kind == "u" and np.array_equal(values, stored):
         unit = values / (2**header.BitsStored - 1)
     if unit is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fpt_lightning.data.pages import allow, file_and_page, largest, page_index, too_large
+from fpt_lightning.data.windows import centre_and_width
 from fpt_lightning.errors import ConfigurationError, ImageError
 
 Fit = Literal["squash", "letterbox"]
@@ -178,25 +178,6 @@ class ImageReader:
             raise ImageError(f"the image {name} of {height} x {width} pixels is too thin to letterbox.")
         padded: NDArray[Any] = np.pad(image, (rows, columns, (0, 0)))
         return padded
-
-
-def centre_and_width(window: str) -> tuple[float, float] | None:
-    """Of a window ``centre,width``; None for ``header`` and ``full``.
-
-    Raises:
-        ConfigurationError: another text, or no width.
-    """
-    if window in ("header", "full"):
-        return None
-    try:
-        centre, width = (float(number) for number in window.split(","))
-    except ValueError:
-        centre, width = math.nan, math.nan
-    if not (math.isfinite(centre) and 0 < width < math.inf):
-        raise ConfigurationError(
-            f"data.window is {window!r}: give header, full, or [centre, width] with a width above 0."
-        )
-    return centre, width
 
 
 def _padding(shape: tuple[int, ...], aspect: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

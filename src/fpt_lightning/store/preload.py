@@ -130,15 +130,20 @@ def _report_notices(url: str) -> None:
     A preload that goes on does not read again what is stored, so notices of it stay.
     """
     path, noticed = Path(f"{url}.notices.csv"), dict[str, str]()
-    parts = sorted(path.parent.glob(f"{path.name}.*"))
+    parts = sorted(path.parent.glob(f"{path.name}.*[0-9]"))
     for part in [path, *parts] if parts else []:
-        if part.is_file():
-            noticed |= {row["image"]: row["notice"] for row in read_rows(part, "list of notices")}
+        noticed |= _read_notices(part)
     if noticed:
         write_rows(path, [["image", "notice"], *sorted(noticed.items())])
         for part in parts:
             part.unlink()
         rank_zero_warn(f"{len(noticed)} images are not shown as their files ask: {path} lists them and why.")
+
+
+def _read_notices(path: Path) -> dict[str, str]:
+    """By image; none where there is no such list."""
+    rows = read_rows(path, "list of notices") if path.is_file() else []
+    return {row["image"]: row["notice"] for row in rows}
 
 
 def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError) -> None:
@@ -368,6 +373,12 @@ class _StoreWriter(L.Callback):
         self.pending: list[tuple[int, dict[str, NDArray[Any]], FileRecord]] = []  # row, its arrays, its image's file
         self.notices: dict[str, str] = {}
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the list of a pass that was stopped: what it stored is not read again."""
+        assert isinstance(pl_module, FrozenPass)
+        self.listed = Path(f"{pl_module.url}.notices.csv.{trainer.global_rank}")
+        self.notices = _read_notices(self.listed)
+
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
@@ -406,8 +417,7 @@ class _StoreWriter(L.Callback):
             rows, samples, files = zip(*self.pending, strict=True)
             self.pending = []  # before writing, which is not tried again after an error
             if self.notices:
-                path = Path(f"{store.url}.notices.csv.{getattr(rank_zero_only, 'rank', None) or 0}")
-                write_rows(path, [["image", "notice"], *self.notices.items()])
+                write_rows(self.listed, [["image", "notice"], *self.notices.items()])
             store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
 
 
