@@ -48,7 +48,7 @@ class Cell:
         """
         if not self.finished and not (self.folder / "last.ckpt").is_file():
             return
-        there, here = _flat(yaml.safe_load((self.folder / "cell.yaml").read_text())), _flat(self.config)
+        there, here = flat(yaml.safe_load((self.folder / "cell.yaml").read_text())), flat(self.config)
         there["trainer.default_root_dir"] = here["trainer.default_root_dir"]  # the folder may have been moved
         differences = [
             f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
@@ -108,8 +108,9 @@ class Cell:
         return logged(self.folder, name)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found

@@ -12,14 +12,18 @@ resamples of patients. The last row takes for each fold and seed the method with
 ``fit --model auto`` does.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
-them with other ``--tasks`` may run at once. Writes ``{out}/{task}-{study}.json`` after each method, with ``--write``
-``results/evidence_{data}_{study}.json`` and ``.md`` of all that is finished; ``evidence_figures.py`` draws them.
+them with other ``--tasks`` or ``--methods`` may run at once. ``{out}/records`` has what the finished cells came to
+(``records.py``), from which ``--write`` makes ``results/evidence_{data}_{study}.json`` and ``.md`` of all that is
+finished; ``evidence_figures.py`` draws them. The records of the committed tables are in ``results/evidence``: copied to
+``{out}/records`` they need not be run again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -33,11 +37,12 @@ from environment import RESULTS, environment, write_result
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampled_weights
-from fpt_lightning.files import Row, read_rows, write_json, write_rows
+from fpt_lightning.files import Row, read_rows, write_rows
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.planning.memory import build_on_meta
 from fpt_lightning.store.index import StoreIndex
+from records import Record, Records, record
 
 ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIDE = {"side_resolution": 126}  # a multiple of the patch size
@@ -279,18 +284,49 @@ class Protocol:
             write_rows(path, [("image", "label", "patient"), *(row for row in labelled if row[1] is not None)])
         return path
 
+    def record(
+        self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool
+    ) -> Record | None:
+        """What a cell came to; None where it is not finished."""
+        cell, records = self.cell(name, method, fold, pair, seed), self.records(name, method)
+        key = f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/seed{seed}"
+        found = records.get(key, cell)
+        if found is not None:
+            return found
+        if run and not cell.finished:
+            print(f"running {cell.folder}", flush=True)
+            cell.check()
+            cell.run()
+        if not cell.finished:
+            return None
+        rows = {id: row for row, id in enumerate(self.labelled(name))}
+        return records.add(key, record(cell, TASKS[name].monitor, rows, self._stored_bytes(name, method)))
+
+    def records(self, name: str, method: str) -> Records:
+        return Records(self.out / "records" / f"{name}-{self.resolution}" / f"{method}.json")
+
+    def labelled(self, name: str) -> dict[str, Row]:
+        """Rows of the manifest by image, in ascending order of images."""
+        rows = read_rows(self.manifest(name), "manifest")
+        return {row["image"]: row for row in sorted(rows, key=lambda row: row["image"])}
+
+    def _stored_bytes(self, name: str, method: str) -> int:
+        """Of an image, its mirror image included; 0 of methods without a store."""
+        if not ROWS[method].stored:
+            return 0
+        index = StoreIndex.open(str(self.store(TASKS[name], method)))
+        return index.bytes_per_row * index.views
+
     def chosen(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
         """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished."""
         found: dict[tuple[float, float], float] = {}
 
         def best(pairs: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
             for pair in pairs:
-                cell = self.cell(name, method, fold, pair, 0)
-                if run:
-                    _run(cell)
-                if not cell.finished:
+                each = self.record(name, method, fold, pair, 0, run)
+                if each is None:
                     return None
-                found[pair] = max(cell.logged(f"val_{TASKS[name].monitor}"))
+                found[pair] = each.validation
             return max(found, key=lambda pair: found[pair])
 
         rate = ROWS[method].rate
@@ -302,28 +338,20 @@ class Protocol:
                 chosen = best([(higher, self.decays[0])])
         return None if chosen is None else best((chosen[0], decay) for decay in self.decays[1:])
 
-    def cells(self, name: str, method: str, run: bool = False) -> list[list[Cell]] | None:
-        """Of each seed the cells of all folds, with the chosen pairs; None where one is not finished."""
-        seeds: list[list[Cell]] = [[] for _ in range(self.seeds)]
+    def cells(self, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
+        """Of each seed the records of all folds, with the chosen pairs; None where one is not finished."""
+        seeds: list[list[Record]] = [[] for _ in range(self.seeds)]
         for fold in self.folds:
             pair = self.chosen(name, method, fold, run)
             if pair is None:
                 return None
             for seed in range(self.seeds):
-                cell = self.cell(name, method, fold, pair, seed)
-                if run:
-                    _run(cell)
-                if not cell.finished:
+                each = self.record(name, method, fold, pair, seed, run)
+                if each is None:
                     return None
-                seeds[seed].append(cell)
+                seeds[seed].append(each)
+            self.records(name, method).forget_tests(f"fold{fold}/", f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/")
         return seeds
-
-
-def _run(cell: Cell) -> None:
-    if not cell.finished:
-        print(f"running {cell.folder}", flush=True)
-        cell.check()
-        cell.run()
 
 
 # Results
@@ -339,6 +367,20 @@ class Pooled(NamedTuple):
 
     predictions: Predictions
     folds: NDArray[np.int64]
+
+
+def tested(name: str, rows: Mapping[str, Row], found: Record) -> Predictions:
+    """The test predictions of a cell, with what is true."""
+    task, images = TASKS[name], list(rows)
+    ids = tuple(images[int(row)] for row in found.test)
+    return Predictions(
+        "single-label",
+        ids,
+        np.array([task.classes.index(rows[id]["label"]) for id in ids]),
+        np.array(list(found.test.values())),
+        task.classes,
+        tuple(rows[id]["patient"] for id in ids),
+    )
 
 
 def pool(parts: Sequence[Predictions]) -> Pooled:
@@ -375,9 +417,10 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     """What the finished methods of a task come to, by method."""
     finished = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
     if set(AUTO) <= set(finished):
-        finished["auto"] = by_validation([finished[method] for method in AUTO], TASKS[name].monitor)
+        finished["auto"] = by_validation([finished[method] for method in AUTO])
+    rows = protocol.labelled(name)
     seeds = {
-        method: [pool([Predictions.read(cell.folder / "predictions.csv") for cell in folds]) for folds in cells]
+        method: [pool([tested(name, rows, each) for each in folds]) for folds in cells]
         for method, cells in finished.items()
     }
     if not seeds:
@@ -395,24 +438,20 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
             **(_cost(protocol, name, method, cells) if method in ROWS else {"label": "`--model auto`"}),
             **{metric: _estimate(value, spread, method, metric) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
-            "chosen": [dict(zip(("learning_rate", "weight_decay"), pair, strict=True)) for pair in _pairs(cells)],
+            "chosen": [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in cells[0]],
         }
         for method, cells in finished.items()
     }
 
 
-def by_validation(methods: Sequence[Sequence[Sequence[Cell]]], monitor: str) -> list[list[Cell]]:
-    """Of each seed and fold the cell of the method with the best validation, of equal ones the first.
+def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Record]]:
+    """Of each seed and fold the record of the method with the best validation, of equal ones the first.
 
     Args:
-        methods: each one's cells by seed and fold.
-        monitor: the metric whose largest value counts.
+        methods: each one's records by seed and fold.
     """
     seeds = zip(*methods, strict=True)
-    return [
-        [max(cells, key=lambda cell: max(cell.logged(f"val_{monitor}"))) for cells in zip(*folds, strict=True)]
-        for folds in seeds
-    ]
+    return [[max(each, key=lambda one: one.validation) for each in zip(*folds, strict=True)] for folds in seeds]
 
 
 def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str) -> dict[str, Any]:
@@ -429,37 +468,20 @@ def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, 
     }
 
 
-def _pairs(cells: Sequence[Sequence[Cell]]) -> Iterator[tuple[float, float]]:
-    """Learning rate and weight decay of each fold."""
-    for cell in cells[0]:
-        model = cell.config["model"]["init_args"]
-        yield model["learning_rate"], model["weight_decay"]
-
-
-def _cost(protocol: Protocol, name: str, method: str, cells: Sequence[Sequence[Cell]]) -> dict[str, Any]:
-    runs = [cell.result() for folds in cells for cell in folds]
-    config = cells[0][0].config["model"]["init_args"]
-    module = build_on_meta(
-        lambda: METHODS[ROWS[method].method](**{**config, "pretrained": False}),
-        (protocol.resolution, protocol.resolution),
-    )
+def _cost(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[Record]]) -> dict[str, Any]:
+    found = [each for folds in seeds for each in folds]
+    config = protocol.cell(name, method, 1, (found[0].learning_rate, found[0].weight_decay), 0).config
+    model = {**config["model"]["init_args"], "pretrained": False}
+    module = build_on_meta(lambda: METHODS[ROWS[method].method](**model), (protocol.resolution, protocol.resolution))
     return {
         "label": ROWS[method].label + (f" ({ROWS[method].epochs} epochs)" if ROWS[method].epochs else ""),
         "learnable_parameters": module.learnable_parameters,
         "learnable_ratio": module.learnable_ratio,
-        "memory_mib": max(max(run["memory_mib"].values()) for run in runs),
-        "epoch_seconds": median(run["epoch_seconds"] for run in runs),
-        "epochs": cells[0][0].config["trainer"]["max_epochs"],
-        "stored_bytes": _stored_bytes(protocol, name, method),
+        "memory_mib": max(each.memory_mib for each in found),
+        "epoch_seconds": median(each.epoch_seconds for each in found),
+        "epochs": config["trainer"]["max_epochs"],
+        "stored_bytes": max(each.stored_bytes for each in found),
     }
-
-
-def _stored_bytes(protocol: Protocol, name: str, method: str) -> int:
-    """Of an image, its mirror image included; 0 of methods without a store."""
-    if not ROWS[method].stored:
-        return 0
-    index = StoreIndex.open(str(protocol.store(TASKS[name], method)))
-    return index.bytes_per_row * index.views
 
 
 def table(name: str, found: Mapping[str, Any]) -> str:
@@ -560,7 +582,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in tasks:
             for method in methods:
                 protocol.cells(task, method, run=True)
-                write_json(args.out / f"{task}-{name}.json", results(protocol, task, methods))
 
 
 def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -569,9 +590,19 @@ def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]
         own = {name: rows for name, rows in found.items() if rows and TASKS[name].data == data}
         if own:
             name = f"evidence_{data}_{study}"
+            before = RESULTS / f"{name}.json"
+            if before.is_file():  # tasks that were run elsewhere stay
+                own = {**json.loads(before.read_text())["tasks"], **own}
             path = write_result(name, {"resolution": protocol.resolution, "tasks": own})
             (RESULTS / f"{name}.md").write_text(report(protocol, own, data))
             print(f"results are in {path}, and .md beside it")
+    for task, rows in found.items():
+        for method in rows:
+            records = protocol.records(task, method).path
+            if records.is_file():
+                kept = RESULTS / "evidence" / records.parent.name / records.name
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(records, kept)
 
 
 if __name__ == "__main__":

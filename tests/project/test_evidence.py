@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from safetensors.torch import save_file
 import evidence
 import evidence_figures
 import selected_tokens
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
+from records import Record
 from small import SPECIFICATION, write_images
 
 Main = Callable[..., dict[str, Any]]
@@ -56,14 +60,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         folders = ["--weights", weights, "--fundus", root, "--chest", root]
         size = ["--epochs", "1", "--learning-rates", "1e-3", "1e-2"]
         evidence.main([*map(str, folders), "--out", str(out), *size, *more])
-        found: dict[str, Any] = json.loads((out / "fundus_grade-64.json").read_text())
+        if "--write" not in more:
+            return {}
+        found: dict[str, Any] = json.loads((tmp_path / "evidence_fundus_64.json").read_text())["tasks"]["fundus_grade"]
         return found
 
     return call
 
 
 def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run("--methods", "stored_linear", "fpt_plus")
+    run("--methods", "stored_linear", "fpt_plus")
+    found = run("--methods", "stored_linear", "fpt_plus", "--write")
     assert list(found) == ["stored_linear", "fpt_plus", "auto"]
     chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
     assert len(chosen) == 3
@@ -80,24 +87,41 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
     tested = [row["path"] for path in folds for row in csv.DictReader(path.open(newline=""))]
     assert sorted(tested) == [f"images/{i:03d}.png" for i in range(40)]  # once each
 
-    capsys.readouterr()
-    assert run("--methods", "stored_linear", "fpt_plus") == found
-    assert "running" not in capsys.readouterr().out
-    run("--methods", "stored_linear", "fpt_plus", "--write")
     table = (tmp_path / "evidence_fundus_64.md").read_text()
     assert "40 images of 20 patients" in table
     assert table.count("\n| FPT+ |") == 1
-    assert json.loads((tmp_path / "evidence_fundus_64.json").read_text())["tasks"]["fundus_grade"] == found
 
 
-class Run(NamedTuple):
-    """A cell that was run."""
+def test_records_are_enough_to_go_on_elsewhere(run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--methods", "stored_linear")
+    found = run("--methods", "stored_linear", "--write")
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "evidence", tmp_path / "out/records")
+    text = next((tmp_path / "evidence").rglob("*.json")).read_text()
+    assert "images" not in text  # they stay in their folder, and so do patients
+    assert '"p' not in text
+    capsys.readouterr()
+    run("--methods", "stored_linear")
+    assert "running" not in capsys.readouterr().out
+    assert run("--methods", "stored_linear", "--write") == found
+    with pytest.raises(ConfigurationError, match=r"stored_linear.json has a record of fold1/.* with other settings"):
+        run("--methods", "stored_linear", "--epochs", "2")
 
-    best: float
-    finished: bool = True
 
-    def logged(self, name: str) -> list[float]:
-        return [self.best - 0.1, self.best]
+def test_tables_of_tasks_that_were_run_elsewhere_stay(run: Main, tmp_path: Path) -> None:
+    run("--methods", "stored_linear")
+    run("--methods", "stored_linear", "--write")
+    path = tmp_path / "evidence_fundus_64.json"
+    content = json.loads(path.read_text())
+    content["tasks"]["fundus_referable"] = content["tasks"]["fundus_grade"]
+    path.write_text(json.dumps(content))
+    run("--methods", "stored_linear", "--write")
+    assert list(json.loads(path.read_text())["tasks"]) == ["fundus_grade", "fundus_referable"]
+    assert "### Referable" in path.with_suffix(".md").read_text()
+
+
+def of_validation(value: float) -> Record:
+    return Record("", 1e-3, 0.1, value, 1.0, 1.0, 0, {})
 
 
 PROTOCOL = evidence.Protocol(Path("w"), {}, Path("o"), 448, (1,), 1, 1, (1e-3, 1e-2), (0.1, 1.0))
@@ -116,13 +140,15 @@ PROTOCOL = evidence.Protocol(Path("w"), {}, Path("o"), 448, (1,), 1, 1, (1e-3, 1
 def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
     values: dict[tuple[float, float], float], chosen: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evidence.Protocol, "cell", lambda self, name, method, fold, pair, seed: Run(values[pair]))
+    monkeypatch.setattr(
+        evidence.Protocol, "record", lambda self, name, method, fold, pair, *_: of_validation(values[pair])
+    )
     assert PROTOCOL.chosen("fundus_referable", "fpt_plus", 1, run=False) == chosen  # nothing else is asked for
 
 
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
-    one, other = [Run(0.7), Run(0.8)], [Run(0.9), Run(0.8)]
-    assert evidence.by_validation([[one], [other]], "auc") == [[other[0], one[1]]]
+    one, other = ([of_validation(value) for value in values] for values in ((0.7, 0.8), (0.9, 0.8)))
+    assert evidence.by_validation([[one], [other]]) == [[other[0], one[1]]]
 
 
 def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +168,10 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
 
 
-def predictions(scores: list[float], ids: str = "abcd") -> evidence.Predictions:
+def predictions(scores: list[float], ids: str = "abcd") -> Predictions:
     """Of two negatives and two positives."""
     table = np.column_stack([1 - np.array(scores), scores])
-    return evidence.Predictions("single-label", tuple(ids), np.array([0, 0, 1, 1]), table, ("no", "yes"))
+    return Predictions("single-label", tuple(ids), np.array([0, 0, 1, 1]), table, ("no", "yes"))
 
 
 def test_a_metric_is_the_mean_over_the_seeds() -> None:
