@@ -28,7 +28,8 @@ from fpt_lightning import ImageDataModule, Predictor, PreloadedFeatureDataModule
 from fpt_lightning.data.images import ImageReader, read_image
 from fpt_lightning.data.notices import ImageNotice
 from fpt_lightning.data.sources import read_manifest
-from fpt_lightning.data.transforms import channel_statistics, stored_copy
+from fpt_lightning.data.statistics import channel_statistics
+from fpt_lightning.data.transforms import stored_copy
 from fpt_lightning.errors import CheckpointError, ConfigurationError, ImageError, StaleStoreError
 from small import quiet_trainer, tiny_model
 

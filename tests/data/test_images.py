@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fpt_lightning.data import transforms
-from fpt_lightning.data.images import ImageReader, bright_box, read_image
-from fpt_lightning.data.transforms import ViewTransform, channel_statistics, normalise, resize, stored_copy, unit_pixels
+from fpt_lightning.data.images import FULL_RANGE, ImageReader, bright_box, read_image
+from fpt_lightning.data.statistics import channel_statistics, deep_pictures, value_range
+from fpt_lightning.data.transforms import ViewTransform, normalise, resize, stored_copy, unit_pixels
 from fpt_lightning.errors import ConfigurationError, ImageError
 
 
@@ -175,6 +178,121 @@ def test_larger_images_are_allowed_by_number(tmp_path: Path, monkeypatch: pytest
     assert ImageReader((1, 1), max_pixels=1200)(path).shape == (30, 40, 3)
     with pytest.raises(ConfigurationError, match=r"data\.max_pixels is 0"):
         ImageReader((1, 1), max_pixels=0)
+
+
+def colours(top: int = 60000) -> NDArray[np.uint16]:
+    return np.random.default_rng(0).integers(0, top, (4, 6, 3)).astype(np.uint16)
+
+
+def deep_tiff(pixels: NDArray[np.uint16], order: str, orientation: int = 1) -> bytes:
+    """Colours of 16 bits, uncompressed, in one strip, as microscopes' and cameras' programs write them."""
+    height, width = pixels.shape[:2]
+    data = pixels.astype(f"{order}u2").tobytes()
+    depth = 8 + 2 + 12 * 10 + 4  # where the three depths lie, and the data after them
+    shorts = {256: width, 257: height, 259: 1, 262: 2, 274: orientation, 277: 3, 278: height}
+    tags = {tag: struct.pack(f"{order}HHIHxx", tag, 3, 1, value) for tag, value in shorts.items()}
+    longs = {258: (3, 3, depth), 273: (4, 1, depth + 6), 279: (4, 1, len(data))}
+    tags |= {tag: struct.pack(f"{order}HHII", tag, *value) for tag, value in longs.items()}
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    listed = b"".join(tags[tag] for tag in sorted(tags)) + bytes(4)
+    return head + listed + struct.pack(f"{order}3H", 16, 16, 16) + data
+
+
+def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """As the EXIF standard has it: which side of the picture the first row and the first column are."""
+    by = {1: "", 2: "h", 3: "hv", 4: "v", 5: "t", 6: "th", 7: "thv", 8: "tv"}
+    for step in by[orientation]:
+        pixels = {"h": pixels[:, ::-1], "v": pixels[::-1], "t": pixels.transpose(1, 0, 2)}[step]
+    return pixels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "<", ">"])
+def test_sixteen_bits_of_colour_are_kept_and_upright(tmp_path: Path, kind: str, orientation: int) -> None:
+    pixels, path = colours(), tmp_path / "a"
+    if kind == "png":
+        content = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+        exif = Image.Exif()
+        exif[274] = orientation
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:33] + chunk + content[33:])  # after the header
+    else:
+        path.write_bytes(deep_tiff(pixels, kind, orientation))
+    image = read_image(path)
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image, turned(pixels, orientation))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparency_of_sixteen_bits_is_dropped(tmp_path: Path, channels: int) -> None:
+    pixels = np.dstack([colours()[..., : channels - 1], np.full((4, 6), 9, np.uint16)])
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 6, 4, 16, {2: 4, 4: 6}[channels], 0, 0, 0)}
+    parts |= {b"IDAT": zlib.compress(lines), b"IEND": b""}
+    chunks = [struct.pack(">I", len(v)) + k + v + struct.pack(">I", zlib.crc32(k + v)) for k, v in parts.items()]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    expected = pixels[..., [0, 0, 0]] if channels == 2 else pixels[..., :3]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), expected)
+
+
+def test_a_range_of_values_fills_the_scale(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.array([[0, 100, 2100, 4100, 5000]], np.uint16))
+    found = read_image(path, [], value_range=(100, 4100))
+    assert found[0, :, 0].tolist() == [0, 0, 32768, 65535, 65535]
+    copy = stored_copy(np.repeat(found, 5, axis=0), 5)
+    assert copy[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert read_image(path, [])[0, 3, 0] == 4100
+    assert ImageReader((1, 1), value_range=(100, 4100))(path, [])[0, 2, 0] == 32768
+    eight = save(tmp_path / "b.png", np.array([[0, 100, 200]], np.uint8))
+    assert read_image(eight, [], value_range=(100, 4100))[0, :, 0].tolist() == [0, 100, 200]
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range", "words"),
+    [
+        ([0, 4095], (0, 65535), r"0 to 4095, are 16 of 256 grey levels of \[0, 65535\]: say the range"),
+        ([0, 65535], (0, 65535), None),
+        ([0, 4095], (0, 4095), None),
+        ([7, 7], (0, 65535), None),  # one colour has no levels to lose
+        ([5, 20], (0, 65535), None),  # nor have sixteen
+        ([0, 4095], (0, 2000), r"50% of its values lie outside data.value_range \[0, 2000\]"),
+        ([0] * 199 + [4095], (0, 2000), None),  # less than one in a hundred
+        ([9000, 12000], (0, 4095), r"100% of its values.*0 of 256 grey levels"),
+    ],
+)
+def test_a_range_that_loses_much_is_said(
+    tmp_path: Path, values: list[int], value_range: tuple[float, float], words: str | None
+) -> None:
+    path, notices = save(tmp_path / "a.png", np.array([values], np.uint16)), list[str]()
+    read_image(path, notices, value_range=value_range)
+    if words is None:
+        assert not notices
+    else:
+        assert re.search(words, " ".join(notices)), notices
+        assert all(str(path) in notice for notice in notices)
+
+
+@pytest.mark.parametrize("value_range", [(5, 5), (9, 3), (-1, 9), (0, 70000), (float("nan"), 3)])
+def test_a_range_without_width(value_range: tuple[float, float]) -> None:
+    with pytest.raises(ConfigurationError, match=r"data.value_range is \[.*two numbers from 0 to 65535"):
+        ImageReader((1, 1), value_range=value_range)
+
+
+def test_the_range_is_that_of_all_sixteen_bit_pictures(tmp_path: Path) -> None:
+    listed = {"a.png": [30, 900], "b.tif": [12, 400], "c.png": [7, 7]}
+    paths = [save(tmp_path / name, np.array([values], np.uint16)) for name, values in listed.items()]
+    paths.append(save(tmp_path / "eight.png", noise()))
+    (tmp_path / "colours.tif").write_bytes(deep_tiff(colours(4000), "<"))
+    broken = save(tmp_path / "broken.png", noise(64, 64, 1).astype(np.uint16) * 7)
+    broken.write_bytes(broken.read_bytes()[:2000])
+    assert deep_pictures(paths) == paths[:3]
+    assert value_range(paths[:2]) == (12, 900)
+    assert value_range([*paths, tmp_path / "colours.tif"]) == (7, colours(4000).max())
+    assert value_range(paths[2:]) == FULL_RANGE  # of one value
+    with pytest.raises(ImageError, match="1 of 4 training images cannot be read"):
+        value_range([*paths, tmp_path / "broken.png"])
+    assert value_range([*paths, tmp_path / "broken.png"], on_error="skip") == (7, 900)
 
 
 def test_dim_sixteen_bit_images_do_not_turn_black(tmp_path: Path) -> None:

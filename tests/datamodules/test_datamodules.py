@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.data.images import ImageReader, read_image
-from fpt_lightning.data.transforms import ViewTransform, channel_statistics, normalise, stored_copy, unit_pixels
+from fpt_lightning.data.statistics import channel_statistics
+from fpt_lightning.data.transforms import ViewTransform, normalise, stored_copy, unit_pixels
 from fpt_lightning.datamodules.samples import EpochSampler
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.errors import ConfigurationError, DataError, StaleStoreError, StoreError

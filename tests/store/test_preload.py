@@ -27,7 +27,8 @@ from dicom_files import write as write_dicom
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.data import images
 from fpt_lightning.data.images import read_image
-from fpt_lightning.data.transforms import channel_statistics, normalise, stored_copy, unit_pixels
+from fpt_lightning.data.statistics import channel_statistics
+from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ImageError, StaleStoreError, StoreError

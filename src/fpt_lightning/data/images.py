@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from fpt_lightning.data.notices import tell
 from fpt_lightning.data.pages import allow, file_and_page, largest, page_index, too_large
 from fpt_lightning.data.windows import centre_and_width
 from fpt_lightning.errors import ConfigurationError, ImageError
@@ -22,17 +23,25 @@ FITS: tuple[str, ...] = get_args(Fit)
 OnError = Literal["stop", "skip"]
 DICOM_SUFFIXES = (".dcm", ".dicom")
 INTERPOLATION = "bicubic, antialiased"  # of ``fpt_lightning.data.transforms.resize``
+FULL_RANGE = (0.0, 65535.0)
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
+_ORIENTATION = 274  # EXIF tag
+_FEW_LEVELS = 32  # of 256, that an image of more levels is left with
+_FEW_PIXELS = 0.01  # share that may lie outside a range without a word
 
 
 def read_image(
-    path: str | Path, notices: list[str] | None = None, window: str = "header", max_pixels: int | None = None
+    path: str | Path,
+    notices: list[str] | None = None,
+    window: str = "header",
+    max_pixels: int | None = None,
+    value_range: tuple[float, float] = FULL_RANGE,
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read an image file as RGB, upright.
 
     JPEG, PNG, TIFF, BMP, PGM and WebP; grey is repeated, palettes are looked up, transparency is dropped, the EXIF
-    orientation is applied. 16-bit grey files keep their depth (the full scale is 65,535). DICOM, by its suffix or by
-    its content: see ``fpt_lightning.data.dicom.read_dicom``.
+    orientation is applied. 16-bit PNG and TIFF files keep their depth (the full scale is 65,535). DICOM, by its suffix
+    or by its content: see ``fpt_lightning.data.dicom.read_dicom``.
 
     Args:
         path: of the file; ``scan.dcm#12`` is its page or frame 12, counted from 1.
@@ -42,6 +51,7 @@ def read_image(
             ``centre,width``.
         max_pixels: that images may have, in place of Pillow's limit of 179 million, which guards against small files
             that fill the memory; raised for this process.
+        value_range: values of 16-bit pictures that become 0 and 65,535; DICOM has its own (``window``).
 
     Returns:
         (height, width, 3), uint8 or uint16.
@@ -56,7 +66,10 @@ def read_image(
     try:
         with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
             dicom = _is_dicom(file, name)
-            image = _read_dicom(file, name, page, notices, window) if dicom else _read_picture(file, name, page)
+            if dicom:
+                image = _read_dicom(file, name, page, notices, window)
+            else:
+                image = _read_picture(file, name, page, notices, value_range)
     except FileNotFoundError as error:
         raise ImageError(f"the image {path} does not exist.") from error
     except ImageError:
@@ -95,15 +108,20 @@ def _read_dicom(
     return read_dicom(file, path, page, notices, window)
 
 
-def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def _read_picture(
+    file: BinaryIO, path: Path, page: int | None, notices: list[str] | None, value_range: tuple[float, float]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
     with Image.open(file) as image:
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's JPEG with its preview
         image.seek(page_index(path, pages, page))
         tags = dict(image.tag_v2) if isinstance(image, TiffImageFile) else {}
+        if _is_deep_colour(image):
+            return _in_range(_read_deep_colour(file, image), value_range, path, notices)
+        deep = _is_deep_grey(image)
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):  # scaled to 16 bits
-            grey = np.asarray(upright).astype(np.uint16)
-            return np.repeat(_at_full_scale(grey, tags)[..., None], 3, axis=2)
+        if deep:
+            grey = _at_full_scale(np.asarray(upright).astype(np.uint16), tags)
+            return np.repeat(_in_range(grey, value_range, path, notices)[..., None], 3, axis=2)
         if upright.mode in ("I", "F"):
             kind = "signed 16-bit" if tags.get(_BITS) == (16,) else "32-bit"
             raise ImageError(
@@ -113,6 +131,90 @@ def _read_picture(file: BinaryIO, path: Path, page: int | None) -> NDArray[np.ui
         if "transparency" in upright.info:
             upright = upright.convert("RGBA")
         return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # which is scaled to 16 bits
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow would drop the lower 8 of 16 bits, as it does of all but grey pictures."""
+    if image.format not in ("PNG", "TIFF") or image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
+        return False
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+
+
+def _read_deep_colour(file: BinaryIO, image: Image.Image) -> NDArray[np.uint16]:
+    """By OpenCV, which keeps 16 bits of colour; transparency is dropped.
+
+    Raises:
+        ImageError: a form that OpenCV does not read.
+    """
+    import cv2
+
+    file.seek(0)
+    content, page = np.frombuffer(file.read(), np.uint8), image.tell()
+    _, pages = cv2.imdecodemulti(content, cv2.IMREAD_UNCHANGED, range=(page, page + 1))
+    if not pages or pages[0].dtype != np.uint16:
+        raise ImageError(f"the image {file.name} has colours of 16 bits in a form that is not read: save it as PNG.")
+    pixels = pages[0] if pages[0].ndim == 3 else np.repeat(pages[0][..., None], 3, axis=2)
+    orientation = image.getexif().get(_ORIENTATION, 1) if image.format == "PNG" else 1  # OpenCV turned the TIFF
+    turned: NDArray[np.uint16] = np.ascontiguousarray(_upright(pixels[..., 2::-1], orientation))
+    return turned
+
+
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Pixels (height, width, 3) as an EXIF orientation, 1 to 8, says that they are to be shown."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def is_deep(path: Path) -> bool:
+    """Whether a file is a picture, not DICOM, of 16 bits; False of what cannot be read. Its header alone is read."""
+    name, page = file_and_page(path)
+    try:
+        with open(name, "rb") as file:
+            if _is_dicom(file, name):
+                return False
+            with Image.open(file) as image:
+                if page is not None:
+                    image.seek(page - 1)
+                return _is_deep_grey(image) or _is_deep_colour(image)
+    except Exception:  # whatever it is, reading it will say
+        return False
+
+
+def stretched(image: NDArray[np.uint16], value_range: tuple[float, float]) -> NDArray[np.uint16]:
+    """Values in a range at full scale, 0 to 65,535; those outside are cut off."""
+    low, high = value_range
+    if value_range == FULL_RANGE:
+        return image
+    table = np.rint(np.clip((np.arange(65536) - low) / (high - low), 0, 1) * 65535).astype(np.uint16)
+    at_full_scale: NDArray[np.uint16] = table[image]
+    return at_full_scale
+
+
+def _in_range(
+    image: NDArray[np.uint16], value_range: tuple[float, float], path: Path, notices: list[str] | None
+) -> NDArray[np.uint16]:
+    """Stretched, with a notice where the range cuts off much of an image, or leaves few grey levels of many."""
+    low, high = value_range
+    darkest, brightest = int(image.min()), int(image.max())
+    if darkest < low or brightest > high:
+        outside = float(((image < low) | (image > high)).mean())
+        if outside > _FEW_PIXELS:
+            tell(notices, f"{path}: {outside:.0%} of its values lie outside data.value_range [{low:g}, {high:g}].")
+    levels = 255 * (min(brightest, high) - max(darkest, low)) / (high - low)
+    if levels < _FEW_LEVELS <= brightest - darkest:
+        tell(
+            notices,
+            f"{path}: its values, {darkest} to {brightest}, are {max(0, levels):.0f} of 256 grey levels of [{low:g}, "
+            f"{high:g}]: say the range of the data set by data.value_range.",
+        )
+    return stretched(image, value_range)
 
 
 def _at_full_scale(grey: NDArray[np.uint16], tags: Mapping[int, Any]) -> NDArray[np.uint16]:
@@ -138,9 +240,10 @@ class ImageReader:
         crop_border: whether the dark border is cut off first (``bright_box``).
         window: of grey DICOM values (``read_image``).
         max_pixels: that images may have (``read_image``).
+        value_range: of 16-bit pictures (``read_image``).
 
     Raises:
-        ConfigurationError: an unknown fit, a window without width, or fewer than one pixel.
+        ConfigurationError: an unknown fit, a window or range without width, or fewer than one pixel.
     """
 
     aspect: tuple[int, int]
@@ -148,8 +251,14 @@ class ImageReader:
     crop_border: bool = False
     window: str = "header"
     max_pixels: int | None = None
+    value_range: tuple[float, float] = FULL_RANGE
 
     def __post_init__(self) -> None:
+        low, high = self.value_range
+        if not 0 <= low < high <= 65535:
+            raise ConfigurationError(
+                f"data.value_range is [{low:g}, {high:g}]: give two numbers from 0 to 65535, the smaller first."
+            )
         centre_and_width(self.window)
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ConfigurationError(f"data.max_pixels is {self.max_pixels}: give at least 1.")
@@ -162,7 +271,7 @@ class ImageReader:
         Raises:
             ImageError: also an image so thin that padding would make it larger than Pillow reads any.
         """
-        return self.framed(read_image(path, notices, self.window, self.max_pixels), str(path))
+        return self.framed(read_image(path, notices, self.window, self.max_pixels, self.value_range), str(path))
 
     def framed(
         self, image: NDArray[np.uint8] | NDArray[np.uint16], name: str

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,11 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from fpt_lightning.data.images import ImageReader, OnError
-from fpt_lightning.errors import ConfigurationError, ImageError
+from fpt_lightning.errors import ConfigurationError
 
 Augmentation = Literal["default", "strong", "none"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
@@ -56,74 +51,6 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """``(pixels - mean) / std`` for each channel of (..., 3, height, width) in [0, 1]."""
     shape = (3, 1, 1)
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
-
-
-class ImageFiles(Dataset["Tensor | str"]):
-    """Image files resized for the encoder: (3, height, width) fp32 in [0, 1], or why one cannot be read."""
-
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], reader: ImageReader) -> None:
-        self.paths, self.size, self.reader = paths, size, reader
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return unit_pixels(self.reader(self.paths[index], []), self.size)  # notices come when it is used
-        except ImageError as error:
-            return str(error)
-
-
-def channel_statistics(
-    paths: Sequence[Path],
-    size: tuple[int, int],
-    num_workers: int = 0,
-    reader: ImageReader | None = None,
-    on_error: OnError = "stop",
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels of the images, resized to (height, width).
-
-    The dark border counts unless it is cropped; the padding of a letterbox never does. Images that cannot be read are
-    left out where ``on_error`` is ``skip``.
-
-    Args:
-        paths: of the images.
-        size: (height, width).
-        num_workers: processes that read.
-        reader: of the images; one that takes them as they are by default.
-        on_error: of images that cannot be read.
-
-    Returns:
-        (mean, std), rounded to 4 decimals as published ones are, for pixels in [0, 1].
-
-    Raises:
-        ImageError: images that cannot be read, all of them by name.
-        ConfigurationError: a channel that never varies, whose std cannot divide.
-    """
-    unpadded = ImageReader(size) if reader is None else replace(reader, fit="squash")
-    loader = DataLoader(ImageFiles(paths, size, unpadded), batch_size=None, num_workers=num_workers)
-    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    broken: list[str] = []
-    for pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
-        if isinstance(pixels, str):
-            broken.append(pixels)
-            continue
-        total += pixels.double().mean((1, 2))
-        squares += pixels.double().square().mean((1, 2))
-    count = len(paths) - len(broken)
-    if broken and (on_error == "stop" or not count):
-        raise ImageError(
-            f"{len(broken)} of {len(paths)} training images cannot be read:\n  " + "\n  ".join(broken) + "\nMend them, "
-            "or take them out of the data set; or leave them out by data.on_error skip."
-        )
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    if std.min() < 1e-4:
-        raise ConfigurationError(
-            "data.mean and data.std are 'auto', but a channel of the training images never varies "
-            f"(std {[round(v, 6) for v in std.tolist()]}): look at the images, or give numbers."
-        )
-    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
 
 
 class ViewTransform:

@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from fpt_lightning.data.images import Fit, ImageReader, unreadable
+from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, unreadable
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
 from fpt_lightning.data.sources import list_images
-from fpt_lightning.data.transforms import Augmentation, ViewTransform, channel_statistics
+from fpt_lightning.data.statistics import channel_statistics, deep_pictures
+from fpt_lightning.data.statistics import value_range as measured_range
+from fpt_lightning.data.transforms import Augmentation, ViewTransform
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -40,6 +42,8 @@ class ImageDataModule(ManifestDataModule):
         window: of grey DICOM values: ``header``, ``full`` for the whole range, or [centre, width]
             (``fpt_lightning.data.images.read_image``).
         max_pixels: that images may have; Pillow's limit of 179 million by default.
+        value_range: [low, high] of the values of 16-bit PNG, TIFF and PGM files that are black and white, such as
+            [0, 4095] of 12 bits; ``auto`` measures it over the training images, ``full`` is [0, 65535].
         image_size: side in pixels of the low-resolution copy that augmentation starts from.
         side_resolution: side of the side network's images in pixels; the model's own by default.
         augmentation: ``default`` (the published one), ``strong`` or ``none``.
@@ -62,6 +66,7 @@ class ImageDataModule(ManifestDataModule):
         crop_border: bool = False,
         window: Literal["header", "full"] | tuple[float, float] = "header",
         max_pixels: int | None = None,
+        value_range: Literal["auto", "full"] | tuple[float, float] = "auto",
         image_size: int = 256,
         side_resolution: int | None = None,
         augmentation: Augmentation = "default",
@@ -70,7 +75,11 @@ class ImageDataModule(ManifestDataModule):
         super().__init__(root, manifest, **kwargs)
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
         named = window if isinstance(window, str) else ",".join(f"{number:g}" for number in window)
-        self.reader = ImageReader(self.resolution, fit, crop_border, named, max_pixels)
+        known = FULL_RANGE if isinstance(value_range, str) else value_range
+        self.fixed_reader = ImageReader(self.resolution, fit, crop_border, named, max_pixels, known)
+        self.value_range = value_range
+        self.measured: tuple[float, float] | None = None  # range of values, where 'auto'
+        self._deep: bool | None = None  # whether there are 16-bit pictures
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
@@ -127,10 +136,7 @@ class ImageDataModule(ManifestDataModule):
 
     def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
-        auto = "auto"
-        if self.listed is not None:
-            ids = [sample.id for sample in self.listed.split("train")]
-            auto += f" over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
+        values, range_of = self._asked_range()
         return FeatureSpecification(
             encoder=encoder.name,
             weights=encoder.weights(),
@@ -140,33 +146,90 @@ class ImageDataModule(ManifestDataModule):
             resolution=self.resolution,
             mean=self.mean,
             std=self.std,
-            statistics="given" if self.mean else auto,
+            statistics="given" if self.mean else self._over_training_images(),
             image_size=self.image_size,
             codec="fp32",
             precision=encoder.precision,
-            fit=self.reader.fit,
-            crop_border=self.reader.crop_border,
-            window=self.reader.window,
+            fit=self.fixed_reader.fit,
+            crop_border=self.fixed_reader.crop_border,
+            window=self.fixed_reader.window,
+            value_range=values,
+            range_of=range_of,
         )
+
+    def _asked_range(self) -> tuple[tuple[float, ...], str]:
+        """``FeatureSpecification``'s value_range and range_of."""
+        if not isinstance(self.value_range, str):
+            return tuple(map(float, self.value_range)), "given"
+        if self.value_range == "full":
+            return (), "full"
+        return (), self._over_training_images() if self._has_deep() else "none"
+
+    def _has_deep(self) -> bool:
+        """Whether there are 16-bit pictures; True before any image is known."""
+        manifest = self.listed or self.unlabelled
+        if manifest is None:
+            return True
+        if self._deep is None:
+            training = manifest is self.listed and not self.external
+            samples = manifest.split("train") if training else manifest.samples
+            self._deep = bool(deep_pictures([manifest.path(sample) for sample in samples]))
+        return self._deep
+
+    def _over_training_images(self) -> str:
+        """``auto``, and over which images."""
+        if self.listed is None:
+            return "auto"
+        ids = [sample.id for sample in self.listed.split("train")]
+        return f"auto over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
+
+    @property
+    def reader(self) -> ImageReader:
+        """What reads the images, with the range of values that the model was trained with, or this module's.
+
+        Raises:
+            ConfigurationError: there are 16-bit pictures, and neither knows a range.
+        """
+        trained: FeatureSpecification | None = self._declared("specification")
+        if trained is not None:
+            low, high = trained.value_range or FULL_RANGE
+            return replace(self.fixed_reader, value_range=(low, high))
+        if self.measured:
+            return replace(self.fixed_reader, value_range=self.measured)
+        if self.value_range == "auto" and self._has_deep():
+            raise ConfigurationError(
+                "data.value_range is 'auto' and there are 16-bit images, but only fit measures it: give a checkpoint "
+                "(ckpt_path) or the numbers."
+            )
+        return self.fixed_reader
 
     def _setup_features(self, stage: str) -> None:
         self._check_model()
         if self.manifest is self.listed:  # once
             self.manifest = self._readable(self.labelled)
-        if stage == "fit" and not self.mean and not self.computed[0]:
-            paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
-            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader)
-            rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
+        if stage == "fit":
+            self._measure()
         encoder = self._declared("encoder_config")
         if encoder is not None:
             asked = self.asked(encoder)
-            self.specification = asked if asked.mean else replace(asked, mean=self.computed[0], std=self.computed[1])
+            asked = asked if asked.mean else replace(asked, mean=self.computed[0], std=self.computed[1])
+            self.specification = replace(asked, value_range=self.measured) if self.measured else asked
+
+    def _measure(self) -> None:
+        """Range of values, mean and std of the training images, where they are ``auto``."""
+        paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
+        if self.measured is None and self.value_range == "auto" and self._has_deep():
+            self.measured = measured_range(paths, self.fixed_reader.max_pixels)
+            rank_zero_info(f"data.value_range: {list(self.measured)}")
+        if not self.mean and not self.computed[0]:
+            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader)
+            rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
 
     def _readable(self, listed: Manifest) -> Manifest:
         """What there is without the images that cannot be read, if those are to be left out."""
         if self.on_error == "stop":
             return listed
-        reasons = unreadable({sample.id: listed.path(sample) for sample in listed.samples}, self.reader)
+        reasons = unreadable({sample.id: listed.path(sample) for sample in listed.samples}, self.fixed_reader)
         if reasons:
             folder = "." if self.trainer is None else self.trainer.default_root_dir
             write_left_out(f"{folder}/left_out.csv", reasons)

@@ -93,6 +93,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self.store = None  # what it holds in memory may change
         check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
         manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
+        if self.external and self._asked_range()[1].startswith("auto"):
+            raise ConfigurationError(
+                "data.value_range is 'auto' and there are 16-bit images, but data.external is true, so there are no "
+                "training images to measure it over: give that of the trained model (data.value_range)."
+            )
         self._check_before_preload(model)
         return preload(
             manifest,
@@ -106,7 +111,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             repair=repair,
             on_error=self.on_error,
             rebuild=self.rebuild,
-            max_pixels=self.reader.max_pixels,
+            max_pixels=self.fixed_reader.max_pixels,
         )
 
     def _check_before_preload(self, model: L.LightningModule | EncoderConfig) -> None:

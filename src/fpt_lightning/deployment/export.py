@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpt_lightning.data.images import FULL_RANGE
 from fpt_lightning.data.transforms import normalise
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.predictor import NOTICE
@@ -119,6 +120,7 @@ class Classifier(nn.Module):
                 "pixels": "RGB in [0, 1]: the full scale (255, or 65535 of 16 bits) is 1; not normalised",
                 "crop_border": asked.crop_border,
                 "window": asked.window,
+                "value_range": list(asked.value_range or FULL_RANGE),
                 "fit": asked.fit,
                 "resize": asked.interpolation,
             },

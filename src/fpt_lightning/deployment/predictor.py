@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpt_lightning.data.images import stretched
 from fpt_lightning.data.manifest import UNLABELLED
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
@@ -134,7 +135,10 @@ class Predictor:
 
     def _read(self, id: str, picture: Picture) -> NDArray[np.uint8] | NDArray[np.uint16]:
         reader = self.specification.reader
-        return reader.framed(_rgb(id, picture), id) if isinstance(picture, np.ndarray) else reader(picture)
+        if not isinstance(picture, np.ndarray):
+            return reader(picture)
+        pixels = _rgb(id, picture)
+        return reader.framed(stretched(pixels, reader.value_range) if pixels.dtype == np.uint16 else pixels, id)
 
     def _batch(self, images: Sequence[NDArray[np.uint8] | NDArray[np.uint16]]) -> dict[str, Tensor]:
         """The images as ``fpt_lightning.datamodules.samples.Batch`` has them, never augmented."""

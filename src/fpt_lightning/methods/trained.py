@@ -113,10 +113,12 @@ class TrainedModule(L.LightningModule):
         if manifest is not None:
             self._check_split(getattr(data, "listed", None) or manifest, trained)
         if trained and self.specification is not None and specification is not None:
+            if specification.value_range:  # whatever images it was measured over
+                specification = replace(specification, range_of="given")
             differences = self.specification.differences(
                 specification, ignore=("codec", "precision", "mirrored", "format")
             )
-            differences = [line for line in differences if not line.startswith("statistics")]
+            differences = [line for line in differences if not line.startswith(("statistics", "range_of"))]
             if differences:
                 raise CheckpointError(
                     "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader
-from fpt_lightning.data.transforms import channel_statistics, normalise, stored_copy, unit_pixels
+from fpt_lightning.data.statistics import channel_statistics, value_range
+from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.encoder.selection import number_of_tokens
@@ -225,15 +226,22 @@ class FrozenPass(L.LightningModule):
             _check_space(self.url, len(store.missing(ids)) * size)
         else:
             _check_space(self.url, len(ids) * size)
-            if not asked.mean:
-                paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
-                reader = replace(asked.reader, max_pixels=self.max_pixels)
-                mean, std = channel_statistics(paths, asked.resolution, self.num_workers, reader, self.on_error)
-                asked = replace(asked, mean=mean, std=std)
-            store = WritableStore.create(self.url, asked, shape, _made_with())
+            store = WritableStore.create(self.url, self._measured(asked), shape, _made_with())
         store.extend(ids)
         if self._lock is not None:
             share_lock(self._lock, self.url)
+
+    def _measured(self, asked: FeatureSpecification) -> FeatureSpecification:
+        """With range of values, mean and std of the training images, where they are ``auto``."""
+        paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
+        if asked.range_of.startswith("auto"):
+            asked = replace(asked, value_range=value_range(paths, self.max_pixels, self.on_error))
+            rank_zero_info(f"data.value_range: {list(asked.value_range)}")
+        if not asked.mean:
+            reader = replace(asked.reader, max_pixels=self.max_pixels)
+            mean, std = channel_statistics(paths, asked.resolution, self.num_workers, reader, self.on_error)
+            asked = replace(asked, mean=mean, std=std)
+        return asked
 
     def unlock(self) -> None:
         """Let other preloads write."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fpt_lightning.data.images import INTERPOLATION, ImageReader
+from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, ImageReader
 from fpt_lightning.errors import StoreError
 
 FORMAT = 4  # of the store's layout and of what the numbers in it mean
@@ -52,6 +52,10 @@ class FeatureSpecification:
         crop_border: whether their dark border is cut off.
         border: version of how it is found; it counts where it is cut off.
         window: of grey DICOM values (``fpt_lightning.data.images.read_image``).
+        value_range: (low, high) of 16-bit pictures that become black and white; empty for the full range, or where it
+            is still to be measured.
+        range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which training images it was measured
+            over.
         format: version of the store's layout.
     """
 
@@ -74,6 +78,8 @@ class FeatureSpecification:
     crop_border: bool = False
     border: int = BORDER
     window: str = "header"
+    value_range: tuple[float, ...] = ()
+    range_of: str = "full"
     format: int = FORMAT
 
     @classmethod
@@ -83,7 +89,7 @@ class FeatureSpecification:
         Raises:
             StoreError: fields are missing, unknown or of another type.
         """
-        content = {"border": 1, "window": "header", **content}  # which earlier versions lack
+        content = {**_EARLIER, **content}
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
@@ -101,7 +107,8 @@ class FeatureSpecification:
     @property
     def reader(self) -> ImageReader:
         """What reads the images."""
-        return ImageReader(self.resolution, self.fit, self.crop_border, self.window)
+        low, high = self.value_range or FULL_RANGE
+        return ImageReader(self.resolution, self.fit, self.crop_border, self.window, value_range=(low, high))
 
     @property
     def views(self) -> int:
@@ -112,9 +119,12 @@ class FeatureSpecification:
         """How this specification differs from what is asked, field by field, for people.
 
         Mean and std are compared as numbers where they were given, and by the images they were computed over where
-        they are ``auto``; the weights' digest only where both have one.
+        they are ``auto``; the range of 16-bit pictures likewise, where there are such; the weights' digest only where
+        both have one.
         """
         skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
+        by_number = {"none": {"value_range", "range_of"}, "full": {"range_of"}, "given": {"range_of"}}
+        skip |= by_number.get(asked.range_of, {"value_range"})
         if not (self.weights_digest and asked.weights_digest):
             skip.add("weights_digest")
         if not (self.crop_border and asked.crop_border):
@@ -126,6 +136,8 @@ class FeatureSpecification:
         ]
 
 
+_EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full"}
+"""Of specifications that earlier versions wrote, which lack these."""
 _LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
 _FIELDS = {
