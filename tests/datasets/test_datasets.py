@@ -25,7 +25,7 @@ from miniatures import MINIATURES, Miniature, build, reads_dicom, write_xlsx
 from small import ROOT
 
 EXAMPLES = ROOT / "examples"
-PIECES = [(name, piece) for name, recipe in DATASETS.items() for piece in recipe.pieces]
+PIECES = [(name, piece) for name, recipe in DATASETS.items() for piece in recipe.layouts[0].wanted.pieces]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_manifest_line_by_line(
 def test_cmmd_is_labelled_by_the_sides_in_its_headers(built: dict[str, Miniature]) -> None:
     pytest.importorskip("pydicom")
     miniature, recipe = built["cmmd"], DATASETS["cmmd"]
-    found = recipe.samples(miniature.root)
+    found, _ = recipe.samples(miniature.root)
     assert sorted((s.id, recipe.classes[s.label], s.split, s.group) for s in found.samples) == miniature.lines
     assert found.left_out.keys() == miniature.left_out.keys()
     assert all(reason.startswith(miniature.left_out[id]) for id, reason in found.left_out.items())
@@ -140,14 +140,14 @@ def test_the_same_bytes_again_and_by_default_beside_the_images(built: dict[str, 
 def test_a_missing_piece(name: str, piece: str, built: dict[str, Miniature], tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(built[name].root, root)
-    path = located(root, piece)
+    path = located(root, piece.split("|")[0])
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(DataError) as raised:
         prepare(name, root)
     message = str(raised.value)
-    assert f"must hold {piece}; " in message
+    assert f"must hold {piece.replace('|', ' or ')}; " in message
     assert f"{root} holds {', '.join(sorted(p.name for p in root.iterdir())) or 'nothing'}." in message
-    assert message.endswith(f"Get what is missing from {DATASETS[name].pieces[piece]}.")
+    assert message.endswith(f"Get what is missing from {DATASETS[name].layouts[0].wanted.pieces[piece]}.")
     assert not (root / "manifest.csv").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_piece_that_is_there_twice(tmp_path: Path) -> None:
         build("chncxr", tmp_path / "data" / copy / "..")
         (tmp_path / "data" / "ChinaSet_AllFiles" / "ChinaSet_AllFiles").rename(tmp_path / "data" / copy)
         (tmp_path / "data" / "ChinaSet_AllFiles").rmdir()
-    with pytest.raises(DataError, match=r"CXR_png/ is below .* more than once, as .*first/CXR_png, .*second/CXR_png"):
+    with pytest.raises(DataError, match=r"all of it is below .* more than once, as .*/first, .*/second: give"):
         prepare("chncxr", tmp_path / "data")
 
 
@@ -176,17 +176,35 @@ def test_a_split_that_nothing_usable_is_left_of_leaves_no_file(built: dict[str, 
     (root / "manifest.csv").write_text("an older one")
     for path in (root / "DDR-dataset" / "DR_grading" / "valid").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"leaves the split val empty, as its images are not usable: .*unreadable"):
+    with pytest.raises(DataError, match=r"the split val without a usable image: .*unreadable.*; one by one in .*left_"):
         prepare("ddr", root)
     assert (root / "manifest.csv").read_text() == "an older one"
-    assert sorted(path.name for path in root.iterdir()) == ["DDR-dataset", "__MACOSX", "manifest.csv"]
+    assert sum(reason.startswith("unreadable") for _, reason in lines(root / "left_out.csv")) > 10
+    assert sorted(path.name for path in root.iterdir()) == ["DDR-dataset", "__MACOSX", "left_out.csv", "manifest.csv"]
+
+
+def test_a_split_without_a_file(built: dict[str, Miniature], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(built["ddr"].root, root)
+    for path in (root / "DDR-dataset" / "DR_grading" / "valid").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"the split val without a usable image: .* a row in valid.txt, but no file"):
+        prepare("ddr", root)
+
+
+def test_a_class_without_a_file(tmp_path: Path) -> None:
+    m = build("covid", tmp_path / "data")
+    shutil.rmtree(m.root / "COVID_IEEE" / "virus")
+    (m.root / "COVID_IEEE" / "virus").mkdir()
+    with pytest.raises(DataError, match="leaves the class virus without a usable image"):
+        prepare("covid", m.root)
 
 
 def test_a_class_that_nothing_usable_is_left_of(tmp_path: Path) -> None:
     m = build("covid", tmp_path / "data")
     for path in (m.root / "COVID_IEEE" / "virus").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"COVID in .* leaves the class virus empty.*unreadable"):
+    with pytest.raises(DataError, match=r"COVID in .* leaves the class virus without a usable image: .*unreadable"):
         prepare("covid", m.root)
 
 
@@ -199,15 +217,15 @@ def test_nothing_usable_at_all(tmp_path: Path) -> None:
 
 
 CHANGED_TABLES = [
+    ("messidor2", "messidor_data.csv", "name,grade\nIM000001.JPG,0\n", "no column image_id or id_code, adjudicated_dr"),
     (
         "messidor2",
         "messidor_data.csv",
-        "id_code,diagnosis\nIM000001.JPG,0\n",
-        "no column image_id, adjudicated_dr_grade",
+        "",
+        "no column image_id or id_code, adjudicated_dr_grade or diagnosis, but nothing",
     ),
-    ("messidor2", "messidor_data.csv", "", "no column image_id, adjudicated_dr_grade, but nothing"),
-    ("messidor2", "messidor_data.csv", b"image_id\xff", "is not text in UTF-8"),
-    ("messidor2", "messidor-2.csv", "left,right\na.png,b.png\n", "no column left, right, but left,right"),
+    ("messidor2", "messidor_data.csv", b"image_id\0\xff", "is no text"),
+    ("messidor2", "messidor-2.csv", "left|right\na.png|b.png\n", "no column left, right, but left|right"),
     ("messidor2", "messidor-2.csv", "left;right\na.png\n", "line 2: 1 fields, but left, right are needed"),
     ("ddr", "train.txt", "007-0000-050.jpg 7\n", "the label of 007-0000-050.jpg is '7', not one of 0, 1, 2, 3, 4, 5"),
     ("ddr", "train.txt", "a.jpg 1\nA.JPG 2\n", "has 'A.JPG' more than once"),
@@ -280,6 +298,155 @@ def test_a_spreadsheet_with_entities_or_none_at_all_is_refused(tmp_path: Path, e
     path.write_bytes(b"ID1,LeftRight")
     with pytest.raises(DataError, match=r"sheet.xlsx cannot be read as XLSX: BadZipFile"):
         read_sheet(path, ("id",))
+
+
+# Other places and copies
+
+
+def label_of(name: str, root: Path, target: Path) -> dict[str, str]:
+    """The manifest's labels by file name."""
+    prepare(name, root, target)
+    return {Path(row[0]).name: row[1] for row in lines(target)[1:]}
+
+
+def test_the_classes_of_one_data_set_lie_in_one_folder(built: dict[str, Miniature], tmp_path: Path) -> None:
+    """``data/covid`` is the folder that somebody unpacked into, not the class; a stray ``normal`` is another's."""
+    alone = label_of("covid", built["covid"].root, tmp_path / "alone.csv")
+    shutil.copytree(built["covid"].root, tmp_path / "data" / "covid")
+    (tmp_path / "data" / "normal").mkdir()
+    shutil.copy(next(built["covid"].root.rglob("*.PNG")), tmp_path / "data" / "normal" / "stray.png")
+    assert label_of("covid", tmp_path / "data", tmp_path / "nested.csv") == alone
+    assert set(Counter(alone.values())) == {"covid", "normal", "virus"}
+
+
+def test_classes_in_several_folders_are_missing(built: dict[str, Miniature], tmp_path: Path) -> None:
+    shutil.copytree(built["covid"].root, tmp_path / "data")
+    shutil.move(tmp_path / "data" / "COVID_IEEE" / "virus", tmp_path / "data" / "virus")
+    with pytest.raises(DataError, match="must hold virus/; "):
+        prepare("covid", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("ddr", "DDR-dataset/DR_grading"),
+        ("messidor2", "IMAGES"),
+        ("ddsm", "MINI-DDSM-Complete-JPEG-8"),
+        ("chncxr", "ChinaSet_AllFiles/ChinaSet_AllFiles/CXR_png"),
+        ("covid", "COVID_IEEE"),
+    ],
+)
+def test_the_folder_may_be_the_unpacked_one_itself(
+    name: str, inner: str, built: dict[str, Miniature], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = label_of(name, built[name].root, tmp_path / "outer.csv")
+    assert label_of(name, built[name].root / inner, tmp_path / "inner.csv") == outer
+    ids = [row[0] for row in lines(tmp_path / "inner.csv")[1:]]
+    assert all((built[name].root / inner / id).is_file() for id in ids)
+    monkeypatch.chdir(built[name].root / inner)
+    assert label_of(name, Path(), tmp_path / "here.csv") == outer
+
+
+@pytest.mark.parametrize(("separator", "encoding"), [(";", "utf-8"), ("\t", "utf-16"), (",", "cp1252")])
+def test_tables_of_any_separator(
+    separator: str, encoding: str, built: dict[str, Miniature], tmp_path: Path, target: Path
+) -> None:
+    """As spreadsheet programs save them again."""
+    plain = label_of("messidor2", built["messidor2"].root, target)
+    shutil.copytree(built["messidor2"].root, tmp_path / "data")
+    for name, own in (("messidor_data.csv", ","), ("messidor-2.csv", ";")):
+        path = tmp_path / "data" / name
+        text = path.read_text("utf-8-sig").replace(own, separator)
+        path.write_text(text, encoding)
+    assert label_of("messidor2", tmp_path / "data", target) == plain
+    shutil.copytree(built["ddr"].root, tmp_path / "ddr")
+    for part in ("train", "valid", "test"):
+        path = tmp_path / "ddr" / "DDR-dataset" / "DR_grading" / f"{part}.txt"
+        path.write_text(path.read_text().replace(" ", separator), encoding)
+    assert label_of("ddr", tmp_path / "ddr", target) == label_of("ddr", built["ddr"].root, tmp_path / "b.csv")
+
+
+def test_cmmd_in_several_parts(built: dict[str, Miniature], tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    shutil.copytree(built["cmmd"].root, tmp_path / "data")
+    first, second = (tmp_path / "data" / f"manifest-{number}" / "CMMD" for number in (1616439774456, 1616439774457))
+    second.mkdir(parents=True)
+    for patient in ("D1-0003", "D1-0004"):
+        shutil.move(first / patient, second / patient)
+    found, _ = DATASETS["cmmd"].samples(tmp_path / "data")
+    assert len(found.samples) == len(built["cmmd"].lines)
+    assert {sample.group for sample in found.samples} == {line[3] for line in built["cmmd"].lines}
+
+
+@pytest.mark.parametrize("name", ["HAM10000_metadata.csv", "HAM10000_metadata.tab", "HAM10000_metadata"])
+def test_lesions_from_the_metadata_of_ham10000(
+    name: str, built: dict[str, Miniature], tmp_path: Path, target: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(built["isic2018"].root, root)
+    table = root / "ISIC2018_Task3_Training_LesionGroupings.csv"
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    table.unlink()
+    separator = "\t" if name.endswith(".tab") else ","
+    listed = [["lesion_id", "image_id", "dx"], *([lesion, image, "nv"] for image, lesion, _ in rows)]
+    (root / name).write_text("\n".join(separator.join(row) for row in listed))
+    prepare("isic2018", root, target)
+    assert [(row[0], row[3]) for row in lines(target)[1:]] == [(line[0], line[3]) for line in built["isic2018"].lines]
+    assert f"no row in {name}" in target.with_name("left_out.csv").read_text()
+
+
+def test_the_copy_of_ddr_in_one_folder(
+    built: dict[str, Miniature], tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = label_of("ddr", built["ddr"].root, target)
+    folder = tmp_path / "data" / "DR_grading" / "DR_grading"
+    folder.mkdir(parents=True)
+    grades = {grade: number for number, grade in enumerate(DATASETS["ddr"].classes)}
+    for path in (built["ddr"].root / "DDR-dataset" / "DR_grading").rglob("*"):
+        if path.name in plain:
+            shutil.copy(path, folder)
+    rows = [f"{name},{grades[grade]}" for name, grade in plain.items()]
+    (tmp_path / "data" / "DR_grading.csv").write_text("\n".join(["id_code,diagnosis", *rows]))
+    capsys.readouterr()
+    manifest = prepare("ddr", tmp_path / "data", target)
+    assert "this copy has neither the official split nor the ungradable images" in capsys.readouterr().out
+    assert {Path(row[0]).name: row[1] for row in lines(target)[1:]} == plain
+    shares = [sum(manifest.class_counts(split)) / len(plain) for split in ("train", "test")]
+    np.testing.assert_allclose(shares, [0.7, 0.2], atol=0.05)
+
+
+def test_the_copy_of_messidor2_without_pairs(
+    built: dict[str, Miniature], tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = label_of("messidor2", built["messidor2"].root, target)
+    folder = tmp_path / "data" / "messidor-2" / "preprocess"
+    folder.mkdir(parents=True)
+    for name in plain:
+        shutil.copy(built["messidor2"].root / "IMAGES" / name, folder)
+    grades = {grade: number for number, grade in enumerate(DATASETS["messidor2"].classes)}
+    rows = [f"{name},{grades[grade]},0,1" for name, grade in plain.items()]
+    header = "id_code,diagnosis,adjudicated_dme,adjudicated_gradable"
+    (tmp_path / "data" / "messidor_data.csv").write_text("\n".join([header, *rows]))
+    capsys.readouterr()
+    prepare("messidor2", tmp_path / "data", target)
+    assert "both eyes of an examination may come into different splits" in capsys.readouterr().out
+    assert {Path(row[0]).name: row[1] for row in lines(target)[1:]} == plain
+
+
+@pytest.mark.parametrize(("name", "here", "usable"), [("covid", 33, 30), ("chncxr", 41, 40), ("ddr", 46, 40)])
+def test_usable_images_are_counted_apart_from_those_that_are_here(
+    name: str,
+    here: int,
+    usable: int,
+    built: dict[str, Miniature],
+    target: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A table's row without a file, other data sets' images, and what is no image are not here."""
+    prepare(name, built[name].root, target)
+    said = capsys.readouterr().out
+    assert f": {here} images here, " in said
+    assert f"\n{usable} are usable, and in " in said
 
 
 # Recipes and examples

@@ -170,8 +170,8 @@ def ddsm(m: Miniature) -> None:
                 stem = f"{folder}/{label}/{case:04d}/{letter}_{case:04d}_1.{view}"
                 m.keep(f"{stem}.jpg", label, group=f"{letter}_{case:04d}", mode="L")
                 if case == 1 and letter == "C":
-                    for mask in ("_Mask", "_MASK2"):
-                        m.picture(f"{stem}{mask}.jpg", mode="L")
+                    for mask in (f"{stem}_Mask", f"{stem}_MASK2", stem.replace(".LEFT", "_Mask.LEFT")):
+                        m.picture(f"{mask}.jpg", mode="L")
                     m.text(f"{stem}.OVERLAY", ["TOTAL_ABNORMALITIES 1"])
     m.truncate(f"{folder}/Cancer/0099/C_0099_1.LEFT_CC.jpg")
     m.leave(f"{folder}/Benign/0001/preview.jpg", "not named as a mammogram")
@@ -226,7 +226,8 @@ def chncxr(m: Miniature) -> None:
         )
     m.truncate(f"{folder}/CHNCXR_0100_1.png")
     m.leave(f"{folder}/MCUCXR_0001_0.png", "not named as an X-ray of this data set")
-    m.leave(f"{folder}/CHNCXR_0001_0_mask.png", "not named as an X-ray of this data set")
+    for mask in ("CHNCXR_0001_0_mask.png", "mask_CHNCXR_0002_0.png", "CHNCXR_0003_0-MASK2.png"):
+        m.picture(f"{folder}/{mask}", mode="L")
     m.text(f"{folder}/Thumbs.db", ["thumbs"])
     m.text("ChinaSet_AllFiles/ChinaSet_AllFiles/ClinicalReadings/CHNCXR_0001_0.txt", ["male 45yrs", "normal"])
 

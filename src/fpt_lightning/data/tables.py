@@ -68,7 +68,7 @@ def read_table(path: Path, image_column: str) -> Table:
     Raises:
         DataError: no table (``fpt_lightning.files.parse_rows``), or a separator that cannot be told.
     """
-    text, notes = _decoded(read_bytes(path, "manifest"), path)
+    text, notes = decoded(read_bytes(path, "manifest"), path)
     head = text.splitlines()[:1]
     heads = {separator: next(csv.reader(head, delimiter=separator), []) for separator in _SEPARATORS}
     fitting = [separator for separator, names in heads.items() if image_column in names]
@@ -81,7 +81,12 @@ def read_table(path: Path, image_column: str) -> Table:
     return Table(path, parse_rows(text, path, "manifest", separator), notes)
 
 
-def _decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
+def decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
+    """The text of a table, with what people should know of its encoding: UTF-8, UTF-16, or else Windows-1252.
+
+    Raises:
+        DataError: it is none of these.
+    """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16"), []
     for order, zeros in (("le", content[1:200:2]), ("be", content[:200:2])):
@@ -185,7 +190,7 @@ def _listed(root: Path, table: Table, ids: Sequence[str], lists: Mapping[str, st
         if split is None:
             raise DataError(f"data.split_lists names {name!r}, which is not train, val or test.")
         path = root / Path(file).expanduser()
-        lines = [line.strip() for line in _decoded(read_bytes(path, "list of images"), path)[0].splitlines()]
+        lines = [line.strip() for line in decoded(read_bytes(path, "list of images"), path)[0].splitlines()]
         for id in (line for line in lines if line):
             if splits.setdefault(id, split) != split:
                 raise DataError(f"the image {id} is in the lists of {splits[id]} and of {split} (data.split_lists).")

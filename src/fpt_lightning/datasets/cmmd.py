@@ -2,13 +2,13 @@
 
 ::
 
-    CMMD/D1-0001/07-18-2010-NA-NA-79377/1.000000-NA-70244/1-1.dcm
+    manifest-1616439774456/CMMD/D1-0001/07-18-2010-NA-NA-79377/1.000000-NA-70244/1-1.dcm
     CMMD_clinicaldata_revision.xlsx       ID1, LeftRight, Age, number, abnormality, classification, subtype
 
 A row of the spreadsheet labels one breast, so images are joined by the PatientID and ImageLaterality of their DICOM
 headers; file names and NBIA's ``metadata.csv``, whose columns are sometimes shifted, are not trusted. Images of
 breasts without a row (1,458 of 5,202) are unlabelled, not normal, and left out. The group is the patient. There is no
-official split.
+official split. A download in several parts, each with a folder of its own, is read as one.
 
 Corrections of some sides have been published (TOMPEI-CMMD); they are not applied.
 
@@ -18,12 +18,12 @@ https://github.com/BiomedSciAI/fuse-med-ml; headers from an audit, not held agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from fpt_lightning.datasets.recipe import Found, Recipe, files, label_of
+from fpt_lightning.datasets.pieces import Pieces, Wanted
+from fpt_lightning.datasets.recipe import Found, Layout, Recipe, files, label_of
 from fpt_lightning.datasets.xlsx import read_sheet
 from fpt_lightning.errors import DataError
 
@@ -32,18 +32,18 @@ _TABLE = "CMMD_clinicaldata_revision.xlsx"
 _LABELS = {"Benign": 0, "Malignant": 1}
 
 
-def _read(found: Found, pieces: Mapping[str, Path]) -> None:
+def _read(found: Found, pieces: Pieces) -> None:
     table = pieces[_TABLE]
     labels: dict[tuple[str, str], int] = {}
     for patient, side, diagnosis in read_sheet(table, ("ID1", "LeftRight", "classification")):
         if labels.setdefault((patient, side), label := label_of(diagnosis, _LABELS, table, patient)) != label:
             raise DataError(f"{table}: the {side} breast of {patient} has two classifications.")
     seen = set()
-    paths = [path for path in files(pieces["CMMD/"]) if path.suffix.lower() in ("", ".dcm")]
+    paths = [path for part in pieces.every("CMMD/") for path in files(part) if path.suffix.lower() in ("", ".dcm")]
     for path in tqdm(paths, desc="DICOM headers", unit="image"):
         breast = _breast(path)
         if isinstance(breast, str):
-            found.leave_out(path, breast)
+            found.leave_out(path, breast, foreign=not path.suffix and "unreadable" in breast)  # such as LICENSE
         elif breast not in labels:
             found.leave_out(path, f"unlabelled (its breast has no row in {_TABLE})")
         else:
@@ -76,6 +76,5 @@ RECIPE = Recipe(
     licence="CC BY 4.0",
     url=URL,
     source="https://github.com/BiomedSciAI/fuse-med-ml",
-    pieces={"CMMD/": URL, _TABLE: URL},
-    read=_read,
+    layouts=(Layout(Wanted({"CMMD/": URL, _TABLE: URL}, apart=True, several=("CMMD/",)), _read),),
 )

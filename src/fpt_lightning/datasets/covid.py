@@ -14,16 +14,14 @@ several public scripts and descriptions have them, not from the archive itself; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from fpt_lightning.datasets.recipe import Found, Recipe, files
+from fpt_lightning.datasets.pieces import Pieces, Wanted
+from fpt_lightning.datasets.recipe import Found, Layout, Recipe, files
 
 URL = "https://www.kaggle.com/datasets/sid321axn/covid-cxr-image-dataset-research"
 CLASSES = ("covid", "normal", "virus")
 
 
-def _read(found: Found, pieces: Mapping[str, Path]) -> None:
+def _read(found: Found, pieces: Pieces) -> None:
     for label, name in enumerate(CLASSES):
         for path in files(pieces[f"{name}/"]):
             found.add(path, label)
@@ -38,6 +36,5 @@ RECIPE = Recipe(
     licence="unverified; see the page",
     url=URL,
     source=URL,
-    pieces=dict.fromkeys((f"{name}/" for name in CLASSES), URL),
-    read=_read,
+    layouts=(Layout(Wanted(dict.fromkeys((f"{name}/" for name in CLASSES), URL)), _read),),
 )

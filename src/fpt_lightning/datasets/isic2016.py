@@ -17,17 +17,15 @@ from the archive itself; the licence as a third party quotes that page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from fpt_lightning.datasets.recipe import Found, Recipe, label_of, read_table
+from fpt_lightning.datasets.pieces import Pieces, Wanted
+from fpt_lightning.datasets.recipe import Found, Layout, Recipe, label_of, read_table
 
 URL = "https://challenge.isic-archive.com/data/#2016"
 _SPLITS = {"Training": "train", "Test": "test"}
 _LABELS = {"benign": 0, "malignant": 1, "0.0": 0, "1.0": 1, "0": 0, "1": 1}
 
 
-def _read(found: Found, pieces: Mapping[str, Path]) -> None:
+def _read(found: Found, pieces: Pieces) -> None:
     for part, split in _SPLITS.items():
         table = pieces[f"ISBI2016_ISIC_Part3_{part}_GroundTruth.csv"]
         rows = read_table(table, ("image", "label"), header=False)
@@ -45,8 +43,17 @@ RECIPE = Recipe(
     licence="CC0",
     url=URL,
     source="https://isic-challenge-data.s3.amazonaws.com/2016/",
-    pieces=dict.fromkeys(
-        (f"ISBI2016_ISIC_Part3_{part}_{end}" for part in _SPLITS for end in ("Data/", "GroundTruth.csv")), URL
+    layouts=(
+        Layout(
+            Wanted(
+                dict.fromkeys(
+                    (f"ISBI2016_ISIC_Part3_{part}_{end}" for part in _SPLITS for end in ("Data/", "GroundTruth.csv")),
+                    URL,
+                ),
+                apart=True,
+            ),
+            _read,
+            splits=tuple(_SPLITS.values()),
+        ),
     ),
-    read=_read,
 )

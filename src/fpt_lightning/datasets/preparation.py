@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from fpt_lightning.data.folders import IMAGE_SUFFIXES
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.data.splits import draw_validation, random_split
-from fpt_lightning.datasets import DATASETS, Found, Recipe
+from fpt_lightning.datasets import DATASETS, Found, Layout, Recipe
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
 from fpt_lightning.files import file_digest, write_rows
 
@@ -43,7 +44,7 @@ def prepare(name: str, root: Path, manifest: Path | None = None, seed: int = 0) 
         name: of the data set; see ``fpt-lightning datasets list``.
         root: folder of the unpacked archives.
         manifest: CSV file to write (image, label, split, group), ROOT/manifest.csv by default; left_out.csv (image,
-            reason) is written beside it.
+            reason) is written beside it, also where there is no manifest as a class or a split is left empty.
         seed: of what is drawn.
 
     Returns:
@@ -57,29 +58,35 @@ def prepare(name: str, root: Path, manifest: Path | None = None, seed: int = 0) 
         raise ConfigurationError(f"there is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
     recipe, root = DATASETS[name], root.expanduser()
     path = (root / "manifest.csv" if manifest is None else manifest.expanduser()).absolute()
-    found = recipe.samples(root)
+    found, layout = recipe.samples(root)
     if not os.access(path.parent, os.W_OK):
         raise ConfigurationError(f"nothing can be written in the folder {path.parent}: give another --manifest.")
-    official = {sample.split for sample in found.samples}
     samples = _drop_copies(found, _drop_unreadable(found))
+    write_rows(path.with_name(LEFT_OUT), [("image", "reason"), *sorted(found.left_out.items())])
+    _check_whole(recipe, layout, found, samples, path.with_name(LEFT_OUT))
+    if not layout.splits:
+        samples = random_split(samples, seed)
+    elif "val" not in layout.splits:
+        samples = draw_validation(samples, seed)
+    checked = _write(Manifest(root, tuple(samples), recipe.classes), path)
+    print(_report(recipe, layout, checked, found, path))
+    return checked
+
+
+def _check_whole(recipe: Recipe, layout: Layout, found: Found, samples: Sequence[Sample], listed: Path) -> None:
+    """Refuse a data set of which a class or a split is left without an image."""
+    reasons = f"{_reasons(found.left_out)}; one by one in {listed}" if found.left_out else "there are none"
     if not samples:
-        raise DataError(f"no image of {recipe.title} in {root} is usable: {_reasons(found.left_out) or 'none found'}.")
+        raise DataError(f"no image of {recipe.title} in {found.root} is usable: {reasons}.")
+    classes = {recipe.classes[sample.label] for sample in samples}
     for what, lost in (
-        ("split", official - {sample.split for sample in samples}),
-        ("class", {recipe.classes[s.label] for s in found.samples} - {recipe.classes[s.label] for s in samples}),
+        ("split", [split for split in layout.splits if split not in {sample.split for sample in samples}]),
+        ("class", [name for name in recipe.classes if name not in classes]),
     ):
         if lost:
             raise DataError(
-                f"{recipe.title} in {root} leaves the {what} {', '.join(sorted(lost))} empty, as its images are not "
-                f"usable: {_reasons(found.left_out)}."
+                f"{recipe.title} in {found.root} leaves the {what} {', '.join(lost)} without a usable image: {reasons}."
             )
-    if official == {""}:
-        samples = random_split(samples, seed)
-    elif "val" not in official:
-        samples = draw_validation(samples, seed)
-    checked = _write(Manifest(root, tuple(samples), recipe.classes), found.left_out, path)
-    print(_report(recipe, checked, found.left_out, path))
-    return checked
 
 
 def _drop_unreadable(found: Found) -> dict[str, list[Sample]]:
@@ -92,7 +99,8 @@ def _drop_unreadable(found: Found) -> dict[str, list[Sample]]:
             samples, tqdm(problems, "reading every image", len(samples), unit="image"), strict=True
         ):
             if problem:
-                found.left_out[sample.id] = f"unreadable: {problem.replace(f'{found.root}{os.sep}', '')}"
+                path, reason = found.root / sample.id, problem.replace(f"{found.root}{os.sep}", "")
+                found.leave_out(path, f"unreadable: {reason}", foreign=path.suffix.lower() not in IMAGE_SUFFIXES)
             else:
                 alike[file_digest(found.root / sample.id)].append(sample)
     return alike
@@ -120,28 +128,30 @@ def _drop_copies(found: Found, alike: Mapping[str, Sequence[Sample]]) -> list[Sa
     return kept
 
 
-def _write(manifest: Manifest, left_out: Mapping[str, str], path: Path) -> Manifest:
-    """Both files, once the manifest has been read again without a complaint; else none."""
+def _write(manifest: Manifest, path: Path) -> Manifest:
+    """The manifest, once it has been read again without a complaint; else none."""
     unchecked = path.with_name(f"{path.name}.unchecked")
     try:
         manifest.write(unchecked)
         checked = read_manifest(manifest.root, unchecked, classes=manifest.classes)
-        write_rows(path.with_name(LEFT_OUT), [("image", "reason"), *sorted(left_out.items())])
         os.replace(unchecked, path)
     finally:
         unchecked.unlink(missing_ok=True)
     return checked
 
 
-def _report(recipe: Recipe, manifest: Manifest, left_out: Mapping[str, str], path: Path) -> str:
-    here = len(manifest.samples) + sum((manifest.root / id).is_file() for id in left_out)
+def _report(recipe: Recipe, layout: Layout, manifest: Manifest, found: Found, path: Path) -> str:
+    usable = len(manifest.samples)
+    here = usable + sum((manifest.root / id).is_file() for id in found.left_out.keys() - found.foreign)
     lines = [
         f"{recipe.title}: {here:,} images here, {recipe.images:,} published ({here - recipe.images:+,}).",
-        f"{len(manifest.samples):,} are in {path}:",
+        f"{usable:,} are usable, and in {path}:",
         manifest.summary(),
     ]
-    if left_out:
-        lines.append(f"Left out, one by one in {path.with_name(LEFT_OUT)}: {_reasons(left_out)}.")
+    if layout.loss:
+        lines.append(f"Note: {layout.loss}.")
+    if found.left_out:
+        lines.append(f"Left out, one by one in {path.with_name(LEFT_OUT)}: {_reasons(found.left_out)}.")
     return "\n".join(lines)
 
 

@@ -1,23 +1,25 @@
-"""What the recipes share: finding the pieces of an archive, reading tables, joining their rows with files."""
+"""What the recipes share: layouts of archives, reading tables, joining their rows with files."""
 
 from __future__ import annotations
 
 import csv
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from fpt_lightning.data.folders import IMAGE_SUFFIXES, walk
 from fpt_lightning.data.manifest import Sample
+from fpt_lightning.data.tables import decoded
+from fpt_lightning.datasets.pieces import MissingPiecesError, Pieces, Wanted
 from fpt_lightning.errors import DataError
 
 DR_GRADES = ("no DR", "mild NPDR", "moderate NPDR", "severe NPDR", "PDR")
 """Grades 0 to 4 of diabetic retinopathy (international clinical scale)."""
 
-_DEPTH = 2  # folders that unpacking may have put around a piece
-_SHOWN = 8  # entries of a folder that an error names
+_SEPARATORS = (",", ";", "\t", " ")  # in the order in which they are tried
+_MASK = re.compile(r"(.*[_. -])?(mask|segmentation)[_ -]?\d*([_. -].*)?", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -30,17 +32,21 @@ class Found:
         root: the folder that ids are relative to.
         samples: labelled images, with the official split and the group where there are any.
         left_out: by id of an image, or by what a table calls it, the reason; reasons are counted up to a colon.
+        foreign: those ids in it that are no images of this data set, and so do not count among its images.
     """
 
     root: Path
     samples: list[Sample] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
 
     def add(self, path: Path, label: int, split: str = "", group: str = "") -> None:
         self.samples.append(Sample(self._id(path), label, split=split, group=group))
 
-    def leave_out(self, path: Path, reason: str) -> None:
+    def leave_out(self, path: Path, reason: str, foreign: bool = False) -> None:
         self.left_out[self._id(path)] = reason
+        if foreign:
+            self.foreign.add(self._id(path))
 
     def join(self, folder: Path, rows: Iterable[tuple[str, T]], table: Path) -> Iterator[tuple[Path, T]]:
         """The images below a folder with their rows; an image without a row and a row without an image are left out.
@@ -67,7 +73,24 @@ class Found:
         return path.relative_to(self.root).as_posix()
 
 
-Read = Callable[[Found, Mapping[str, Path]], None]
+Read = Callable[[Found, Pieces], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One form in which a data set is distributed.
+
+    Attributes:
+        wanted: its pieces.
+        read: fills ``Found``, given where each piece is.
+        splits: the official ones, none of which may be empty; none where the split is drawn.
+        loss: what people should know that this form lacks.
+    """
+
+    wanted: Wanted
+    read: Read
+    splits: tuple[str, ...] = ()
+    loss: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +106,7 @@ class Recipe:
         licence: a note, not advice; the owners' terms hold.
         url: of the owners' page.
         source: URL of what describes or reads the layout; the docstring of the recipe's module says more.
-        pieces: where to get each file and folder (with a slash at its end) that must be there, by its path.
-        read: fills ``Found``, given where each piece is.
+        layouts: the owners' form first, then those of copies.
     """
 
     name: str
@@ -95,11 +117,10 @@ class Recipe:
     licence: str
     url: str
     source: str
-    pieces: Mapping[str, str]
-    read: Read
+    layouts: tuple[Layout, ...]
 
-    def samples(self, root: Path) -> Found:
-        """The data set below a folder, up to two folders deeper; the case of names does not count.
+    def samples(self, root: Path) -> tuple[Found, Layout]:
+        """The data set below a folder, and the layout that it has.
 
         Raises:
             DataError: a piece is missing, there more than once or not readable; a table is not as published.
@@ -108,48 +129,21 @@ class Recipe:
             raise DataError(f"the folder {root} of {self.title} does not exist: get it from {self.url}.")
         found = Found(root)
         try:
-            self.read(found, self._locate(root))
+            layout, pieces = self._located(root)
+            layout.read(found, pieces)
         except OSError as error:
             raise DataError(f"{self.title}: {error.filename} cannot be read: {error.strerror}.") from error
-        return found
+        return found, layout
 
-    def _locate(self, root: Path) -> dict[str, Path]:
-        levels = [[root]]
-        for _ in range(_DEPTH):
-            levels.append([child for folder in levels[-1] for child in _folders(folder)])
-        matches = {piece: _shallowest(levels, piece) for piece in self.pieces}
-        missing = [piece for piece, paths in matches.items() if not paths]
-        if missing:
-            entries = sorted(path.name for path in root.iterdir())
-            raise DataError(
-                f"{self.title}: {root}, or a folder up to {_DEPTH} levels below it, must hold "
-                f"{', '.join(missing)}; {root} holds {', '.join(entries[:_SHOWN]) or 'nothing'}"
-                f"{' and more' if len(entries) > _SHOWN else ''}. "
-                f"Get what is missing from {', '.join(sorted({self.pieces[piece] for piece in missing}))}."
-            )
-        for piece, paths in matches.items():
-            if len(paths) > 1:
-                raise DataError(
-                    f"{self.title}: {piece} is below {root} more than once, as {', '.join(map(str, paths))}: give the "
-                    "folder of one, or remove the others."
-                )
-        return {piece: paths[0] for piece, paths in matches.items()}
-
-
-def _folders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
-
-
-def _shallowest(levels: Sequence[Sequence[Path]], piece: str) -> list[Path]:
-    for folders in levels:
-        paths = list(folders)
-        for part in PurePosixPath(piece.lower()).parts:
-            paths = [entry for path in paths if path.is_dir() for entry in path.iterdir() if entry.name.lower() == part]
-        paths = sorted(path for path in paths if path.is_dir() == piece.endswith("/"))
-        if paths:
-            return paths
-    return []
+    def _located(self, root: Path) -> tuple[Layout, Pieces]:
+        """The first layout whose pieces are there; else the error of the one that lacks the least."""
+        missing: list[MissingPiecesError] = []
+        for layout in self.layouts:
+            try:
+                return layout, layout.wanted.locate(root, self.title)
+            except MissingPiecesError as error:
+                missing.append(error)
+        raise DataError(str(min(missing, key=lambda error: error.share)))
 
 
 def _by_name(pairs: Iterable[tuple[str, T]], where: Path) -> dict[str, T]:
@@ -173,42 +167,67 @@ def images(folder: Path) -> list[Path]:
     return [path for path in files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",", header: bool = True) -> list[list[str]]:
-    """The fields of a text table in UTF-8, with or without BOM; blank lines and blanks around fields are dropped.
+def is_mask(path: Path) -> bool:
+    """Whether a file's name calls it a mask: outlines of lesions or organs, which lie beside some sets' images."""
+    return _MASK.fullmatch(path.stem) is not None
+
+
+def read_table(path: Path, columns: Sequence[str], header: bool = True) -> list[list[str]]:
+    """The fields of a text table, separated by commas, semicolons, tabs or, without a header, blanks.
+
+    In UTF-8, UTF-16 or Windows-1252; blank lines and blanks around fields are dropped.
 
     Args:
         path: of the table.
-        columns: wanted, in this order; without a header, all that there are.
-        delimiter: between fields.
+        columns: wanted, in this order, each one name or several with ``|`` between them; without a header, all that
+            there are.
         header: whether the first line names the columns, in any case.
 
     Raises:
         DataError: not such a table; a column or a field is missing.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [
-                (reader.line_num, [text.strip() for text in line])
-                for reader in [csv.reader(file, delimiter=delimiter, skipinitialspace=True)]
-                for line in reader
-                if any(text.strip() for text in line)
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"the table {path} is not text in UTF-8: {error}.") from error
-    positions = list(range(len(columns)))
-    if header:
-        names = [name.lower() for name in lines.pop(0)[1]] if lines else []
-        missing = [column for column in columns if column.lower() not in names]
-        if missing:
-            raise DataError(
-                f"the table {path} has no column {', '.join(missing)}, but {', '.join(names) or 'nothing'}: "
-                "is it an altered copy? Get the owners' file."
-            )
-        positions = [names.index(column.lower()) for column in columns]
-    for number, fields in lines:
-        if len(fields) <= max(positions):
-            raise DataError(f"{path}, line {number}: {len(fields)} fields, but {', '.join(columns)} are needed.")
-    return [[fields[position] for position in positions] for _, fields in lines]
+    text, _ = decoded(path.read_bytes(), path)
+    if "\0" in text:
+        raise DataError(f"the table {path} is no text.")
+    tables = [_split(text, separator) for separator in (_SEPARATORS[:3] if header else _SEPARATORS)]
+    if not header:
+        lines = next((lines for lines in tables if all(len(fields) >= len(columns) for _, fields in lines)), tables[0])
+        return [_picked(fields, range(len(columns)), columns, path, number) for number, fields in lines]
+    heads = [_positions(lines, columns) for lines in tables]
+    fitting = next((i for i, positions in enumerate(heads) if None not in positions), None)
+    if fitting is None:
+        widest = max(range(len(tables)), key=lambda i: len(tables[i][0][1]) if tables[i] else 0)
+        missing = [c.replace("|", " or ") for c, at in zip(columns, heads[widest], strict=True) if at is None]
+        names = ", ".join(tables[widest][0][1]) if tables[widest] else "nothing"
+        raise DataError(
+            f"the table {path} has no column {', '.join(missing)}, but {names}: is it an altered copy? Get the owners' "
+            "file."
+        )
+    positions = [at for at in heads[fitting] if at is not None]
+    return [_picked(fields, positions, columns, path, number) for number, fields in tables[fitting][1:]]
+
+
+def _split(text: str, separator: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and fields of the lines that are not blank."""
+    reader = csv.reader(text.splitlines(), delimiter=separator, skipinitialspace=True)
+    lines = [(reader.line_num, [field.strip() for field in line]) for line in reader]
+    return [(number, fields) for number, fields in lines if any(fields)]
+
+
+def _positions(lines: Sequence[tuple[int, list[str]]], columns: Sequence[str]) -> list[int | None]:
+    """Of the columns in the header."""
+    names = [name.lower() for name in lines[0][1]] if lines else []
+    return [
+        next((names.index(name) for name in column.lower().split("|") if name in names), None) for column in columns
+    ]
+
+
+def _picked(
+    fields: Sequence[str], positions: Sequence[int], columns: Sequence[str], path: Path, number: int
+) -> list[str]:
+    if len(fields) <= max(positions):
+        raise DataError(f"{path}, line {number}: {len(fields)} fields, but {', '.join(columns)} are needed.")
+    return [fields[position] for position in positions]
 
 
 def label_of(text: str, labels: Mapping[str, int], table: Path, image: str) -> int:
