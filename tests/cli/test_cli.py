@@ -543,6 +543,6 @@ def test_images_of_elsewhere_are_not_trained_on(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(config, "data", external=True)
-    assert "there are no training images to compute them over" in fails(capsys, "preload", "--config", config)
+    assert "'auto' is measured over training images, but data.external" in fails(capsys, "preload", "--config", config)
     change(config, "data", mean=[0.4], std=[0.2])
     assert "data.external is true: all images are for test" in fails(capsys, "fit", "--config", config)

@@ -168,7 +168,7 @@ def test_the_range_of_eight_bits_does_not_count(tiny_data: Make) -> None:
 
 
 def test_other_hospitals_need_the_numbers(make: Make) -> None:
-    with pytest.raises(ConfigurationError, match="external is true, so there are no training images to measure"):
+    with pytest.raises(ConfigurationError, match=r"data.value_range: 'auto' is measured over training images"):
         make(external=True, mean=[0.5], std=[0.2]).preload(ENCODER)
     make(external=True, mean=[0.5], std=[0.2], value_range=RANGE).preload(ENCODER)
 

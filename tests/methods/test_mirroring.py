@@ -56,6 +56,7 @@ def test_an_image_and_its_mirror_image_get_one_answer(
 def test_a_mirrored_store_answers_as_the_files_do(
     workers: int, tiny_data: MakeData, image_root: Path, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)
     data = tiny_data(mirrored=True, codec="fp32", num_workers=workers)
     model = tiny_model(test_time_mirroring=True, learning_rate=3e-3)
     data.preload(model)
@@ -103,8 +104,11 @@ def test_fit_validates_and_tests_both_views(tiny_data: MakeData, tmp_path: Path)
 
 def test_a_store_without_mirror_images_is_refused(tiny_data: MakeData, tmp_path: Path) -> None:
     data, model = tiny_data(), tiny_model(test_time_mirroring=True)
-    data.preload(model)
-    with pytest.raises(ConfigurationError, match=r"store\.zarr has no mirror images: make it with data\.mirrored true"):
+    words = r"store\.zarr has no mirror images: make it with data\.mirrored true"
+    with pytest.raises(ConfigurationError, match=words):
+        data.preload(model)
+    data.preload(model.encoder_config)
+    with pytest.raises(ConfigurationError, match=words):
         quiet_trainer(tmp_path).fit(model, data)
     with pytest.raises(ConfigurationError, match="without those of the mirror images"):
         mirrored({"features": torch.zeros(1)})

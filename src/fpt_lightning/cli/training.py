@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.trained import TrainedModule
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
 
@@ -103,6 +105,8 @@ class CommandLine(LightningCLI):
             )
         self.checkpoint = None if path is None else read_checkpoint(path)
         folder = Path(self._get(self.config, "trainer").default_root_dir)
+        if self.subcommand in ("fit", "validate", "test", "predict"):
+            _check_writable(folder)
         if is_first_process() and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
             last = folder / "last.ckpt"
             raise ConfigurationError(
@@ -127,8 +131,38 @@ class CommandLine(LightningCLI):
         if path is not None:
             self.results.checkpoint = Path(path).stem
 
+    def check(self, stage: str) -> None:
+        """Refuse what cannot work before anything is read, encoded, trained or written.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        if stage == "fit":
+            self.model.check_trainer(self.trainer)
+        if self.checkpoint is not None:
+            TrainedModule.on_load_checkpoint(self.model, self.checkpoint)
+        self.datamodule.check(stage, self.model)
+        if self.checkpoint is not None:
+            encoder = getattr(self.model, "encoder_config", None)
+            asked = None if encoder is None else self.datamodule.asked(encoder)
+            self.model.check_data(self.datamodule, stage, asked)
+
+    def before_validate(self) -> None:
+        self.check("validate")
+
+    def before_test(self) -> None:
+        self.check("test")
+
+    def before_predict(self) -> None:
+        self.check("predict")
+
+    def before_explain(self) -> None:
+        self.datamodule.explained = self._get(self.config, "split")
+        self.check("predict")
+
     def before_fit(self) -> None:
         """Make the store that is missing, with the same devices."""
+        self.check("fit")
         config = self._get(self.config_init, "trainer")
         if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
             settings = {name: config[name] for name in _PRELOAD_SETTINGS}
@@ -147,6 +181,18 @@ class CommandLine(LightningCLI):
         for name in ("last", "best"):
             self.results.checkpoint = name
             self.trainer.test(self.model, self.datamodule, ckpt_path=str(root / f"{name}.ckpt"), weights_only=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a run's folder that is a file or cannot be made or written.
+
+    Raises:
+        ConfigurationError: naming it.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is a file" if not there.is_dir() else "cannot be written"
+        raise ConfigurationError(f"trainer.default_root_dir is {folder}, but {there} {why}: give another folder.")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -93,19 +93,15 @@ class ImageDataModule(ManifestDataModule):
             DataError: see ``read_manifest``.
             ConfigurationError: the model and the data do not fit each other.
         """
-        task = self._declared("task")
-        kind: Kind = "single-label" if task is None else task.KIND
         if stage == "predict" and self.explained is None:
-            listed = list_images(self.root, kind, self._declared("num_classes") or 1)
+            listed = list_images(self.root, self._kind(), self._declared("num_classes") or 1)
             for note in listed.notes:
                 rank_zero_info(note)
             self.unlabelled = self._readable(listed)
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
-        if self.external and "test" not in (stage, self.explained):
-            raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
-        self.read_manifest(kind)
+        self.check(stage)
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         self._setup_features(stage)
@@ -117,6 +113,33 @@ class ImageDataModule(ManifestDataModule):
             ]
             if absent:
                 rank_zero_warn(f"the split {split} has no image of {', '.join(absent)}: its AUC leaves them out.")
+
+    def check(self, stage: str, model: Any = None) -> None:
+        """Refuse what cannot work, before any image is read or encoded: options, labels, and the model.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            model: by default the trainer's, if there is one.
+
+        Raises:
+            DataError: see ``fpt_lightning.data.sources.read_manifest``.
+            ConfigurationError: naming the option, or what does not fit.
+        """
+        before, self.model = self.model, self.model if model is None else model
+        try:
+            ViewTransform(1, self.augmentation)
+            if stage == "predict" and self.explained is None:
+                return
+            if self.external and "test" not in (stage, self.explained):
+                raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
+            self.read_manifest(self._kind())
+            self._check_model(stage)
+        finally:
+            self.model = before
+
+    def _kind(self) -> Kind:
+        task = self._declared("task")
+        return "single-label" if task is None else task.KIND
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order, and with views, that the seed and the epoch alone decide."""
@@ -204,7 +227,6 @@ class ImageDataModule(ManifestDataModule):
         return self.fixed_reader
 
     def _setup_features(self, stage: str) -> None:
-        self._check_model()
         if self.manifest is self.listed:  # once
             self.manifest = self._readable(self.labelled)
         if stage == "fit":
@@ -235,13 +257,18 @@ class ImageDataModule(ManifestDataModule):
             write_left_out(f"{folder}/left_out.csv", reasons)
         return listed.without(reasons)
 
-    def _check_model(self) -> None:
+    def _check_model(self, stage: str) -> None:
         num_classes, encoder = self._declared("num_classes"), self._declared("encoder_config")
         if num_classes is not None and not self.external:  # other hospitals may lack a class
             check_classes("model.num_classes", num_classes, self.labelled)
             self._check_order()
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+        if encoder is not None and "side_images" in self._inputs():
+            self._side_resolution()
+        adapt = getattr(self._declared("task"), "adapt", None)
+        if stage == "fit" and adapt is not None:
+            adapt(self.training_labels)
 
     def _check_order(self) -> None:
         """Refuse grades whose order nobody said."""

@@ -85,20 +85,14 @@ class PreloadedFeatureDataModule(ImageDataModule):
             )
         encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
         assert isinstance(encoder, EncoderConfig)
-        if self.external and not self.mean:
-            raise ConfigurationError(
-                "data.mean and data.std are 'auto', but data.external is true, so there are no training images to "
-                "compute them over: give those of the trained model (data.mean, data.std)."
-            )
-        self.store = None  # what it holds in memory may change
-        check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+        if isinstance(model, EncoderConfig):
+            check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+        else:
+            self.check("test" if self.external else "fit", model)
         manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
-        if self.external and self._asked_range()[1].startswith("auto"):
-            raise ConfigurationError(
-                "data.value_range is 'auto' and there are 16-bit images, but data.external is true, so there are no "
-                "training images to measure it over: give that of the trained model (data.value_range)."
-            )
-        self._check_before_preload(model)
+        if self.external:
+            self._check_measured()
+        self.store = None  # what it holds in memory may change
         return preload(
             manifest,
             encoder,
@@ -114,15 +108,26 @@ class PreloadedFeatureDataModule(ImageDataModule):
             max_pixels=self.fixed_reader.max_pixels,
         )
 
-    def _check_before_preload(self, model: L.LightningModule | EncoderConfig) -> None:
-        """Refuse what training would refuse, before the images are encoded and not after."""
-        self.model = model
-        try:
-            self._check_model()
-            if isinstance(model, L.LightningModule) and "side_images" in self._inputs():
-                self._side_resolution()
-        finally:
-            self.model = None
+    def _check_measured(self) -> None:
+        """Refuse ``auto`` where there are no training images."""
+        auto = {
+            "data.mean and data.std": not self.mean,
+            "data.value_range": self.value_range == "auto" and self._has_deep(),
+        }
+        for names, measured in auto.items():
+            if measured:
+                raise ConfigurationError(
+                    f"{names}: 'auto' is measured over training images, but data.external is true and there are none: "
+                    "give the numbers of the trained model."
+                )
+
+    def _check_model(self, stage: str) -> None:
+        super()._check_model(stage)
+        if STORED & self._inputs() and self._declared("test_time_mirroring") and not self.mirrored:
+            raise ConfigurationError(
+                f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
+                "with data.mirrored true."
+            )
 
     def asked_store(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification that the store must have."""
@@ -137,7 +142,6 @@ class PreloadedFeatureDataModule(ImageDataModule):
         if not STORED & self._inputs():
             super()._setup_features(stage)
             return
-        self._check_model()
         if not FeatureStore.exists(self.url):
             raise StoreError(
                 f"there is no feature store at {self.url} (data.store): make it with `fpt-lightning preload`, or in "
@@ -188,9 +192,4 @@ class PreloadedFeatureDataModule(ImageDataModule):
         samples, arrays = self.labelled.split(split), self.store.arrays_of(inputs)
         seed = self.seed if spec.mirrored and augmentation != "none" else None
         both = split != "train" and bool(self._declared("test_time_mirroring"))
-        if both and not spec.mirrored:
-            raise ConfigurationError(
-                f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
-                "with data.mirrored true."
-            )
         return StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed, both)

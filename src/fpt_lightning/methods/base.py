@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -241,14 +242,23 @@ class ClassificationModule(TrainedModule, ABC):
         classes = () if self.task.KIND == "regression" else self.output_names
         return Predictions(self.task.KIND, ids, np.array(labels, dtype), np.array(scores), classes, tuple(groups))
 
+    @staticmethod
+    def check_trainer(trainer: L.Trainer) -> None:
+        """Refuse a trainer whose training has no end.
+
+        Raises:
+            ConfigurationError: the cosine schedule needs a last step.
+        """
+        if trainer.max_epochs in (-1, None) and trainer.max_steps == -1:
+            raise ConfigurationError("trainer.max_epochs is -1: the cosine schedule needs a last step; give a number.")
+
     def configure_optimizers(self) -> Any:
         """AdamW over what is learnable, and a cosine decay to 0 by step after an optional linear warm-up."""
         learnable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             learnable, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
-        if self.trainer.max_epochs in (-1, None) and self.trainer.max_steps == -1:
-            raise ConfigurationError("trainer.max_epochs is -1: the cosine schedule needs a last step; give a number.")
+        self.check_trainer(self.trainer)
 
         def factor(step: int) -> float:
             if step == 0:  # asked for before a resumed run knows its epoch, when loading the data would be too early

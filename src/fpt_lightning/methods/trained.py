@@ -103,36 +103,51 @@ class TrainedModule(L.LightningModule):
         Raises:
             CheckpointError: other classes, another random split, or features made with other settings.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        labelled = self.trainer.state.fn != "predict" or getattr(data, "explained", None) is not None
-        manifest: Manifest | None = getattr(data, "manifest", None) if labelled else None
-        names: tuple[str, ...] = tuple(getattr(data, "class_names", ())) if manifest is not None else ()
+        data, stage = getattr(self.trainer, "datamodule", None), self.trainer.state.fn or ""
         specification: FeatureSpecification | None = getattr(data, "specification", None)
-        if trained and self.class_names and names and self.task.KIND != "regression":
-            self._match_classes(names)
-        if manifest is not None:
-            self._check_split(getattr(data, "listed", None) or manifest, trained)
-        if trained and self.specification is not None and specification is not None:
-            if specification.value_range:  # whatever images it was measured over
-                specification = replace(specification, range_of="given")
-            differences = self.specification.differences(
-                specification, ignore=("codec", "precision", "mirrored", "format")
-            )
-            differences = [line for line in differences if not line.startswith(("statistics", "range_of"))]
-            if differences:
-                raise CheckpointError(
-                    "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)
-                )
+        manifest = _labelled(data, stage)
+        if trained:
+            self.check_data(data, stage, specification)
+        elif manifest is not None:
+            self._remember_split(getattr(data, "listed", None) or manifest)
         if not trained or not self.class_names:
-            self.class_names = names
+            self.class_names = () if manifest is None else tuple(getattr(data, "class_names", ()))
         if not trained or self.specification is None:
             self.specification = specification
         if self._digest:
             self.check_weights(self._digest)
 
-    def _match_classes(self, names: tuple[str, ...]) -> None:
+    def check_data(self, data: Any, stage: str, specification: FeatureSpecification | None) -> None:
+        """Hold a data module that has read its manifest against what this model was trained with.
+
+        Args:
+            data: it.
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            specification: of the data's features.
+
+        Raises:
+            CheckpointError: other classes, another random split, or features made with other settings.
+        """
+        manifest = _labelled(data, stage)
+        names: tuple[str, ...] = () if manifest is None else tuple(getattr(data, "class_names", ()))
+        if self.class_names and names and self.task.KIND != "regression":
+            self._match_classes(names, stage)
+        if manifest is not None:
+            self._check_split(data, getattr(data, "listed", None) or manifest, stage)
+        if self.specification is None or specification is None:
+            return
+        if specification.value_range:  # whatever images it was measured over
+            specification = replace(specification, range_of="given")
+        differences = self.specification.differences(specification, ignore=("codec", "precision", "mirrored", "format"))
+        differences = [line for line in differences if not line.startswith(("statistics", "range_of"))]
+        if differences:
+            raise CheckpointError(
+                "this model was trained on features made with other settings:\n  " + "\n  ".join(differences)
+            )
+
+    def _match_classes(self, names: tuple[str, ...], stage: str) -> None:
         """Find the data's classes among this model's, by name; when training goes on, they are the same."""
-        fits = names == self.class_names if self.trainer.state.fn == "fit" else set(names) <= set(self.class_names)
+        fits = names == self.class_names if stage == "fit" else set(names) <= set(self.class_names)
         if not fits:
             raise CheckpointError(
                 f"this model was trained with the classes {list(self.class_names)}, the data have {list(names)}: name "
@@ -140,23 +155,22 @@ class TrainedModule(L.LightningModule):
             )
         self._columns = None if names == self.class_names else [self.class_names.index(name) for name in names]
 
-    def _check_split(self, manifest: Manifest, trained: bool) -> None:
+    def _remember_split(self, manifest: Manifest) -> None:
+        self._split_digest = manifest.split_digest() if manifest.random else ""
+        self._seen = {split: _digests(_names(manifest, split)) for split in ("train", "val")}
+
+    def _check_split(self, data: Any, manifest: Manifest, stage: str) -> None:
         """Where a split is drawn, it must be the one trained on, or training images would be tested."""
         digest = manifest.split_digest() if manifest.random else ""
-        if trained and digest and self._split_digest not in ("", digest):
+        if digest and self._split_digest not in ("", digest):
             raise CheckpointError(
                 f"the data set {manifest.root} is split at random, and not as it was in training (other images, "
                 "data.split_seed, data.fold or data.folds): give the run's split.csv as data.manifest, or "
                 "data.external true to test on all of these images."
             )
-        if not trained:
-            self._split_digest = digest
-            self._seen = {split: _digests(_names(manifest, split)) for split in ("train", "val")}
-        elif self.trainer.state.fn in ("test", "validate"):
-            data = getattr(self.trainer, "datamodule", None)
-            allowed = getattr(data, "external", False) or getattr(data, "reading", {}).get("allow_overlap", False)
-            if not allowed:
-                self._check_unseen(manifest, self.trainer.state.fn)
+        allowed = getattr(data, "external", False) or getattr(data, "reading", {}).get("allow_overlap", False)
+        if stage in ("test", "validate") and not allowed:
+            self._check_unseen(manifest, stage)
 
     def _check_unseen(self, manifest: Manifest, stage: str) -> None:
         """Refuse to test images, or groups, that were trained on or chosen by; or to validate those trained on."""
@@ -217,6 +231,14 @@ class TrainedModule(L.LightningModule):
         self._seen = about.get("seen", {})  # which earlier versions do not keep
         self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
         self.temperature = float(about["temperature"])
+
+
+def _labelled(data: Any, stage: str) -> Manifest | None:
+    """The data module's manifest, where the stage takes labels."""
+    if stage == "predict" and getattr(data, "explained", None) is None:
+        return None
+    manifest: Manifest | None = getattr(data, "manifest", None)
+    return manifest
 
 
 def _names(manifest: Manifest, split: str) -> list[str]:

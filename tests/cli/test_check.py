@@ -1,0 +1,120 @@
+"""What can be known is refused before an image is read or encoded, by every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from commands import fails, run
+from fpt_lightning import FPTPlusModule
+from fpt_lightning.encoder.frozen import FrozenEncoder
+
+Say = Callable[..., str]
+
+
+def changed(config: Path, name: str, **sections: dict[str, Any]) -> Path:
+    """A configuration beside another one, with other values."""
+    content = yaml.safe_load(config.read_text())
+    for section, values in sections.items():
+        (content[section].get("init_args") or content[section]).update(values)
+    path = config.with_name(f"{name}.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Say:
+    """What a command says that fails without an encoder or an image, and leaves nothing new."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("too late")
+
+    def call(*args: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenEncoder, "__init__", forbidden)
+            patch.setattr("fpt_lightning.data.images.ImageReader.__call__", forbidden)
+            message = fails(capsys, *args)
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["fit", "preload"])
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"data": {"image_size": 24}}, "the side network's resolution is 32, but the low-resolution copies have 24"),
+        ({"data": {"resolution": 72}}, "data.resolution"),
+        ({"model": {"num_classes": 4}}, "model.num_classes is 4, but the data set"),
+        ({"model": {"test_time_mirroring": True}}, "has no mirror images: make it with data.mirrored true"),
+        (
+            {"model": {"task": "regression", "num_classes": 1}, "data": {"manifest": "same.csv"}},
+            "the 3 training labels are all 7",
+        ),
+        (
+            {"model": {"class_weights": "balanced"}, "data": {"manifest": "lacks.csv"}},
+            "model.class_weights is 'balanced', but the training images of each class are [2, 1, 0]",
+        ),
+        ({"model": {"task": "ordinal"}}, "a, b, c are words in alphabetical order"),
+    ],
+)
+def test_before_the_frozen_pass(
+    command: str, sections: dict[str, dict[str, Any]], words: str, config: Path, image_root: Path, say: Say
+) -> None:
+    listed = [f"{name}/{i:03d}.png" for name in "abc" for i in range(3)]
+    splits = {"same": ["train", "val", "test"] * 3, "lacks": ["train", "train", "val"] + ["train", "val", "test"] * 2}
+    splits["lacks"][-3:] = ["val", "val", "test"]
+    for name, used in splits.items():
+        labels = ["7"] * 9 if name == "same" else [path[0] for path in listed]
+        rows = [",".join(row) for row in zip(listed, labels, used, strict=True)]
+        (image_root / f"{name}.csv").write_text("\n".join(["image,label,split", *rows]))
+    assert words in say(command, "--config", changed(config, "other", **sections))
+
+
+def test_before_fit(config: Path, tmp_path: Path, say: Say) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"{file} is a file: give another folder" in say(
+        "fit", "--config", config, "--trainer.default_root_dir", file / "run"
+    )
+    assert "trainer.max_epochs is -1" in say("fit", "--config", config, "--trainer.max_epochs", -1)
+    outside = changed(config, "other", data={"external": True, "mean": [0.4], "std": [0.2]})
+    assert "data.external is true: all images are for test" in say("fit", "--config", outside)
+
+
+def test_what_does_not_fit_the_checkpoint(config: Path, image_root: Path, tmp_path: Path, say: Say) -> None:
+    run("fit", "--config", config)
+    last = ["--ckpt_path", tmp_path / "run" / "last.ckpt"]
+    again = ["--data.store", tmp_path / "other.zarr"]  # which is not there yet
+    deep = changed(config, "deep", model={"prompts": 4})
+    words = "prompts: 16 in the checkpoint, 4 here"
+    for command in ("fit", "validate", "test", "predict"):
+        assert words in say(command, "--config", deep, *last, *again)
+    assert words in say("explain", "--config", deep, *last, "--out", tmp_path / "out")
+    large = changed(config, "large", data={"resolution": 96})
+    for command in ("fit", "test", "predict"):
+        assert "resolution: (64, 64), asked for (96, 96)" in say(command, "--config", large, *last, *again)
+    moved = changed(config, "moved", data={"split_seed": 3})
+    for command in ("fit", "test"):
+        assert "is split at random, and not as it was in training" in say(command, "--config", moved, *last, *again)
+    (image_root / "a").rename(image_root / "d")
+    for command in ("fit", "validate"):
+        assert "trained with the classes ['a', 'b', 'c'], the data have ['b', 'c', 'd']" in say(
+            command, "--config", config, *last, *again
+        )
+
+
+def test_the_public_check(tiny_data: Callable[..., Any]) -> None:
+    """As another Lightning project calls it."""
+    model = FPTPlusModule(num_classes=3, encoder="test_vit", pretrained=False, side_resolution=32)
+    data = tiny_data()
+    data.check("fit", model)
+    assert data.model is None
+    with pytest.raises(Exception, match="augmentation is 'weak'"):
+        tiny_data(augmentation="weak").check("predict", model)
