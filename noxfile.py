@@ -28,7 +28,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """What the default suite leaves out: real-size encoders, and real images from the folder FPT_CHEST_XRAY."""
+    """What the default suite leaves out: real-size encoders, real images from FPT_CHEST_XRAY and FPT_FUNDUS."""
     install(session, "dev")
     session.run("pytest", "-m", "slow", "--timeout", "3600", *session.posargs, env=ENV)
 
