@@ -150,7 +150,7 @@ def test_a_store_of_another_range_is_stale(make: Make) -> None:
     make(value_range="full").preload(ENCODER)
     with pytest.raises(StaleStoreError, match="range_of: 'full', asked for 'auto over 16 images"):
         make().preload(ENCODER)
-    with pytest.raises(StaleStoreError, match=r"value_range: \(\), asked for \(0.0, 4095.0\)"):
+    with pytest.raises(StaleStoreError, match=r"value_range: full, asked for \(0.0, 4095.0\)"):
         make(value_range=(0, 4095)).preload(ENCODER)
 
 

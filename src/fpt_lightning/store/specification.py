@@ -110,6 +110,10 @@ class FeatureSpecification:
         low, high = self.value_range or FULL_RANGE
         return ImageReader(self.resolution, self.fit, self.crop_border, self.window, value_range=(low, high))
 
+    def _shown(self, name: str) -> str:
+        value = getattr(self, name)
+        return "full" if name == "value_range" and not value else repr(value)
+
     @property
     def views(self) -> int:
         """Rows of a sample in a store."""
@@ -130,7 +134,7 @@ class FeatureSpecification:
         if not (self.crop_border and asked.crop_border):
             skip.add("border")
         return [
-            f"{field.name}: {getattr(self, field.name)!r}, asked for {getattr(asked, field.name)!r}"
+            f"{field.name}: {self._shown(field.name)}, asked for {asked._shown(field.name)}"
             for field in fields(self)
             if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
         ]
