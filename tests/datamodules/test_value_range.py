@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,21 @@ def test_nobody_knows_the_range(make: Make) -> None:
     data.setup("test")
     with pytest.raises(ConfigurationError, match=r"data.value_range is 'auto' and there are 16-bit images.*ckpt_path"):
         data.test_dataloader()
+
+
+def test_images_of_a_complete_store_are_not_opened_to_learn_their_depth(
+    make: Make, tiny_data: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a new one of 16 bits overlooked."""
+    for build in (make, partial(tiny_data, store=str(tmp_path / "eight.zarr"))):
+        build().preload(ENCODER)
+        with monkeypatch.context() as patch:
+            patch.setattr("fpt_lightning.datamodules.images.deep_pictures", None)
+            data = build()
+            data.preload(ENCODER)
+            data.setup("fit")
+    root = Path(tiny_data().root)
+    for number in range(10, 20):
+        Image.fromarray(np.full((80, 96), 3000 + number, np.uint16)).save(root / "a" / f"{number:03d}.png")
+    with pytest.raises(StaleStoreError, match="range_of: 'none', asked for 'auto over"):
+        build().preload(ENCODER)

@@ -26,6 +26,7 @@ from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.trained import TrainedModule
 
@@ -157,6 +158,8 @@ class CommandLine(LightningCLI):
         self.check("predict")
 
     def before_explain(self) -> None:
+        given = {name: self._get(self.config, name) for name in ("layer", "head", "images")}
+        ExplanationWriter(self._get(self.config, "out"), self.model, **given)  # which refuses what it cannot draw
         self.datamodule.explained = self._get(self.config, "split")
         self.check("predict")
 

@@ -90,6 +90,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
         else:
             self.check("test" if self.external else "fit", model)
         manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
+        if FeatureStore.exists(self.url) and not overwrite and not repair:
+            made = FeatureStore.open(self.url)
+            if not made.missing([sample.id for sample in manifest.samples]):
+                self._take_depth(made.specification)
         if self.external:
             self._check_measured()
         self.store = None  # what it holds in memory may change
@@ -107,6 +111,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
             rebuild=self.rebuild,
             max_pixels=self.fixed_reader.max_pixels,
         )
+
+    def _take_depth(self, made: FeatureSpecification) -> None:
+        """Know from a store of these images whether any has 16 bits, as opening each takes long."""
+        if made.range_of == "none" or made.range_of.startswith("auto"):
+            self._deep = made.range_of != "none"
 
     def _check_measured(self) -> None:
         """Refuse ``auto`` where there are no training images."""
@@ -148,6 +157,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 "Python with `data.preload(model)`."
             )
         before, self.store = self.store, FeatureStore.open(self.url, cache=self.cache)
+        self._take_depth(self.store.specification)
         encoder = self._declared("encoder_config")
         if encoder is not None:
             self.store.require(self.asked_store(encoder), self.rebuild)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.errors import CheckpointError, StoreError, a_few
+from fpt_lightning.methods.saved_files import keep_own_files
 from fpt_lightning.methods.tasks import Task
 from fpt_lightning.store.specification import FeatureSpecification
 
@@ -204,6 +205,8 @@ class TrainedModule(L.LightningModule):
         Raises:
             CheckpointError: it is not from this package, or from another method, encoder or architecture.
         """
+        if self._trainer is not None:
+            keep_own_files(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
         about = checkpoint.get(KEY)
         if not isinstance(about, dict):
             raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
