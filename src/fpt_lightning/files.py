@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpt_lightning.errors import DataError
+from fpt_lightning.errors import DataError, a_few, in_one_line
 
 
 class Row(dict[str, str]):
@@ -168,3 +170,33 @@ def align(rows: Sequence[Sequence[str]]) -> str:
         )
         for row in rows
     )
+
+
+def load_pickle(path: str | Path) -> Any:
+    """Tensors and plain values of a file of ``torch.save``; no code is run.
+
+    ``argparse.Namespace``, which research code saves its arguments in, is read as the plain data that it is.
+
+    Raises:
+        ValueError: what it cannot be read for, in one line; objects that could run code are named.
+    """
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text says how to switch safety off
+        raise ValueError(f"it holds {_unsafe(path)}, which could run code") from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(in_one_line(error)) from error
+
+
+def _unsafe(path: str | Path) -> str:
+    """Names of the Python objects in a pickle that are neither tensors nor plain values."""
+    import torch
+
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a pickle that torch.save did not write
+        names = []
+    return a_few(sorted(names)) or "Python objects"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import json
@@ -847,3 +848,65 @@ def test_digest_follows_every_weight_that_features_depend_on() -> None:
     with torch.no_grad():
         model.head.weight.zero_()
     assert weights_digest(model) == digest
+
+
+# Files that hold more than the encoder
+
+
+def test_the_teacher_of_a_joint_file_is_taken(tmp_path: Path) -> None:
+    """DINO's and iBOT's files hold both; names in one dict, or the one in the other."""
+    model, other = source_model(), timm.create_model("test_vit", img_size=64).state_dict()
+    own = model.state_dict()
+    joint = {**prefixed(other, "student.backbone."), **prefixed(own, "teacher.backbone.")}
+    joint |= {"teacher.dino_head.mlp.0.weight": torch.zeros(2, 2), "student.dino_head.mlp.0.weight": torch.zeros(2, 2)}
+    assert_encodes_like(save(joint, tmp_path / "joint.pth"), model)
+    assert_encodes_like(save({"model": prefixed(joint, "module.")}, tmp_path / "wrapped.pth"), model)
+
+
+def test_what_only_pretraining_uses_is_left_aside(tmp_path: Path) -> None:
+    """The decoder of an MAE, as RETFound's file has it beside its arguments; the texts of a CLIP."""
+    model = source_model()
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.ones(8, 64)}
+    decoder |= {f"decoder_blocks.{i}.attn.qkv.weight": torch.ones(24, 8) for i in range(80)}
+    content = {"model": {**model.state_dict(), **decoder}, "args": argparse.Namespace(lr=1e-3, data="x"), "epoch": 3}
+    for name in ("checkpoint.pth", "checkpoint.ckpt", "checkpoint.pth.tar"):
+        assert_encodes_like(save(content, tmp_path / name), model)
+    texts = {f"text.transformer.{i}.weight": torch.ones(2) for i in range(200)}
+    clip = {**prefixed(model.state_dict(), "visual.trunk."), **texts, "logit_scale": torch.ones(())}
+    assert_encodes_like(save(clip | {"visual.head.proj.weight": torch.ones(2)}, tmp_path / "clip.bin"), model)
+
+
+def test_every_other_tensor_is_accounted_for(tmp_path: Path) -> None:
+    own = source_model().state_dict()
+    path = save({**prefixed(own, "backbone."), "neck.weight": torch.ones(2)}, tmp_path / "neck.pth")
+    with pytest.raises(EncoderError, match=r"most names below 'backbone.', but also neck.weight: give a file of"):
+        FrozenEncoder(EncoderConfig("test_vit", pretrained=path), (64, 64))
+
+
+def test_biases_that_timm_would_drop_are_named(tmp_path: Path) -> None:
+    """timm's converter drops the biases of queries and values for models of DINOv3 that have none."""
+    with_biases, without = FAMILIES["dinov3-qkv-bias"], FAMILIES["dinov3"]
+    model = source_model(with_biases)
+    published = {}
+    for key, tensor in model.state_dict().items():
+        if key.endswith("q_bias"):
+            v_bias = model.state_dict()[key.replace("q_bias", "v_bias")]
+            key, tensor = key.replace("q_bias", "qkv.bias"), torch.cat([tensor, torch.zeros(64), v_bias])
+        if not key.endswith("v_bias"):
+            name = key.replace("reg_token", "storage_tokens")
+            published[name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = tensor
+    path = save(published, tmp_path / "dinov3.pth")
+    with pytest.raises(EncoderError, match=r"(?s)not used by timm's Eva: blocks.0.attn.qkv.bias.*qkvb in its name"):
+        FrozenEncoder(EncoderConfig(without, pretrained=path), (64, 64))
+
+
+def test_a_refused_pickle_names_what_it_holds(tmp_path: Path) -> None:
+    """And never repeats how PyTorch's safety is switched off."""
+    path = save({"model": source_model().state_dict(), "when": Payload(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(EncoderError) as refused:
+        FrozenEncoder(EncoderConfig("test_vit", pretrained=path), (64, 64))
+    said = str(refused.value)
+    assert re.search(r"it holds .*pathlib\.Path.*, which could run code", said)
+    assert "weights_only" not in said
+    assert "option" not in said
+    assert "\n" not in said

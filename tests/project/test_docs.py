@@ -11,7 +11,6 @@ Encoders become ``test_vit``, and resolutions, epochs and the like small, where 
 
 from __future__ import annotations
 
-import argparse
 import re
 import runpy
 import shlex
@@ -334,19 +333,6 @@ def loads(path: str) -> bool:
     model = build_encoder(EncoderConfig("test_vit", pretrained=False), (160, 160))
     load_weights(model, Path(path))
     return torch.equal(model.state_dict()["blocks.0.attn.proj.weight"], load_file(path)["blocks.0.attn.proj.weight"])
-
-
-def test_a_masked_autoencoder_is_converted(workspace: Path) -> None:
-    """In the layout of RETFound's first files: a decoder beside the encoder, and arguments that are no tensors."""
-    more = {
-        "mask_token": torch.zeros(1, 1, 8),
-        "decoder_embed.weight": torch.zeros(8, 64),
-        "decoder_pos_embed": torch.zeros(1, 101, 8),
-    }
-    content = {"model": {**tiny_vit().state_dict(), **more}, "args": argparse.Namespace(lr=1e-3), "epoch": 799}
-    torch.save(content, "weights/RETFound_cfp_weights.pth")
-    convert("convert_retfound.py")
-    assert loads("weights/retfound.safetensors")
 
 
 def test_layer_scale_is_folded_into_the_weights(workspace: Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fpt_lightning.errors import CheckpointError, in_one_line
+from fpt_lightning.errors import CheckpointError
+from fpt_lightning.files import load_pickle
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.methods.trained import KEY
 from fpt_lightning.store.specification import FeatureSpecification
@@ -22,9 +21,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {in_one_line(error)}") from error
+        content: Any = load_pickle(path)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
         raise CheckpointError(f"the file {path} (ckpt_path) is not a checkpoint of Lightning: give a run's best.ckpt.")
     return content

@@ -128,7 +128,7 @@ class EncoderConfig:
     Attributes:
         name: timm's model name, a tag included where wanted (``vit_base_patch16_224.augreg_in21k``).
         pretrained: True for timm's published weights, False for a fixed random initialisation, or the path of a local
-            ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file.
+            ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.pth.tar`` file.
         layers: tapped blocks, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper: 0.2).
         criterion: ``global`` (attention column mean over all tokens, the paper's) or ``class_token``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from fpt_lightning.errors import EncoderError, in_one_line
+from fpt_lightning.errors import EncoderError, a_few, in_one_line
+from fpt_lightning.files import load_pickle
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
 _PREFIXES = (
     "module.",
@@ -33,6 +35,13 @@ _PREFIXES = (
 _POSITIONS = ("pos_embed", "relative_position", "rel_pos", "rope")
 _HEADS = ("head.", "head_dist.", "classifier.", "fc.")
 _POOLING = ("fc_norm.", "norm.", "attn_pool.")  # what follows the blocks; the frozen pass does not use it
+_ASIDE = re.compile(  # what only pretraining uses: decoders of MAE, heads of self-distillation, the texts of CLIP
+    r"decoder_|decoder\.|predictor\.|projector\.|dino_head\.|ibot_head\.|dino_loss\.|ibot_patch_loss\.|queue|"
+    r"text\.|logit_scale$|logit_bias$|visual\.head\."
+)
+_UNUSED = re.compile(  # what timm computes itself, or needs to tell a layout by
+    r"(.*\.)?(mask_token|relative_position_index|num_batches_tracked|rope_embed\.periods|bias_mask)$"
+)
 
 
 def existing_weights(pretrained: str) -> Path:
@@ -61,13 +70,15 @@ def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
     """Load a local weights file into a timm model; only tensors are read, no code is run.
 
     Wrappers (``model``, ``state_dict``, ``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) are taken off,
-    timm's own converters then rename foreign layouts and interpolate position embeddings. Heads are left aside, and
-    unless ``pooling``, the final norm and pooling too.
+    timm's own converters then rename foreign layouts and interpolate position embeddings. Of a student and its teacher
+    the teacher is taken. Heads and what only pretraining uses are left aside, and unless ``pooling``, the final norm
+    and pooling too. Every other tensor of the file must be in the model.
 
     Raises:
         EncoderError: the file cannot be read, or names or shapes do not fit; each is listed.
     """
-    converted = _convert(_plain_state_dict(_read_tensors(path), path), model, path)
+    tensors = _plain_state_dict(_read_tensors(path), path)
+    converted = _convert(tensors, model, path)
     aside = _HEADS if pooling else (*_HEADS, *_POOLING)
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(aside)}
     given = {k: v for k, v in converted.items() if not k.startswith(aside)}
@@ -77,7 +88,11 @@ def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
         for k, v in wanted.items()
         if k in given and given[k].shape != v.shape
     ]
-    problems += [f"not in the model: {k}" for k in given if k not in wanted and "mask_token" not in k]
+    problems += [f"not in the model: {k}" for k in given if k not in wanted and not _UNUSED.match(k)]
+    lost = _dropped(tensors, model, path, aside)
+    problems += [f"not used by timm's {type(model).__name__}: {name}" for name in lost]
+    if any(name.endswith("qkv.bias") for name in lost):
+        problems.append("a model with qkvb in its name, such as vit_base_patch16_dinov3_qkvb, takes these biases")
     if problems:
         listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise EncoderError(f"the weights file {path} does not fit {type(model).__name__}:\n  {listed}")
@@ -90,12 +105,15 @@ def _read_tensors(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every reader has its own exceptions for a damaged or unsafe file
-        raise EncoderError(
-            f"the weights file {path} cannot be read safely as tensors ({in_one_line(error)}). "
-            "Save it as .safetensors, or as a state_dict with torch.save."
-        ) from error
+        return load_pickle(path)
+    except ValueError as error:
+        reason = str(error)
+    except Exception as error:  # safetensors has its own for a damaged file
+        reason = in_one_line(error)
+    raise EncoderError(
+        f"the weights file {path} cannot be read safely as tensors ({reason}). Save it as .safetensors, or as a "
+        "state_dict with torch.save."
+    )
 
 
 def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -108,10 +126,39 @@ def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise EncoderError(f"the weights file {path} holds no state_dict of tensors.")
     while True:
+        tensors = _of_the_teacher(tensors)
+        tensors = {k: v for k, v in tensors.items() if not _ASIDE.match(k)}
         prefix = next((p for p in _PREFIXES if sum(k.startswith(p) for k in tensors) > len(tensors) // 2), None)
         if prefix is None:
             return tensors
+        others = [k for k in tensors if not k.startswith((prefix, *_HEADS))]
+        if others:
+            raise EncoderError(
+                f"the weights file {path} has most names below {prefix!r}, but also {a_few(others)}: give a file of "
+                "the encoder alone."
+            )
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _of_the_teacher(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a student and its moving average in one file the latter, which is what is published and evaluated."""
+    teacher, student = (re.compile(rf"(.*\.)?{name}\.") for name in ("teacher", "student"))
+    both = any(teacher.match(k) for k in tensors) and any(student.match(k) for k in tensors)
+    return {k: v for k, v in tensors.items() if not student.match(k)} if both else tensors
+
+
+def _dropped(tensors: dict[str, Tensor], model: nn.Module, path: Path, aside: tuple[str, ...]) -> list[str]:
+    """Tensors that timm's conversion loses without a word.
+
+    Each is followed by a number that takes the place of its values; a conversion moves, joins and interpolates them. It
+    joins along one dimension, so that the edges of what it gives show all that is in it.
+    """
+    numbered = {k: torch.full((), float(i + 1)).expand(v.shape) for i, (k, v) in enumerate(tensors.items())}
+    converted = _convert(numbered, model, path)
+    edges = [edge for t in converted.values() for edge in ((t[..., :1], t[:1]) if t.ndim > 1 else (t,))]
+    kept = {round(value) for edge in edges for value in torch.unique(edge.float()).tolist()}
+    lost = [k for i, k in enumerate(tensors) if i + 1 not in kept and k not in converted]
+    return [k for k in lost if not k.startswith(aside) and not _UNUSED.match(k)]
 
 
 def _on_a_square_grid(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
