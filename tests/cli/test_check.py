@@ -97,6 +97,15 @@ def test_what_does_not_fit_the_checkpoint(config: Path, image_root: Path, tmp_pa
     for command in ("fit", "validate", "test", "predict"):
         assert words in say(command, "--config", deep, *last, *again)
     assert words in say("explain", "--config", deep, *last, "--out", tmp_path / "out")
+    for name, value, before in (
+        ("learning_rate", 1e-6, 0.003),
+        ("weight_decay", 0.5, 0.1),
+        ("betas", [0.8, 0.9], None),
+    ):
+        said = say("fit", "--config", changed(config, "other", model={name: value}), *last, *again)
+        assert f"model.{name}: {before or ''}" in said
+        assert "in the checkpoint" in said
+        assert f"{value} here" in said
     large = changed(config, "large", data={"resolution": 96})
     for command in ("fit", "test", "predict"):
         assert "resolution: (64, 64), asked for (96, 96)" in say(command, "--config", large, *last, *again)

@@ -142,6 +142,8 @@ class CommandLine(LightningCLI):
             self.model.check_trainer(self.trainer)
         if self.checkpoint is not None:
             TrainedModule.on_load_checkpoint(self.model, self.checkpoint)
+            if stage == "fit":
+                self.model.check_optimizer(self.checkpoint)
         self.datamodule.check(stage, self.model)
         if self.checkpoint is not None:
             encoder = getattr(self.model, "encoder_config", None)

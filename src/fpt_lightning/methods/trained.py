@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,9 @@ class TrainedModule(L.LightningModule):
 
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
     """Arguments that a checkpoint must share with the module that loads it."""
+
+    OPTIMIZER: ClassVar[tuple[str, ...]] = ("learning_rate", "weight_decay", "betas")
+    """Arguments that the optimizer's state in a checkpoint would silently put back when training goes on."""
 
     task: Task
     num_classes: int
@@ -207,6 +211,8 @@ class TrainedModule(L.LightningModule):
         """
         if self._trainer is not None:
             keep_own_files(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
+            if self.trainer.state.fn == "fit":
+                self.check_optimizer(checkpoint)
         about = checkpoint.get(KEY)
         if not isinstance(about, dict):
             raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
@@ -216,6 +222,25 @@ class TrainedModule(L.LightningModule):
             raise CheckpointError(
                 f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
             ) from error
+
+    def check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings of the optimizer than a checkpoint has.
+
+        Raises:
+            CheckpointError: each that differs, with both values.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        differences = [
+            f"model.{name}: {saved[name]!r} in the checkpoint, {self.hparams[name]!r} here"
+            for name in self.OPTIMIZER
+            if name in saved and name in self.hparams and not np.array_equal(saved[name], self.hparams[name])
+        ]
+        if differences:
+            raise CheckpointError(
+                "training goes on with the optimizer that the checkpoint holds:\n  "
+                + "\n  ".join(differences)
+                + "\nGive its values, or start a new run with yours."
+            )
 
     def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
         saved = {"method": about["method"], **arguments}
