@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from commands import fails, run
@@ -127,3 +128,16 @@ def test_the_public_check(tiny_data: Callable[..., Any]) -> None:
     assert data.model is None
     with pytest.raises(Exception, match="augmentation is 'weak'"):
         tiny_data(augmentation="weak").check("predict", model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_lightning_refuses_is_one_line(config: Path, say: Say) -> None:
+    said = say("fit", "--config", config, "--trainer.accelerator", "gpu")
+    assert said.startswith("ConfigurationError: ")
+    assert said.count("\n") == 1
+
+
+def test_the_batches_that_are_overfitted(config: Path, tmp_path: Path) -> None:
+    """Lightning draws them by a sampler of its own, which knows no epochs."""
+    run("fit", "--config", config, "--trainer.overfit_batches", 1)
+    assert (tmp_path / "run" / "best.ckpt").is_file()

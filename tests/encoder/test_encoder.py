@@ -493,6 +493,7 @@ def test_select_tokens_keeps_each_heads_own() -> None:
         ("swin_tiny_patch4_window7_224", r"\(SwinTransformer\) is not a plain vision transformer"),
         ("pvt_v2_b0", "is not a plain vision transformer"),
         ("vit_tiny_r_s16_p8_224", "is not a plain vision transformer"),
+        ("test_vit.of_nobody", r"of_nobody.* has test_vit\.r160_in1k\."),
     ],
 )
 def test_unusable_encoders(name: str, message: str) -> None:

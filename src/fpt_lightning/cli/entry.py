@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
 
 _AUTO = Command("every method on stored features, compared on validation", "cli.auto:fit_all")  # fit --model auto
 
+_SETTING = "MisconfigurationException"  # Lightning's, of settings of the trainer that cannot work here
 _GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store holds, and damage of it"}
 
 
@@ -71,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
         text = str(error)
         if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message
             text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        print(f"fpt-lightning: {type(error).__name__}: {text}", file=sys.stderr)
+        name = "ConfigurationError" if type(error).__name__ == _SETTING else type(error).__name__
+        print(f"fpt-lightning: {name}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -162,8 +164,8 @@ def _spelled(args: list[str]) -> list[str]:
     return [f"{arg}=true" if i in bare else arg for i, arg in enumerate(spelled)]
 
 
-def _made_for_people(error: BaseException | None) -> FPTError | None:
-    """The error of ours that a library passed on as one of its own, if there is one."""
-    while error is not None and not isinstance(error, FPTError):
+def _made_for_people(error: BaseException | None) -> BaseException | None:
+    """The error of ours that a library passed on as one of its own, or Lightning's of a setting; if there is one."""
+    while error is not None and not isinstance(error, FPTError) and type(error).__name__ != _SETTING:
         error = error.__cause__ or error.__context__
     return error

@@ -107,11 +107,13 @@ class Samples(Dataset[Batch], ABC):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
+    def __getitem__(self, key: tuple[int, int] | int) -> Batch:
         """A batch of one."""
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, given: Sequence[tuple[int, int] | int]) -> Batch:
+        """A batch; an index alone, as Lightning's ``overfit_batches`` draws them, is of epoch 0."""
+        keys = [(0, key) if isinstance(key, int) else key for key in given]
         samples = [self.samples[index] for _, index in keys]
         return {
             "ids": [sample.id for sample in samples],

@@ -86,8 +86,12 @@ def encoder_shape(name: str) -> EncoderShape:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise EncoderError(f"encoder {name!r} is not a model of timm {timm.__version__}; similar names: {near}.")
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=1000)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=1000)
+    except RuntimeError as error:  # of a tag that is none
+        known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "no weights"
+        raise EncoderError(f"encoder {name!r}: {error} timm {timm.__version__} has {known}.") from error
     return _shape_of(name, model)
 
 
