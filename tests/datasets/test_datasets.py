@@ -9,6 +9,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fpt_lightning.cli import main
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.datasets import DATASETS
 from fpt_lightning.datasets.preparation import prepare
+from fpt_lightning.datasets.recipe import DR_GRADES
 from fpt_lightning.datasets.xlsx import read_sheet
 from fpt_lightning.errors import DataError
 from miniatures import MINIATURES, Miniature, build, reads_dicom, write_xlsx
@@ -395,18 +397,25 @@ def test_lesions_from_the_metadata_of_ham10000(
     assert f"no row in {name}" in target.with_name("left_out.csv").read_text()
 
 
+def copied(
+    plain: Mapping[str, str], images: Path, folder: Path, table: Path, more: Mapping[str, str] | None = None
+) -> None:
+    """Graded images in one folder and one table, as Kaggle's copies have them; ``more`` columns of one value."""
+    folder.mkdir(parents=True)
+    for path in images.rglob("*"):
+        if path.name in plain:
+            shutil.copy(path, folder)
+    constant = more or {}
+    rows = [(name, str(DR_GRADES.index(grade)), *constant.values()) for name, grade in plain.items()]
+    table.write_text("\n".join(",".join(row) for row in [("id_code", "diagnosis", *constant), *rows]))
+
+
 def test_the_copy_of_ddr_in_one_folder(
     built: dict[str, Miniature], tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = label_of("ddr", built["ddr"].root, target)
-    folder = tmp_path / "data" / "DR_grading" / "DR_grading"
-    folder.mkdir(parents=True)
-    grades = {grade: number for number, grade in enumerate(DATASETS["ddr"].classes)}
-    for path in (built["ddr"].root / "DDR-dataset" / "DR_grading").rglob("*"):
-        if path.name in plain:
-            shutil.copy(path, folder)
-    rows = [f"{name},{grades[grade]}" for name, grade in plain.items()]
-    (tmp_path / "data" / "DR_grading.csv").write_text("\n".join(["id_code,diagnosis", *rows]))
+    images = built["ddr"].root / "DDR-dataset" / "DR_grading"
+    copied(plain, images, tmp_path / "data" / "DR_grading" / "DR_grading", tmp_path / "data" / "DR_grading.csv")
     capsys.readouterr()
     manifest = prepare("ddr", tmp_path / "data", target)
     assert "this copy has neither the official split nor the ungradable images" in capsys.readouterr().out
@@ -419,14 +428,9 @@ def test_the_copy_of_messidor2_without_pairs(
     built: dict[str, Miniature], tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = label_of("messidor2", built["messidor2"].root, target)
-    folder = tmp_path / "data" / "messidor-2" / "preprocess"
-    folder.mkdir(parents=True)
-    for name in plain:
-        shutil.copy(built["messidor2"].root / "IMAGES" / name, folder)
-    grades = {grade: number for number, grade in enumerate(DATASETS["messidor2"].classes)}
-    rows = [f"{name},{grades[grade]},0,1" for name, grade in plain.items()]
-    header = "id_code,diagnosis,adjudicated_dme,adjudicated_gradable"
-    (tmp_path / "data" / "messidor_data.csv").write_text("\n".join([header, *rows]))
+    folder, table = tmp_path / "data" / "messidor-2" / "preprocess", tmp_path / "data" / "messidor_data.csv"
+    more = {"adjudicated_dme": "0", "adjudicated_gradable": "1"}
+    copied(plain, built["messidor2"].root / "IMAGES", folder, table, more)
     capsys.readouterr()
     prepare("messidor2", tmp_path / "data", target)
     assert "both eyes of an examination may come into different splits" in capsys.readouterr().out

@@ -695,18 +695,24 @@ def test_published_layout_of_dinov2(tmp_path: Path) -> None:
         assert_close(encoder.model.state_dict()[key], tensor)
 
 
+def in_layout_of_dinov3(model: nn.Module) -> Tensors:
+    """Weights of timm's model under Meta's names, with one bias for queries, keys and values."""
+    own, published = model.state_dict(), {}
+    for key, tensor in own.items():
+        if key.endswith("q_bias"):
+            v_bias = own[key.replace("q_bias", "v_bias")]
+            key, tensor = key.replace("q_bias", "qkv.bias"), torch.cat([tensor, torch.zeros(64), v_bias])
+        if not key.endswith("v_bias"):
+            name = key.replace("reg_token", "storage_tokens")
+            published[name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = tensor
+    return published
+
+
 def test_published_layout_of_dinov3(tmp_path: Path) -> None:
     name = FAMILIES["dinov3-qkv-bias"]
     model = source_model(name)
-    published = {}
-    for key, tensor in model.state_dict().items():
-        if key.endswith("q_bias"):
-            v_bias = model.state_dict()[key.replace("q_bias", "v_bias")]
-            key, tensor = key.replace("q_bias", "qkv.bias"), torch.cat([tensor, torch.zeros(64), v_bias])
-            published[key + "_mask"] = torch.ones(192)
-        if not key.endswith("v_bias"):
-            published[key.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma")] = tensor
-    published = {key.replace("gamma_2", "ls2.gamma"): tensor for key, tensor in published.items()}
+    published = in_layout_of_dinov3(model)
+    published |= {f"{key}_mask": torch.ones(192) for key in published if key.endswith("qkv.bias")}
     published |= {"rope_embed.periods": torch.ones(4), "mask_token": torch.zeros(1, 64)}
     assert_encodes_like(save(published, tmp_path / "dinov3.pth"), model, name)
 
@@ -886,19 +892,10 @@ def test_every_other_tensor_is_accounted_for(tmp_path: Path) -> None:
 
 def test_biases_that_timm_would_drop_are_named(tmp_path: Path) -> None:
     """timm's converter drops the biases of queries and values for models of DINOv3 that have none."""
-    with_biases, without = FAMILIES["dinov3-qkv-bias"], FAMILIES["dinov3"]
-    model = source_model(with_biases)
-    published = {}
-    for key, tensor in model.state_dict().items():
-        if key.endswith("q_bias"):
-            v_bias = model.state_dict()[key.replace("q_bias", "v_bias")]
-            key, tensor = key.replace("q_bias", "qkv.bias"), torch.cat([tensor, torch.zeros(64), v_bias])
-        if not key.endswith("v_bias"):
-            name = key.replace("reg_token", "storage_tokens")
-            published[name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = tensor
+    published = in_layout_of_dinov3(source_model(FAMILIES["dinov3-qkv-bias"]))
     path = save(published, tmp_path / "dinov3.pth")
     with pytest.raises(EncoderError, match=r"(?s)not used by timm's Eva: blocks.0.attn.qkv.bias.*qkvb in its name"):
-        FrozenEncoder(EncoderConfig(without, pretrained=path), (64, 64))
+        FrozenEncoder(EncoderConfig(FAMILIES["dinov3"], pretrained=path), (64, 64))
 
 
 def test_a_refused_pickle_names_what_it_holds(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from fpt_lightning.cli import main
 
@@ -19,3 +22,38 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 def run(*args: object) -> None:
     main([str(arg) for arg in args])
+
+
+def write_config(root: Path, folder: Path) -> Path:
+    """``folder/config.yaml``: 2 epochs of FPT+ on small images of 3 classes, with a store and a run in the folder."""
+    content = {
+        "trainer": {
+            "default_root_dir": str(folder / "run"),
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+        },
+        "model": {
+            "class_path": "FPTPlusModule",
+            "init_args": {
+                "num_classes": 3,
+                "encoder": "test_vit",
+                "pretrained": False,
+                "side_resolution": 32,
+                "learning_rate": 3e-3,
+            },
+        },
+        "data": {
+            "class_path": "PreloadedFeatureDataModule",
+            "init_args": {
+                "root": str(root),
+                "store": str(folder / "store.zarr"),
+                "resolution": 64,
+                "image_size": 48,
+                "batch_size": 8,
+            },
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

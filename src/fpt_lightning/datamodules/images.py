@@ -239,11 +239,15 @@ class ImageDataModule(ManifestDataModule):
 
     def _measure(self) -> None:
         """Range of values, mean and std of the training images, where they are ``auto``."""
+        of_values = self.measured is None and self.value_range == "auto" and self._has_deep()
+        of_channels = not self.mean and not self.computed[0]
+        if not of_values and not of_channels:
+            return
         paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
-        if self.measured is None and self.value_range == "auto" and self._has_deep():
+        if of_values:
             self.measured = measured_range(paths, self.fixed_reader.max_pixels)
             rank_zero_info(f"data.value_range: {list(self.measured)}")
-        if not self.mean and not self.computed[0]:
+        if of_channels:
             self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader)
             rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
 
