@@ -40,7 +40,7 @@ from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampl
 from fpt_lightning.files import Row, read_rows, write_rows
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.planning.memory import build_on_meta
+from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.index import StoreIndex
 from records import Record, Records, record
 

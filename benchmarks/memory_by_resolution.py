@@ -22,12 +22,11 @@ from matplotlib.figure import Figure
 from environment import DOCS, RESULTS, write_result
 from fpt_lightning import methods
 from fpt_lightning.methods import ClassificationModule
-from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule
+from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule, build_on_meta
 from fpt_lightning.planning.memory import (
     Attention,
     Precision,
     TrainingStep,
-    build_on_meta,
     example_batch,
     predict_training_memory,
 )

@@ -20,7 +20,7 @@ from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods import METHODS, ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.planning.memory import build_on_meta
+from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.planning.planner import shared_arguments
 
 ABLATIONS: dict[str, tuple[Any, ...]] = {

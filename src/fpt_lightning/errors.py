@@ -37,12 +37,26 @@ class CheckpointError(FPTError):
     """A checkpoint that does not belong to this model, encoder or data."""
 
 
+class OutputError(FPTError):
+    """A file or folder that cannot be written."""
+
+
 class NonFiniteError(FPTError):
     """A model whose outputs are not finite."""
 
 
 class ExportError(FPTError):
     """A model that cannot be exported, or whose export computes something else."""
+
+
+def check_at_least(name: str, value: float, least: int) -> None:
+    """Hold an argument against the least that it may be.
+
+    Raises:
+        ConfigurationError: it is less.
+    """
+    if value < least:
+        raise ConfigurationError(f"{name} is {value}: give {least} or more.")
 
 
 def a_few(names: Sequence[str], most: int = 5) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -11,12 +12,15 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from fpt_lightning.errors import DataError, a_few, in_one_line
+from fpt_lightning.errors import DataError, OutputError, a_few, in_one_line
 
 
 class Row(dict[str, str]):
@@ -28,6 +32,9 @@ class Row(dict[str, str]):
 
     line: int
 
+
+PARTIAL = ".partial"
+"""What the name of a file ends in until all of it is there."""
 
 _FORMULA = re.compile("'*[=+@\t\r-]")
 """How cells begin that spreadsheets run, or that are guarded from it (OWASP, CSV injection)."""
@@ -139,11 +146,82 @@ def _unguarded(cell: str) -> str:
     return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell[1:]) else cell
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A partial name to write a file under, which becomes its own once all of it is there; its folder is made.
+
+    Whatever stops the writer leaves what was under the name before, and nothing partial.
+
+    Raises:
+        OutputError: in place of an ``OSError``.
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    try:
+        make_folder(path.parent)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. What was there before is kept: make room, or give a "
+            "place that can be written."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        OutputError: it is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror}. Give another place.") from error
+
+
+def keep_beside(path: Path) -> Path | None:
+    """Give a file or folder that something new will replace a free name beside its own: ``best`` becomes ``best-1``.
+
+    Returns:
+        That name; None where nothing is there.
+    """
+    if not path.exists():
+        return None
+    kept = next(name for i in count(1) if not (name := path.with_name(f"{path.stem}-{i}{path.suffix}")).exists())
+    path.rename(kept)
+    return kept
+
+
+def lock_file(path: Path) -> IO[bytes] | None:
+    """Hold a lock of the operating system, while the file that is returned is open, or until a crash.
+
+    Returns:
+        None where another process holds it.
+
+    Raises:
+        OutputError: the file cannot be made.
+    """
+    make_folder(path.parent)
+    try:
+        file = path.open("ab+")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}. Give another place.") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:  # a file system without locks
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): write there from one process.", stacklevel=2)
+    return file
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 under a partial name, which becomes its own once all is there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file in UTF-8, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

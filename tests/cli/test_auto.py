@@ -34,7 +34,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def validation_auc(folder: Path) -> float:
-    predictions = Predictions.read(folder / "validate" / "predictions.csv")
+    predictions = Predictions.read(folder / "validate" / "best" / "predictions.csv")
     return float(np.mean([roc_auc_score(predictions.labels == c, predictions.scores[:, c]) for c in range(3)]))
 
 
@@ -134,10 +134,10 @@ def test_more_or_less_may_be_better(mode: str, chosen: str, tmp_path: Path) -> N
     runs = []
     for method, error in {"stored_linear": 5.0, "attentive": 5.0, "fpt_plus": 1.0}.items():
         folder = tmp_path / method
-        (folder / "validate").mkdir(parents=True)
+        (folder / "validate" / "best").mkdir(parents=True)
         ids = tuple(f"{i:02d}" for i in range(40))
         noise = error * np.where(np.arange(40) % 2, 1, -1)
-        Predictions("regression", ids, truth, truth + noise, ()).write(folder / "validate/predictions.csv")
+        Predictions("regression", ids, truth, truth + noise, ()).write(folder / "validate/best/predictions.csv")
         (folder / "metrics.csv").write_text(
             f"epoch,val_mae,epoch_seconds,train_peak_live_mib\n0,{error},2,\n1,{error + 1},4,9\n"
         )

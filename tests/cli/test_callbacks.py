@@ -86,9 +86,9 @@ def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -
     trainer = quiet_trainer(tmp_path / "run", callbacks=[ResultsWriter()])
     trainer.fit(module, data)
     trainer.test(module, data, verbose=False)
-    assert (tmp_path / "run" / "test" / "metrics.json").is_file()
+    assert (tmp_path / "run" / "test" / "model" / "metrics.json").is_file()
     trainer.predict(module, data, return_predictions=False)
-    assert len((tmp_path / "run" / "predict" / "predictions.csv").read_text().splitlines()) == 31
+    assert len((tmp_path / "run" / "predict" / "model" / "predictions.csv").read_text().splitlines()) == 31
 
 
 def test_the_confusion_matrix_has_true_classes_in_rows(tmp_path: Path) -> None:

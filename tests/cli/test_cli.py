@@ -69,14 +69,14 @@ def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: P
     assert "optimizer_states" not in torch.load(root / "best.ckpt", weights_only=True)
 
     run("test", "--config", config, "--ckpt_path", root / "best.ckpt")
-    again = json.loads((root / "test" / "metrics.json").read_text())
+    again = json.loads((root / "test" / "best" / "metrics.json").read_text())
     for name in names:
         assert again["best"][name] == pytest.approx(metrics["best"][name])
-    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+    assert (root / "test" / "best" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
 
     run("predict", "--config", config, "--ckpt_path", root / "best.ckpt", "--data.root", image_root)
     tested = {row["path"]: row for row in rows(root / "predictions.csv")}
-    predicted = {row["path"]: row for row in rows(root / "predict" / "predictions.csv")}
+    predicted = {row["path"]: row for row in rows(root / "predict" / "best" / "predictions.csv")}
     assert len(predicted) == 30
     for path, row in tested.items():
         assert list(row) == ["path", "label", "prob_a", "prob_b", "prob_c"]
@@ -297,10 +297,10 @@ def test_every_method_is_an_override_of_any_example(name: str, config: Path, ima
     )
     assert saved["model"]["init_args"]["num_classes"] == 3
     run("test", *args, "--ckpt_path", root / "best.ckpt")
-    again = json.loads((root / "test" / "metrics.json").read_text())
+    again = json.loads((root / "test" / "best" / "metrics.json").read_text())
     assert again["best"]["test_auc"] == pytest.approx(metrics["best"]["test_auc"])
     run("predict", *args, "--ckpt_path", root / "best.ckpt", "--data.root", image_root / "a")
-    assert len(rows(root / "predict" / "predictions.csv")) == 10
+    assert len(rows(root / "predict" / "best" / "predictions.csv")) == 10
 
 
 def test_every_method_has_an_example() -> None:
@@ -481,7 +481,7 @@ def test_the_split_of_a_run_can_be_given_back(config: Path, tmp_path: Path) -> N
     run("fit", "--config", config)
     again = ["--data.manifest", root / "split.csv", "--data.split_seed", 5]
     run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *again)
-    assert (root / "test" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
+    assert (root / "test" / "best" / "predictions.csv").read_text() == (root / "predictions.csv").read_text()
 
 
 def test_another_random_split_is_not_tested(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -519,10 +519,10 @@ def test_a_model_is_tested_on_images_of_elsewhere(config: Path, tmp_path: Path) 
     where = [*elsewhere(tmp_path, {"b": "b", "c": "c"}), "--data.external", "true"]
     run("preload", "--config", config, *where)
     run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *where)
-    found = rows(root / "test" / "predictions.csv")
+    found = rows(root / "test" / "best" / "predictions.csv")
     assert [row["label"] for row in found] == ["b"] * 4 + ["c"] * 4
     assert list(found[0]) == ["path", "label", "prob_a", "prob_b", "prob_c"]
-    metrics = json.loads((root / "test" / "metrics.json").read_text())["best"]
+    metrics = json.loads((root / "test" / "best" / "metrics.json").read_text())["best"]
     right = [max("abc", key=lambda name: float(row[f"prob_{name}"])) == row["label"] for row in found]
     assert metrics["test_accuracy"] == pytest.approx(sum(right) / 8)
     assert metrics["test_auc_classes"] == 2

@@ -214,6 +214,17 @@ def test_no_augmentation_still_shuffles(make: Maker) -> None:
     assert all(torch.equal(by_id(second)[id], view) for id, view in by_id(first).items())
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["one loader", "a loader each"])
+def test_a_plain_loop_gets_new_views_each_epoch(make: Maker, again: bool) -> None:
+    """As no trainer says which epoch it is."""
+    data = ready(make())
+    loader = data.train_dataloader()
+    passes = [list(data.train_dataloader() if again and number else loader) for number in range(3)]
+    expected = ready(make()).train_dataloader()
+    for number, batches in enumerate(passes):
+        assert equal(batches, epoch(expected, number))
+
+
 def test_workers_change_nothing_in_any_epoch(make: Maker) -> None:
     """They live through all epochs, and yet no epoch repeats another."""
     alone, workers = (ready(make(num_workers=count)).train_dataloader() for count in (0, 2))
@@ -333,6 +344,15 @@ def test_a_foreign_model_in_a_trainer(make: Maker, tmp_path: Path, changes: dict
     assert equal(model.seen["train 1"], epoch(loader, 1))
     assert equal(model.seen["test"], list(alone.test_dataloader()))
     assert len(model.seen["val"]) == 2
+
+
+def test_a_foreign_model_that_hides_its_encoder(tiny_data: Maker, tmp_path: Path) -> None:
+    """Its store is held against nothing."""
+    tiny_data().preload(EncoderConfig("test_vit", pretrained=False))
+    with pytest.warns(
+        UserWarning, match=r"Foreign does not say its encoder: the features of .*store\.zarr are not held"
+    ):
+        quiet_trainer(tmp_path).fit(Foreign(), datamodule=tiny_data())
 
 
 def test_predict_gives_every_image_below_the_root(make: Maker, tmp_path: Path) -> None:

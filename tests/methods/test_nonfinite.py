@@ -49,7 +49,7 @@ def test_a_checkpoint_that_diverged(tiny_data: MakeData, image_root: Path, tmp_p
     data.preload(model, quiet_trainer(tmp_path))
     trainer = quiet_trainer(tmp_path)
     trainer.fit(model, data)
-    torch.nn.init.constant_(model.side.head.bias, float("inf"))  # type: ignore[arg-type]
+    torch.nn.init.constant_(model.side.head.weight, 3e38)  # finite, other than what comes of it
     path = tmp_path / "infinite.ckpt"
     trainer.save_checkpoint(path)
     for stage in (trainer.validate, trainer.test):
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_diverged(tiny_data: MakeData, image_root: Path, tmp_p
 def test_nothing_is_exported_that_is_not_finite(tmp_path: Path) -> None:
     path = save_trained(FPTPlusModule, tmp_path / "a.ckpt", (64, 64), encoder="test_vit", side_resolution=32)
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["side.head.bias"].fill_(float("nan"))
+    checkpoint["state_dict"]["side.head.weight"].fill_(3e38)
     torch.save(checkpoint, path)
     with pytest.raises(NonFiniteError, match="are not finite"):
         export(ckpt_path=str(path), out=str(tmp_path / "m.pt2"), format="torch")

@@ -26,8 +26,8 @@ from fpt_lightning.evaluation.metrics import multilabel_metrics, regression_metr
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import TASKS, Coral, make_task
-from fpt_lightning.methods.tuning import EncoderModule
-from fpt_lightning.planning.memory import TrainingStep, build_on_meta, example_batch
+from fpt_lightning.methods.tuning import EncoderModule, build_on_meta
+from fpt_lightning.planning.memory import TrainingStep, example_batch
 from small import TINY, quiet_trainer
 
 CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regression": 1}
@@ -467,7 +467,7 @@ def test_a_run_leaves_predictions_and_their_evaluation(
     assert len(predictions.ids) in (5, 6)
     assert (root / "confusion_matrix.png").is_file() == (predictions.kind == "single-label")
     main(["predict", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(root / "best.ckpt")])
-    unknown = Predictions.read(root / "predict" / "predictions.csv")
+    unknown = Predictions.read(root / "predict" / "best" / "predictions.csv")
     assert unknown.kind == predictions.kind
     assert not unknown.known.any()
     known = dict(zip(unknown.ids, unknown.scores, strict=True))

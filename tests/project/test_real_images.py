@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_chest_xrays(folder: Path) -> None:
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert metrics["best"]["test_auc"] > 0.5
-    with (folder / "run" / "predict" / "predictions.csv").open(newline="") as file:
+    with (folder / "run" / "predict" / "best" / "predictions.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 108
 
 
@@ -62,7 +62,7 @@ def test_chest_xrays(folder: Path) -> None:
 def test_predictor_and_onnx_on_chest_xrays(folder: Path) -> None:
     import onnxruntime
 
-    predicted = Predictions.read(folder / "run" / "predict" / "predictions.csv")
+    predicted = Predictions.read(folder / "run" / "predict" / "best" / "predictions.csv")
     predictor = Predictor(folder / "run" / "best.ckpt", batch_size=16)
     found = predictor(f"{ROOT}/val")
     assert found.ids == predicted.ids

@@ -95,6 +95,11 @@ class Run:
         """Of the best epoch."""
         return self.folder / "best.ckpt"
 
+    @property
+    def validation(self) -> Path:
+        """The best epoch's predictions for the validation images."""
+        return self.folder / "validate" / "best" / "predictions.csv"
+
     def fit(self, args: Sequence[str]) -> None:
         """Train it by the arguments of ``fit --model auto``, or go on with it."""
         last = self.folder / "last.ckpt"
@@ -107,7 +112,7 @@ class Run:
 
     def validate(self) -> None:
         """Write the best epoch's predictions for the validation images, where they are missing."""
-        if not (self.folder / "validate" / "predictions.csv").is_file():
+        if not self.validation.is_file():
             CommandLine(["validate", "--config", str(self.folder / "config.yaml"), "--ckpt_path", str(self.checkpoint)])
 
     def score(self, metric: str, mode: str) -> float:
@@ -218,7 +223,7 @@ def choose(runs: Sequence[Run], metric: str, mode: str) -> Choice:
         metric: of ``fpt_lightning.evaluation``, such as ``auc``.
         mode: ``max`` where more is better, or ``min``.
     """
-    predictions = [Predictions.read(run.folder / "validate" / "predictions.csv") for run in runs]
+    predictions = [Predictions.read(run.validation) for run in runs]
     evaluations = [evaluate(each) for each in predictions]
     values = [evaluation.overall[metric].value for evaluation in evaluations]
     best = values.index(max(values) if mode == "max" else min(values))
@@ -293,5 +298,4 @@ def _claim(path: Path, configuration: _Configuration) -> None:
             + "; ".join(line.strip() for line in here if line not in there)
         )
     if is_first_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, configuration.text)

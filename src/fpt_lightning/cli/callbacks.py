@@ -25,7 +25,7 @@ from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import SplitSummary, write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
-from fpt_lightning.files import read_rows, without_nan, write_json, write_rows
+from fpt_lightning.files import keep_beside, read_rows, whole_file, without_nan, write_json, write_rows
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.base import from_all_processes
 from fpt_lightning.methods.features import FeatureModule
@@ -189,7 +189,9 @@ class ResultsWriter(L.Callback):
     single-label data ``confusion_matrix.csv`` and ``.png``, with true classes in rows.
 
     Attributes:
-        folder: where to write; ``{trainer.default_root_dir}/test``, ``/predict`` or ``/validate`` by default.
+        folder: where to write; by default ``{trainer.default_root_dir}/test/{checkpoint}``, or in place of test
+            validate or predict; images of elsewhere (``data.external``) get ``{checkpoint}-{name of their folder}``.
+            What is there from before is kept beside, as ``{checkpoint}-1``.
         checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
         evaluations: what ``evaluation.json`` holds, by checkpoint.
@@ -289,8 +291,14 @@ class ResultsWriter(L.Callback):
         return module.predictions(rows, own if any(own) else ())
 
     def _folder(self, trainer: L.Trainer, stage: str) -> Path:
-        folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / stage
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None:
+            return Path(self.folder)
+        data, name = getattr(trainer, "datamodule", None), self.checkpoint
+        if data is not None and getattr(data, "external", False):
+            name += f"-{Path(data.root).resolve().name}"
+        folder = Path(trainer.default_root_dir) / stage / name
+        if (kept := keep_beside(folder)) is not None:
+            rank_zero_info(f"earlier results are kept in {kept}")
         return folder
 
 
@@ -359,4 +367,5 @@ def write_confusion(folder: Path, predictions: Predictions) -> None:
         axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="predicted", ylabel="true")
-        figure.savefig(folder / "confusion_matrix.png", dpi=150)
+        with whole_file(folder / "confusion_matrix.png") as partial:
+            figure.savefig(partial, format="png", dpi=150)

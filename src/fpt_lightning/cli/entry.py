@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from fpt_lightning.errors import FPTError
+from fpt_lightning.errors import ConfigurationError, FPTError, in_one_line
 
 
 class Command(NamedTuple):
@@ -55,7 +58,14 @@ COMMANDS: dict[str, Command] = {
 
 _AUTO = Command("every method on stored features, compared on validation", "cli.auto:fit_all")  # fit --model auto
 
-_SETTING = "MisconfigurationException"  # Lightning's, of settings of the trainer that cannot work here
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a system refuses for want of room or of rights, whose remedy people know."""
+
+_SETTINGS = ("MisconfigurationException", "UsageError")
+"""Lightning's errors of settings of the trainer that cannot work here, and W&B's of an account that it lacks."""
+_RESTORES = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+"""What stumbles over a checkpoint whose state of training is not what Lightning writes."""
+
 _GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store holds, and damage of it"}
 
 
@@ -66,14 +76,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(_spelled(given))
     except Exception as raised:
-        error = _made_for_people(raised)
-        if error is None or os.environ.get("FPT_TRACEBACK"):
+        told = _for_people(raised)
+        if told is None or os.environ.get("FPT_TRACEBACK"):
             raise
-        text = str(error)
-        if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message
-            text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        name = "ConfigurationError" if type(error).__name__ == _SETTING else type(error).__name__
-        print(f"fpt-lightning: {name}: {text}", file=sys.stderr)
+        print(f"fpt-lightning: {told}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -93,7 +99,13 @@ def _run(args: list[str]) -> None:
     else:
         from jsonargparse import auto_cli
 
-        auto_cli(_components(called), args=args, prog="fpt-lightning")
+        from fpt_lightning.cli.misuse import in_words
+
+        try:
+            auto_cli(_components(called), args=args, prog="fpt-lightning", exit_on_error=False)
+        except argparse.ArgumentError as error:
+            options = [option for name in called for option in signature(COMMANDS[name].load()).parameters]
+            raise ConfigurationError(in_words(str(error), options)) from error
 
 
 def _asks_auto(args: Sequence[str]) -> bool:
@@ -164,8 +176,30 @@ def _spelled(args: list[str]) -> list[str]:
     return [f"{arg}=true" if i in bare else arg for i, arg in enumerate(spelled)]
 
 
-def _made_for_people(error: BaseException | None) -> BaseException | None:
-    """The error of ours that a library passed on as one of its own, or Lightning's of a setting; if there is one."""
-    while error is not None and not isinstance(error, FPTError) and type(error).__name__ != _SETTING:
+def _for_people(raised: BaseException) -> str | None:
+    """What to say of an error that has a remedy; None of one that has none, which is a fault of the software.
+
+    It is one of ours, which a library may have passed on as one of its own, one of a setting, or the system's of a file
+    that cannot be read or written.
+    """
+    error: BaseException | None = raised
+    while error is not None and not isinstance(error, FPTError) and type(error).__name__ not in _SETTINGS:
         error = error.__cause__ or error.__context__
-    return error
+    if error is not None:
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker process, whose traceback precedes the message
+            text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        return f"{type(error).__name__ if isinstance(error, FPTError) else 'ConfigurationError'}: {text}"
+    modules = _modules(raised)
+    if _RESTORES in modules:
+        return f"CheckpointError: the checkpoint is damaged, or of another version ({in_one_line(raised)})."
+    if isinstance(raised, ValueError) and modules[-1].startswith("lightning."):  # of a setting, at its use
+        return f"ConfigurationError: {raised}"
+    if isinstance(raised, OSError) and raised.errno in _REFUSED:
+        return f"OutputError: {raised.filename or 'a file'} cannot be read or written: {raised.strerror}."
+    return None
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Through which an error came, the one that raised it last."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]

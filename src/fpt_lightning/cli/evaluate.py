@@ -69,7 +69,6 @@ def evaluate(
         thresholds = fit_thresholds(fitting) | (thresholds or {})
     evaluation = scores.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
     folder = Path(predictions).parent if out is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", evaluation.to_dict())
     about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
     write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)

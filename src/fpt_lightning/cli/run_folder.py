@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -14,17 +14,52 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
-from fpt_lightning.errors import CheckpointError
-from fpt_lightning.files import read_rows
+from fpt_lightning.errors import ConfigurationError, in_one_line
+from fpt_lightning.files import keep_beside, lock_file, read_rows, whole_file, write_text
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
+    """Make a folder the place of one run, which no other fit writes to while the lock that is returned is open.
+
+    Args:
+        folder: of the run.
+        checkpoint: from which it goes on; None where it starts.
+
+    Raises:
+        ConfigurationError: another fit is running there, or the folder holds another run.
+    """
+    check_free(folder, checkpoint)
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise ConfigurationError(
+            f"another fit is running in {folder}: wait for it, or give another --trainer.default_root_dir."
+        )
+    check_free(folder, checkpoint)  # which the other may have left
+    return lock
+
+
+def check_free(folder: Path, checkpoint: str | None) -> None:
+    """Refuse a folder that holds another run; what a start left that never came to a checkpoint is none.
+
+    Raises:
+        ConfigurationError: naming the folder and its run's last checkpoint.
+    """
+    own = sorted(folder.glob("*.ckpt"))
+    if not own or (checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()):
+        return
+    last = f", or go on with that run by --ckpt_path {folder / 'last.ckpt'}" if folder / "last.ckpt" in own else ""
+    raise ConfigurationError(
+        f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder{last}."
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -79,37 +114,37 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            try:
                 torch.save(checkpoint, file)
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # PyTorch has one of its own for a full disk
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"the checkpoint {path} cannot be written: {error}. An earlier one is kept: make room, then go on by "
-                "--ckpt_path."
-            ) from error
-        os.replace(partial, path)
+            except RuntimeError as error:  # PyTorch's own of a full disk
+                raise OSError(in_one_line(error)) from error
+            os.fsync(file.fileno())
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` and ``split.csv`` in the run's folder when fit starts; a run that goes on keeps its own."""
+    """Saves ``config.yaml`` and ``split.csv`` in the run's folder when fit starts.
+
+    A run that goes on with other settings than before keeps its earlier configuration as ``config-1.yaml``.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
-        if trainer.is_global_zero and self.config.get("ckpt_path") is None:
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+        if not trainer.is_global_zero:
+            return
+        folder, goes_on = Path(trainer.default_root_dir), self.config.get("ckpt_path") is not None
+        if not goes_on or not (folder / "split.csv").is_file():
             data = getattr(trainer, "datamodule", None)
             if isinstance(data, ManifestDataModule) and data.listed is not None:
                 data.listed.write(folder / "split.csv")
-            partial = folder / f"{self.config_filename}.partial"
-            self.parser.save(self.config, partial, overwrite=True, multifile=False)
-            os.replace(partial, folder / self.config_filename)
+        path, config = folder / self.config_filename, self.config.clone()
+        config.ckpt_path = None  # test and predict with it must say which
+        text = self.parser.dump(config)
+        if goes_on and path.is_file() and path.read_text(encoding="utf-8") != text:
+            rank_zero_info(f"the run goes on with other settings: those until now are in {keep_beside(path)}")
+        write_text(path, text)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,17 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
+from fpt_lightning.cli.misuse import in_words
 from fpt_lightning.cli.run_folder import (
     RunLogger,
     SaveRunConfig,
     WholeCheckpoints,
+    check_free,
     checkpoint_callbacks,
+    claim,
     is_first_process,
 )
 from fpt_lightning.cli.trainer import Trainer
@@ -28,6 +34,7 @@ from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.record import TrainingRecord
 from fpt_lightning.methods.trained import TrainedModule
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
@@ -54,7 +61,11 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "fpt-lightning"},
+            parser_kwargs={
+                "prog": "fpt-lightning",
+                "exit_on_error": False,  # main says it in a line
+                **{name: {"exit_on_error": False} for name in self.subcommands()},
+            },
             args=None if args is None else list(args),
         )
 
@@ -65,6 +76,25 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.description = "Train classifiers on high-resolution medical images with a frozen vision transformer."
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse what the parser refuses in a line, with the nearest of the command's options.
+
+        Raises:
+            ConfigurationError: an option that there is not, or a value of another type.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            command = next((arg for arg in args or sys.argv[1:] if arg in self._subcommand_parsers), "")
+            of_command = self._subcommand_parsers.get(command, parser)
+            raise ConfigurationError(in_words(str(error), of_command._option_string_actions)) from error
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything is {seed}: give a number from 0 to {2**32 - 1}.")
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration as typed: what a checkpoint holds is compared with it, never put in its place."""
@@ -99,25 +129,18 @@ class CommandLine(LightningCLI):
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        path = self._get(self.config, "ckpt_path")
+        path, folder = self._get(self.config, "ckpt_path"), Path(self._get(self.config, "trainer").default_root_dir)
+        if path in ("best", "last"):  # the run's own
+            path = self.config[self.subcommand].ckpt_path = str(folder / f"{path}.ckpt")
         if path is None and self.subcommand in ("validate", "test", "predict", "explain"):
             raise CheckpointError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )
         self.checkpoint = None if path is None else read_checkpoint(path)
-        folder = Path(self._get(self.config, "trainer").default_root_dir)
         if self.subcommand in ("fit", "validate", "test", "predict"):
             _check_writable(folder)
-        if is_first_process() and self.subcommand == "fit" and path is None and (folder / "config.yaml").exists():
-            last = folder / "last.ckpt"
-            raise ConfigurationError(
-                f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder, or "
-                + (
-                    f"go on with that run by --ckpt_path {last}."
-                    if last.exists()
-                    else "start anew: it has no last.ckpt."
-                )
-            )
+        if self._writes_run:
+            check_free(folder, path)
         for logger in _as_list(self._get(self.config, "trainer").logger):
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
                 logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
@@ -132,6 +155,12 @@ class CommandLine(LightningCLI):
         if path is not None:
             self.results.checkpoint = Path(path).stem
 
+    @property
+    def _writes_run(self) -> bool:
+        """Whether this process trains and leaves a run in the folder."""
+        fast = self._get(self.config, "trainer").fast_dev_run
+        return self.subcommand == "fit" and not fast and is_first_process()
+
     def check(self, stage: str) -> None:
         """Refuse what cannot work before anything is read, encoded, trained or written.
 
@@ -144,11 +173,20 @@ class CommandLine(LightningCLI):
             TrainedModule.on_load_checkpoint(self.model, self.checkpoint)
             if stage == "fit":
                 self.model.check_optimizer(self.checkpoint)
+                self._check_seed(TrainingRecord.of(self.checkpoint).seed)
         self.datamodule.check(stage, self.model)
         if self.checkpoint is not None:
             encoder = getattr(self.model, "encoder_config", None)
             asked = None if encoder is None else self.datamodule.asked(encoder)
             self.model.check_data(self.datamodule, stage, asked)
+
+    def _check_seed(self, trained: int | None) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if type(seed) is int and trained not in (None, seed):
+            raise CheckpointError(
+                f"seed_everything is {seed}, but the checkpoint's run was seeded with {trained}: give that, or start a "
+                "new run with yours."
+            )
 
     def before_validate(self) -> None:
         self.check("validate")
@@ -168,6 +206,8 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """Make the store that is missing, with the same devices."""
         self.check("fit")
+        if self._writes_run:
+            self._lock = claim(Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path"))
         config = self._get(self.config_init, "trainer")
         if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
             settings = {name: config[name] for name in _PRELOAD_SETTINGS}
@@ -180,12 +220,17 @@ class CommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Test the last and the best checkpoint, and keep both results with the run."""
         root = Path(self.trainer.default_root_dir)
-        if self._get(self.config, "trainer").fast_dev_run or not (root / "best.ckpt").is_file():
+        if self._get(self.config, "trainer").fast_dev_run:
             return
         self.results.folder = root
         for name in ("last", "best"):
+            path = root / f"{name}.ckpt"
+            if not path.is_file():
+                why = "no epoch was validated" if name == "best" else "no epoch was finished"
+                rank_zero_warn(f"{why}, so that there is no {path} to test.")
+                continue
             self.results.checkpoint = name
-            self.trainer.test(self.model, self.datamodule, ckpt_path=str(root / f"{name}.ckpt"), weights_only=True)
+            self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True)
 
 
 def _check_writable(folder: Path) -> None:

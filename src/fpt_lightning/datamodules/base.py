@@ -15,7 +15,7 @@ from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader
 from fpt_lightning.data.sources import Fill, read_manifest
 from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, labels_of, start_worker
-from fpt_lightning.errors import DataError
+from fpt_lightning.errors import DataError, check_at_least
 
 
 class ManifestDataModule(L.LightningDataModule):
@@ -45,6 +45,7 @@ class ManifestDataModule(L.LightningDataModule):
             of a store ``{store}.left_out.csv``.
 
     Raises:
+        ConfigurationError: numbers that cannot be.
         DataError: a data set that cannot be used, at ``setup``.
     """
 
@@ -71,6 +72,8 @@ class ManifestDataModule(L.LightningDataModule):
         on_error: OnError = "stop",
     ) -> None:
         super().__init__()
+        check_at_least("data.batch_size", batch_size, 1)
+        check_at_least("data.num_workers", num_workers, 0)
         self.root, self.table = root, manifest
         self.reading: dict[str, Any] = {  # arguments of ``read_manifest``
             "image_column": image_column,
@@ -93,6 +96,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.on_error: OnError = on_error
         self.model: Any = None  # that is met without a trainer; else the trainer's
         self.seed: int | None = None
+        self._sampler: EpochSampler | None = None  # of the last training loader without a trainer
         self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
         self.listed: Manifest | None = None  # the whole data set
         self.manifest: Manifest | None = None  # without what is left out
@@ -145,19 +149,22 @@ class ManifestDataModule(L.LightningDataModule):
 
     def _declared(self, name: str) -> Any:
         """What the model declares that it needs, such as ``side_resolution``; None without one."""
-        model = self.model
-        if model is None and self.trainer is not None:
-            model = self.trainer.lightning_module
-        return getattr(model, name, None)
+        return getattr(self._model(), name, None)
+
+    def _model(self) -> Any:
+        """The model that takes the data; None where none is known."""
+        return self.trainer.lightning_module if self.model is None and self.trainer is not None else self.model
 
     def _dataloader(self, dataset: Samples, shuffle: bool) -> DataLoader[Any]:
-        rank, world, epoch = 0, 1, 0
+        rank, world, epoch = 0, 1, 0 if self._sampler is None else self._sampler.epoch
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             epoch = progress.processed  # as ``current_epoch`` lags behind in a run that goes on
         sampler = EpochSampler(len(dataset), rank, world, shuffle, self.seed or 0)
         sampler.set_epoch(epoch)
+        if shuffle and self.trainer is None:
+            self._sampler = sampler
         return PrefetchingLoader(
             dataset,
             batch_size=self.batch_size,

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
-from fpt_lightning.errors import ConfigurationError, StoreError
+from fpt_lightning.errors import ConfigurationError, StoreError, check_at_least
 from fpt_lightning.store.codecs import check_codec
 from fpt_lightning.store.damage import check_present
 from fpt_lightning.store.preload import preload
@@ -56,6 +56,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         super().__init__(root, **kwargs)
         check_codec(codec)
         self.url, self.codec, self.mirrored = store, codec, mirrored
+        check_at_least("data.preload_batch_size", preload_batch_size, 1)
         self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
         self.store: FeatureStore | None = None
 
@@ -161,6 +162,11 @@ class PreloadedFeatureDataModule(ImageDataModule):
         encoder = self._declared("encoder_config")
         if encoder is not None:
             self.store.require(self.asked_store(encoder), self.rebuild)
+        elif (model := self._model()) is not None:
+            rank_zero_warn(
+                f"{type(model).__name__} does not say its encoder: the features of {self.url} are not held against it. "
+                "Give it an encoder_config, as the methods of fpt-lightning have."
+            )
         self._check_complete(self.store)
         self.specification = self.store.specification
         if self.in_memory:

@@ -56,7 +56,8 @@ STORED = frozenset({"features", "pooled"})
 class EpochSampler(DistributedSampler[Any]):
     """Pairs (epoch, index): with them a view depends on the seed, the epoch and the sample, on no worker.
 
-    Training ranks get equally many pairs, the first ones repeated where needed; others get each sample once.
+    Training ranks get equally many pairs, the first ones repeated where needed; others get each sample once. A pass
+    that no trainer names an epoch for is of the next one.
 
     Args:
         count: of samples.
@@ -71,11 +72,12 @@ class EpochSampler(DistributedSampler[Any]):
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = list(range(self.count))
+        order, epoch = list(range(self.count)), self.epoch
+        self.epoch += 1
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count).tolist()
             order += (order * self.world_size)[: -self.count % self.world_size]
-        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size]])
+        return iter([(epoch, index) for index in order[self.rank :: self.world_size]])
 
     def __len__(self) -> int:
         total = self.count + (-self.count % self.world_size if self.shuffle else 0)

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.files import PARTIAL, whole_file, write_json
 
 CLASSES: tuple[str, ...] = ("healthy", "granular", "striated")
 
 _MARKER = "synthetic.json"
-_PARTIAL = ".partial"
 _VERSION = 1  # part of the marker: raise it whenever the pixels of an image change
 _PERIODS = 128  # of both textures across the image: one a pixel of a 128-pixel copy, which averages it away
 _BANDWIDTH = 14  # periods across the image, standard deviation
@@ -129,14 +129,11 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
     missing = {name: labels[name] for name in labels if name not in _present(root, parameters, set(labels))}
     if not missing:
         return
-    for name in CLASSES:
-        (root / name).mkdir(parents=True, exist_ok=True)
-    (root / _MARKER).write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
+    write_json(root / _MARKER, parameters)
     for name, index in tqdm(missing.items(), desc="drawing fundus images", unit="image"):
         image = fundus_image(index % len(CLASSES), seed * 1_000_000 + index, size)
-        partial = root / f"{name}{_PARTIAL}"
-        Image.fromarray(image).save(partial, format="png", compress_level=1)
-        partial.replace(root / name)
+        with whole_file(root / name) as partial:
+            Image.fromarray(image).save(partial, format="png", compress_level=1)
 
 
 def _present(root: Path, parameters: dict[str, Any], names: set[str]) -> set[str]:
@@ -144,7 +141,7 @@ def _present(root: Path, parameters: dict[str, Any], names: set[str]) -> set[str
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file: name a folder for the synthetic images.")
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
-    present = {name for name in files if not name.endswith(_PARTIAL)}
+    present = {name for name in files if not name.endswith(PARTIAL)}
     if not present:
         return present
     found = _read_marker(root / _MARKER)

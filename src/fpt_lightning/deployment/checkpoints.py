@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fpt_lightning.errors import CheckpointError
+from torch import Tensor
+
+from fpt_lightning.errors import CheckpointError, FPTError, in_one_line
 from fpt_lightning.files import load_pickle
 from fpt_lightning.methods import METHODS, ClassificationModule
-from fpt_lightning.methods.trained import KEY
+from fpt_lightning.methods.record import KEY, TrainingRecord
+from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.specification import FeatureSpecification
 
 
@@ -47,23 +50,25 @@ def load_trained(
         EncoderError: weights that are out of reach or do not fit.
     """
     checkpoint = read_checkpoint(path)
-    about = checkpoint.get(KEY)
     methods = {method.__name__: method for method in METHODS.values()}
+    about = checkpoint.get(KEY)
     if not isinstance(about, dict) or about.get("method") not in methods:
         raise CheckpointError(
             f"the checkpoint {path} was not written by a method of fpt-lightning ({', '.join(methods)}): give one that "
             "`fpt-lightning fit` wrote, such as best.ckpt."
         )
-    arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
+    record = TrainingRecord.of(checkpoint)
+    arguments = {str(name): v for name, v in checkpoint["hyper_parameters"].items() if not str(name).startswith("_")}
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
-    weights = arguments["pretrained"]
+    weights = arguments.get("pretrained")
     if isinstance(weights, str) and not Path(weights).expanduser().is_file():
         raise CheckpointError(
             f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give the "
             "file's place now as pretrained."
         )
-    module = methods[about["method"]](**arguments)
+    _check_size(methods[record.method], arguments, record, checkpoint["state_dict"])
+    module = methods[record.method](**arguments)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     if module.specification is None or not module.specification.mean:
@@ -72,3 +77,32 @@ def load_trained(
             "a data module of fpt-lightning: call the module itself on images prepared as in training."
         )
     return module.eval(), module.specification
+
+
+def _check_size(
+    method: type[ClassificationModule],
+    arguments: dict[str, Any],
+    record: TrainingRecord,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Build the model without memory, and hold the checkpoint's tensors against it: it may ask for any size.
+
+    Raises:
+        CheckpointError: arguments that make no such model, or tensors of other shapes.
+    """
+    resolution = None if record.specification is None else record.specification.resolution
+    try:
+        sketch = build_on_meta(lambda: method(**arguments), resolution)
+    except FPTError:
+        raise
+    except Exception as error:  # whatever the first odd argument provokes
+        raise CheckpointError(
+            f"the checkpoint is damaged: its hyper_parameters make no {method.__name__} ({in_one_line(error)})."
+        ) from error
+    own = sketch.state_dict()
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            there = tuple(own[name].shape) if name in own else "not there"
+            raise CheckpointError(
+                f"the checkpoint is damaged: its {name} is {tuple(value.shape)}, by its own hyper_parameters {there}."
+            )

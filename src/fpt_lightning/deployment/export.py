@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from fpt_lightning.deployment.predictor import NOTICE
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ExportError
 from fpt_lightning.explanation.attention import overlay, prompt_attention
+from fpt_lightning.files import whole_file
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.fusion import Fusion
@@ -185,14 +186,9 @@ def export(
     size = sum(p.numel() * p.element_size() for p in classifier.parameters())
     if format == "onnx" and size >= _LARGEST_ONNX:
         raise ExportError(f"the model has {size / 2**30:.1f} GiB, an ONNX file at most 2: use --format torch.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with whole_file(path) as partial:
         run = _WRITERS[format](classifier, partial)
         difference = _difference(classifier, run)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     print(
         f"{path} ({path.stat().st_size / 2**20:.1f} MiB): {', '.join(classifier.output_names)} of images "
         f"{'batch x 3 x {} x {}'.format(*classifier.specification.resolution)}, within {difference:.1g} of PyTorch's.\n"
@@ -233,8 +229,11 @@ def _traced(classifier: Classifier) -> torch.export.ExportedProgram:
 
 def _write_torch(classifier: Classifier, path: Path) -> Callable[[Tensor], list[Tensor]]:
     """Write, and give what the file computes."""
-    torch.export.save(_traced(classifier), path, extra_files={"fpt_lightning.json": _as_json(classifier.about())})
-    exported = torch.export.load(path).module()
+    content = BytesIO()  # PyTorch, writing itself, ends the process where the disk is full
+    torch.export.save(_traced(classifier), content, extra_files={"fpt_lightning.json": _as_json(classifier.about())})
+    path.write_bytes(content.getvalue())
+    content.seek(0)
+    exported = torch.export.load(content).module()
     return lambda images: list(exported(images))
 
 

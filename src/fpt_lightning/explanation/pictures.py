@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from fpt_lightning.data.transforms import unit_pixels
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.figures import ACCENT, MUTED, SECOND, STYLE
+from fpt_lightning.files import whole_file
 
 LARGEST = 1200
 """Pixels of the longer side of a picture's image at most."""
@@ -214,7 +214,5 @@ def _curve(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

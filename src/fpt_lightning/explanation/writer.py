@@ -129,7 +129,6 @@ class ExplanationWriter(L.Callback):
         assert isinstance(pl_module, FPTPlusModule)
         ids, curves, shares = zip(*found, strict=True)
         groups = [self._samples[id].group or id for id in ids]
-        self.folder.mkdir(parents=True, exist_ok=True)
         side = self._side_attention(pl_module, np.stack(shares), groups)
         deletion = None if pl_module.task.KIND == "regression" else self._deletion(np.stack(curves), groups)
         content = {"images": len(ids), "groups": len(set(groups)), "side_attention": side, "deletion": deletion}

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.selection import exporting
-from fpt_lightning.errors import ConfigurationError, NonFiniteError
+from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
 from fpt_lightning.evaluation.calibration import fit_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
@@ -193,8 +194,8 @@ class ClassificationModule(TrainedModule, ABC):
             raise NonFiniteError(
                 f"the model's outputs for {which} are not finite after {self.trainer.global_step} steps "
                 f"(epoch {self.current_epoch}): training diverges. Give a smaller model.learning_rate than "
-                f"{self.learning_rate:g}, trainer.gradient_clip_val, or another trainer.precision; last.ckpt is of an "
-                "earlier epoch."
+                f"{self.learning_rate:g}, trainer.gradient_clip_val, or another trainer.precision than "
+                f"{self.trainer.precision}; last.ckpt is of an earlier epoch."
             )
         path = None if self._trainer is None else self.trainer.ckpt_path
         raise NonFiniteError(
@@ -244,13 +245,17 @@ class ClassificationModule(TrainedModule, ABC):
 
     @staticmethod
     def check_trainer(trainer: L.Trainer) -> None:
-        """Refuse a trainer whose training has no end.
+        """Refuse a trainer whose training has no end, or no step.
 
         Raises:
-            ConfigurationError: the cosine schedule needs a last step.
+            ConfigurationError: naming the argument.
         """
         if trainer.max_epochs in (-1, None) and trainer.max_steps == -1:
             raise ConfigurationError("trainer.max_epochs is -1: the cosine schedule needs a last step; give a number.")
+        check_at_least("trainer.gradient_clip_val", trainer.gradient_clip_val or 0, 0)
+        if trainer.check_val_every_n_epoch is not None:
+            check_at_least("trainer.check_val_every_n_epoch", trainer.check_val_every_n_epoch, 1)
+        check_at_least("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is learnable, and a cosine decay to 0 by step after an optional linear warm-up."""
@@ -277,6 +282,24 @@ class ClassificationModule(TrainedModule, ABC):
     def on_train_epoch_start(self) -> None:
         entropy = [self._seed or 0, self.current_epoch, self.trainer.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_train_start(self) -> None:
+        """Go on where the schedule of now stands, and say so where that is not where it stood before.
+
+        The optimizer's state holds the learning rate of the schedule to the last step that was asked for then.
+        """
+        schedule = self.lr_schedulers()
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) or self.trainer.ckpt_path is None:
+            return
+        before, step = schedule.get_last_lr(), schedule.last_epoch
+        now = [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        if now != before:
+            for group, rate in zip(schedule.optimizer.param_groups, now, strict=True):
+                group["lr"] = rate
+            rank_zero_info(
+                f"the cosine schedule now ends after {self.trainer.estimated_stepping_batches:,.0f} steps: at step "
+                f"{step:,} the learning rate is {now[0]:.3g}, where it was {before[0]:.3g}"
+            )
 
     def on_fit_start(self) -> None:
         if self._seed is None:

@@ -13,6 +13,7 @@ from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.encoder.selection import Criterion
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
+from fpt_lightning.methods.record import check_tensors
 from fpt_lightning.store.codecs import Features, as_features
 
 
@@ -99,6 +100,15 @@ class FeatureModule(ClassificationModule):
         """
         self.check_weights(encoder.digest)
         self._frozen[encoder.resolution] = encoder
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hold a checkpoint, and its tensors, against this module.
+
+        Raises:
+            CheckpointError: see ``ClassificationModule``; or other tensors than learn here.
+        """
+        super().on_load_checkpoint(checkpoint)
+        check_tensors(checkpoint["state_dict"], self.state_dict())
 
     def features(self, batch: Mapping[str, Any]) -> Features:
         """Keys and values: the stored ones, or those of the images, encoded now.

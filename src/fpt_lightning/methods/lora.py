@@ -125,6 +125,7 @@ class AdaLoRAModule(EncoderTuningModule):
 
     def on_train_start(self) -> None:
         """Lay out the schedule of ranks over the steps to come."""
+        super().on_train_start()
         config = self._tuner[0].peft_config[_ADAPTER]
         config.total_step = int(self.trainer.estimated_stepping_batches)
         config.tinit, config.tfinal = config.total_step // 10, config.total_step // 2

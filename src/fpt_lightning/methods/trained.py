@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest
-from fpt_lightning.errors import CheckpointError, StoreError, a_few
+from fpt_lightning.errors import CheckpointError, a_few
+from fpt_lightning.methods.record import KEY, TrainingRecord, check_resumable
 from fpt_lightning.methods.saved_files import keep_own_files
 from fpt_lightning.methods.tasks import Task
 from fpt_lightning.store.specification import FeatureSpecification
-
-KEY = "fpt_lightning"
-"""Of this package's part of a checkpoint."""
 
 
 class TrainedModule(L.LightningModule):
@@ -192,43 +190,45 @@ class TrainedModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = {
-            "method": type(self).__name__,
-            "classes": list(self.class_names),
-            "specification": None if self.specification is None else self.specification.to_dict(),
-            "seed": self._seed,
-            "split": self._split_digest,
-            "seen": self._seen,
-            "thresholds": self.thresholds,
-            "temperature": self.temperature,
-        }
+        record = TrainingRecord(
+            type(self).__name__,
+            self.class_names,
+            self.specification,
+            self._seed,
+            self._split_digest,
+            self._seen,
+            self.thresholds,
+            self.temperature,
+        )
+        checkpoint[KEY] = record.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Hold a checkpoint against this module.
 
         Raises:
-            CheckpointError: it is not from this package, or from another method, encoder or architecture.
+            CheckpointError: it is not from this package, is damaged, or from another method, encoder or architecture.
         """
         if self._trainer is not None:
             keep_own_files(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
             if self.trainer.state.fn == "fit":
                 self.check_optimizer(checkpoint)
-        about = checkpoint.get(KEY)
-        if not isinstance(about, dict):
-            raise CheckpointError("the checkpoint was not written by a method of fpt-lightning.")
-        try:
-            self._take_over(about, checkpoint.get("hyper_parameters", {}))
-        except (KeyError, TypeError, ValueError, AttributeError, StoreError) as error:
+        record = TrainingRecord.of(checkpoint)
+        self._check_belongs(record.method, checkpoint["hyper_parameters"])
+        if record.classes and self.task.KIND != "regression" and len(record.classes) != self.num_classes:
             raise CheckpointError(
-                f"the checkpoint is damaged, or of another version of fpt-lightning ({type(error).__name__}: {error})."
-            ) from error
+                f"the checkpoint is damaged: it names {len(record.classes)} classes, has {self.num_classes} outputs."
+            )
+        self.class_names, self.specification = record.classes, record.specification
+        self._seed, self._split_digest, self._seen = record.seed, record.split, record.seen
+        self.thresholds, self.temperature = record.thresholds, record.temperature
 
     def check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse to go on with other settings of the optimizer than a checkpoint has.
+        """Refuse to go on with other settings of the optimizer than a checkpoint has, or without its state.
 
         Raises:
-            CheckpointError: each that differs, with both values.
+            CheckpointError: each that differs, with both values; or a checkpoint of weights alone.
         """
+        check_resumable(checkpoint)
         saved = checkpoint.get("hyper_parameters", {})
         differences = [
             f"model.{name}: {saved[name]!r} in the checkpoint, {self.hparams[name]!r} here"
@@ -242,8 +242,8 @@ class TrainedModule(L.LightningModule):
                 + "\nGive its values, or start a new run with yours."
             )
 
-    def _take_over(self, about: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
-        saved = {"method": about["method"], **arguments}
+    def _check_belongs(self, method: str, arguments: Mapping[str, Any]) -> None:
+        saved = {"method": method, **arguments}
         own = {"method": type(self).__name__, **self.hparams}
         differences = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
@@ -252,13 +252,6 @@ class TrainedModule(L.LightningModule):
         ]
         if differences:
             raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))
-        self.class_names = tuple(about["classes"])
-        content = about["specification"]
-        self.specification = None if content is None else FeatureSpecification.from_dict(content)
-        self._seed, self._split_digest = about["seed"], about["split"]
-        self._seen = about.get("seen", {})  # which earlier versions do not keep
-        self.thresholds = {str(name): float(value) for name, value in about["thresholds"].items()}
-        self.temperature = float(about["temperature"])
 
 
 def _labelled(data: Any, stage: str) -> Manifest | None:

@@ -7,9 +7,11 @@ adapters, LoRA and AdaLoRA, in files of their own, add to it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -17,6 +19,7 @@ from fpt_lightning.encoder.frozen import build_encoder
 from fpt_lightning.encoder.weights import weights_digest
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
 from fpt_lightning.methods.base import ClassificationModule, initialise_head
+from fpt_lightning.methods.record import check_tensors
 
 
 class EncoderModule(ClassificationModule):
@@ -137,11 +140,9 @@ class EncoderModule(ClassificationModule):
                 f"this model was trained at the resolution {trained}, the data have {self.resolution}: set "
                 "data.resolution to the model's."
             )
-        saved, kept = set(checkpoint["state_dict"]), self._kept_names()
-        if saved != kept:
-            some = ", ".join(sorted(saved ^ kept)[:3])
-            raise CheckpointError(f"the checkpoint does not hold what learns here: they differ in {some}.")
-        frozen = {k: v for k, v in self.state_dict().items() if k not in kept}
+        own, kept = self.state_dict(), self._kept_names()
+        check_tensors(checkpoint["state_dict"], {name: own[name] for name in kept})
+        frozen = {k: v for k, v in own.items() if k not in kept}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **frozen}
 
     def _kept_names(self) -> set[str]:
@@ -226,3 +227,23 @@ class BitFitModule(EncoderTuningModule):
             )
         for parameter in biases.values():
             parameter.requires_grad_(True)
+
+
+def build_on_meta(
+    method: Callable[[], ClassificationModule], resolution: tuple[int, int] | None
+) -> ClassificationModule:
+    """A method as it trains at a resolution, encoder included where it is inside, without weights or memory.
+
+    Args:
+        method: makes the method, such as ``lambda: LoRAModule(5)``.
+        resolution: (height, width) of the encoder's images in pixels; None leaves an encoder inside unbuilt.
+
+    Raises:
+        ConfigurationError: settings that cannot work.
+    """
+    with torch.device("meta"):
+        module = method()
+        if isinstance(module, EncoderModule) and resolution is not None:
+            module.encoder_config = replace(module.encoder_config, pretrained=False)
+            module.build(resolution)
+    return module

@@ -26,7 +26,7 @@ from fpt_lightning.encoder.selection import parts
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.fusion import pieces
-from fpt_lightning.methods.tuning import EncoderModule
+from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.codecs import CODECS, check_codec
 from fpt_lightning.store.preload import feature_shape
 
@@ -160,24 +160,6 @@ class TrainingStep:
             self()
         peak: int = live.peak
         return peak
-
-
-def build_on_meta(method: Callable[[], ClassificationModule], resolution: tuple[int, int]) -> ClassificationModule:
-    """A method as it trains at a resolution, encoder included where it is inside, without weights or memory.
-
-    Args:
-        method: makes the method, such as ``lambda: LoRAModule(5)``.
-        resolution: (height, width) of the encoder's images in pixels.
-
-    Raises:
-        ConfigurationError: settings that cannot work.
-    """
-    with torch.device("meta"):
-        module = method()
-        if isinstance(module, EncoderModule):
-            module.encoder_config = replace(module.encoder_config, pretrained=False)
-            module.build(resolution)
-    return module
 
 
 def predict_training_memory(

@@ -16,7 +16,8 @@ from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.files import align
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.planning.memory import Precision, build_on_meta, predict_encoding_memory, predict_training_memory
+from fpt_lightning.methods.tuning import build_on_meta
+from fpt_lightning.planning.memory import Precision, predict_encoding_memory, predict_training_memory
 from fpt_lightning.store.preload import feature_shape
 from fpt_lightning.store.store import bytes_per_row
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
-from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, ImageReader
+from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, Fit, ImageReader
 from fpt_lightning.errors import StoreError
 
 FORMAT = 4  # of the store's layout and of what the numbers in it mean
@@ -97,8 +98,29 @@ class FeatureSpecification:
             value = content[name] if isinstance(content[name], list) else [content[name]]
             if isinstance(content[name], list) != (name in _LISTS) or not all(type(v) in kind for v in value):
                 raise StoreError(f"the specification's {name} is {content[name]!r}.")
+        if len(content["resolution"]) != 2:
+            raise StoreError(f"the specification's resolution is {content['resolution']!r}.")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-        return cls(**values)
+        specification = cls(**values)
+        specification._check_ranges()
+        return specification
+
+    def _check_ranges(self) -> None:
+        """Refuse numbers that no image and no encoder could have."""
+        numbers = (*self.mean, *self.std, *self.value_range, self.token_ratio)
+        sound = {
+            "layers": len(self.layers) > 0 and all(layer >= 0 for layer in self.layers),
+            "token_ratio": 0 < self.token_ratio <= 1,
+            "resolution": min(self.resolution) > 0,
+            "image_size": self.image_size > 0,
+            "mean": len(self.mean) == len(self.std) and all(math.isfinite(number) for number in numbers),
+            "std": all(number > 0 for number in self.std),
+            "value_range": not self.value_range
+            or (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]),
+            "fit": self.fit in get_args(Fit),
+        }
+        if wrong := [name for name, is_sound in sound.items() if not is_sound]:
+            raise StoreError(f"the specification's {wrong[0]} is {getattr(self, wrong[0])!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
