@@ -132,7 +132,7 @@ def test_weights_that_have_moved_are_given_again(image_root: Path, tmp_path: Pat
     path = checkpoint(tmp_path, pretrained=str(weights))
     expected = Predictor(path)(image_root)
     weights.rename(moved)
-    with pytest.raises(CheckpointError, match=rf"{weights}.* are not there: give the file's place now as pretrained"):
+    with pytest.raises(CheckpointError, match=rf"{weights}.* are not there: give their place now as pretrained"):
         Predictor(path)
     np.testing.assert_array_equal(Predictor(path, pretrained=str(moved))(image_root).scores, expected.scores)
     other = {name: tensor + 1 for name, tensor in torch.load(moved, weights_only=True).items()}

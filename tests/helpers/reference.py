@@ -92,6 +92,15 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
 
 
+def images_for(resolution: tuple[int, int], batch: int = 2) -> Tensor:
+    """Noise (B, 3, height, width), the same every time."""
+    return torch.randn(batch, 3, *resolution, generator=torch.Generator().manual_seed(3))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- attention of timm
 
 

@@ -28,7 +28,6 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from fpt_lightning.cli import main
 from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
@@ -317,42 +316,9 @@ def test_the_encoder_check_prints_what_the_page_says(workspace: Path, capsys: py
     run_block(found[at], found[at + 1].body, workspace, capsys)
 
 
-def tiny_vit(**changes: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=0, **changes)
-
-
-def convert(title: str) -> None:
-    (block,) = [block for block in blocks("docs/encoders.md") if block.title == title]
-    Path(title).write_text(block.body)
-    assert script([title]) == 0
-
-
-def loads(path: str) -> bool:
-    """Whether an encoder takes a file, and has its weights then."""
-    model = build_encoder(EncoderConfig("test_vit", pretrained=False), (160, 160))
-    load_weights(model, Path(path))
-    return torch.equal(model.state_dict()["blocks.0.attn.proj.weight"], load_file(path)["blocks.0.attn.proj.weight"])
-
-
-def test_layer_scale_is_folded_into_the_weights(workspace: Path) -> None:
-    """In the layout of UNI, which timm builds with ``init_values``: the converted network computes the same."""
-    scaled = tiny_vit(init_values=0.1).eval()
-    for name, parameter in scaled.named_parameters():
-        if name.endswith("gamma"):
-            torch.nn.init.uniform_(parameter, 0.1, 2)
-    torch.save(scaled.state_dict(), "weights/pytorch_model.bin")
-    convert("convert_uni.py")
-    assert loads("weights/uni.safetensors")
-    plain = tiny_vit().eval()
-    plain.load_state_dict(load_file("weights/uni.safetensors"))
-    image = torch.randn(1, 3, 160, 160)
-    torch.testing.assert_close(plain(image), scaled(image), rtol=1e-4, atol=1e-4)
-
-
 def test_a_clip_file_gives_its_image_tower(tmp_path: Path) -> None:
     """In the layout of BiomedCLIP: timm's image tower and a text tower with more tensors than it."""
-    vit = tiny_vit()
+    vit = timm.create_model("test_vit", num_classes=0)
     tensors = {f"visual.trunk.{name}": tensor for name, tensor in vit.state_dict().items()}
     tensors |= {f"text.transformer.encoder.layer.{i}.weight": torch.zeros(2) for i in range(200)}
     tensors |= {"visual.head.proj.weight": torch.zeros(8, 64), "logit_scale": torch.tensor(1.0)}

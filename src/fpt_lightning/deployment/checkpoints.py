@@ -62,10 +62,10 @@ def load_trained(
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
     weights = arguments.get("pretrained")
-    if isinstance(weights, str) and not Path(weights).expanduser().is_file():
+    if isinstance(weights, str) and not Path(weights).expanduser().exists():
         raise CheckpointError(
-            f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give the "
-            "file's place now as pretrained."
+            f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give their "
+            "place now as pretrained."
         )
     _check_size(methods[record.method], arguments, record, checkpoint["state_dict"])
     module = methods[record.method](**arguments)

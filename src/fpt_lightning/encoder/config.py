@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import timm
@@ -12,12 +11,12 @@ import torch
 from torch import nn
 
 from fpt_lightning.encoder.selection import CRITERIA, number_of_tokens
-from fpt_lightning.encoder.weights import WEIGHT_SUFFIXES, existing_weights
-from fpt_lightning.errors import ConfigurationError, EncoderError
-from fpt_lightning.files import file_digest
+from fpt_lightning.encoder.weight_files import WEIGHT_SUFFIXES, are_weights, existing_weights, weights_file_digest
+from fpt_lightning.errors import ConfigurationError, EncoderError, in_one_line
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+_HUB, _FOLDER = "hf-hub:", "local-dir:"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,11 @@ def encoder_shape(name: str) -> EncoderShape:
     Raises:
         EncoderError: timm has no such model, or it is not a plain ViT.
     """
+    if is_in_a_repository(name):
+        return _shape_of(name, _from_its_repository(name))
     if not timm.is_model(name):
+        if "/" in name:
+            raise EncoderError(f"encoder {name!r} is not a model of timm: of a repository, give 'hf-hub:{name}'.")
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise EncoderError(f"encoder {name!r} is not a model of timm {timm.__version__}; similar names: {near}.")
     try:
@@ -93,6 +96,24 @@ def encoder_shape(name: str) -> EncoderShape:
         known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "no weights"
         raise EncoderError(f"encoder {name!r}: {error} timm {timm.__version__} has {known}.") from error
     return _shape_of(name, model)
+
+
+def is_in_a_repository(name: str) -> bool:
+    """Whether timm takes a model's shape from the ``config.json`` of a repository or of a folder."""
+    return name.startswith((_HUB, _FOLDER))
+
+
+def _from_its_repository(name: str) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=1000)
+    except Exception as error:  # no network, no access, no such repository, or one that is not timm's
+        raise EncoderError(
+            f"encoder {name!r}: timm cannot build it from its config.json ({in_one_line(error)}), which must be one of "
+            "timm and, on a hub, within reach, whatever pretrained is. Otherwise give timm's name of the architecture "
+            "as encoder, and the file or folder of the weights as pretrained."
+        ) from error
+    return model
 
 
 def _shape_of(name: str, model: nn.Module) -> EncoderShape:
@@ -130,9 +151,11 @@ class EncoderConfig:
     """Which features the frozen encoder gives.
 
     Attributes:
-        name: timm's model name, a tag included where wanted (``vit_base_patch16_224.augreg_in21k``).
-        pretrained: True for timm's published weights, False for a fixed random initialisation, or the path of a local
-            ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.pth.tar`` file.
+        name: timm's model name, a tag included where wanted (``vit_base_patch16_224.augreg_in21k``), or
+            ``hf-hub:owner/repository`` or ``local-dir:folder`` with a ``config.json`` of timm.
+        pretrained: True for the published weights, False for a fixed random initialisation, or a local path: of a
+            ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.pth.tar`` file, of an index of shards
+            (``.index.json``), or of a folder with either, as transformers saves it.
         layers: tapped blocks, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper: 0.2).
         criterion: ``global`` (attention column mean over all tokens, the paper's) or ``class_token``.
@@ -168,13 +191,11 @@ class EncoderConfig:
             raise ConfigurationError(
                 f"criterion is 'class_token', but {self.name} has no class token: use criterion 'global'."
             )
-        if isinstance(self.pretrained, str):
-            path = Path(self.pretrained)
-            if path.suffix.lower() not in WEIGHT_SUFFIXES:
-                raise EncoderError(
-                    f"pretrained is {self.pretrained!r}: give true, false or a file ending in "
-                    f"{', '.join(WEIGHT_SUFFIXES)}."
-                )
+        if isinstance(self.pretrained, str) and not are_weights(self.pretrained):
+            raise EncoderError(
+                f"pretrained is {self.pretrained!r}: give true, false or a file ending in {', '.join(WEIGHT_SUFFIXES)} "
+                "or .index.json, or a folder that holds one."
+            )
 
     @property
     def shape(self) -> EncoderShape:
@@ -185,16 +206,25 @@ class EncoderConfig:
         """The tapped blocks: ``layers``, or the upper half of the encoder."""
         return tuple(range(self.shape.depth // 2, self.shape.depth)) if self.layers is None else self.layers
 
+    @property
+    def weights_path(self) -> str | None:
+        """The file or folder of the weights, where they are local."""
+        if self.pretrained is True and self.name.startswith(_FOLDER):
+            return self.name.removeprefix(_FOLDER)
+        return self.pretrained if isinstance(self.pretrained, str) else None
+
     def weights(self) -> str:
-        """What identifies the weights without loading them: timm's tag, ``random``, or a file's SHA-256.
+        """What identifies the weights without loading them: timm's tag, a repository, ``random``, or SHA-256 of files.
 
         Raises:
             EncoderError: the weights file is not there.
         """
-        if self.pretrained is True:
-            model_cfg = timm.get_pretrained_cfg(self.name)
-            tag = f".{model_cfg.tag}" if model_cfg is not None and model_cfg.tag else ""
-            return f"timm:{self.name.split('.')[0]}{tag}"
+        if self.weights_path is not None:
+            return "sha256:" + weights_file_digest(existing_weights(self.weights_path))
         if self.pretrained is False:
             return "random"
-        return "sha256:" + file_digest(existing_weights(self.pretrained))
+        if is_in_a_repository(self.name):
+            return self.name
+        model_cfg = timm.get_pretrained_cfg(self.name)
+        tag = f".{model_cfg.tag}" if model_cfg is not None and model_cfg.tag else ""
+        return f"timm:{self.name.split('.')[0]}{tag}"

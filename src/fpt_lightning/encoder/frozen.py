@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.config import EncoderConfig, is_in_a_repository
 from fpt_lightning.encoder.selection import (
     attention_with_importance,
     class_token_importance,
@@ -20,7 +21,8 @@ from fpt_lightning.encoder.selection import (
     number_of_tokens,
     select_tokens,
 )
-from fpt_lightning.encoder.weights import existing_weights, load_weights, weights_digest
+from fpt_lightning.encoder.weight_files import existing_weights
+from fpt_lightning.encoder.weights import fit_weights, load_weights, weights_digest
 from fpt_lightning.errors import ConfigurationError, EncoderError
 
 
@@ -197,19 +199,24 @@ def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: b
     Raises:
         EncoderError: weights that are out of reach or do not fit.
     """
+    remote = config.pretrained is True and config.weights_path is None
+    hub = config.name.removeprefix("hf-hub:") if remote and is_in_a_repository(config.name) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model: nn.Module = timm.create_model(config.name, pretrained=config.pretrained is True, img_size=resolution)
+            model: nn.Module = timm.create_model(config.name, pretrained=remote and hub is None, img_size=resolution)
+            tensors = None if hub is None else load_state_dict_from_hf(hub)
         except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
-            if config.pretrained is not True:
+            if not remote:
                 raise
             raise EncoderError(
                 f"timm cannot load the published weights of {config.name} ({type(error).__name__}: {error}). Without a "
                 "network, give a local file as model.pretrained."
             ) from error
-    if isinstance(config.pretrained, str):
-        load_weights(model, existing_weights(config.pretrained), pooling)
+    if tensors is not None:  # not by timm, which may leave out what does not fit
+        fit_weights(model, tensors, f"the weights file of {config.name}", pooling)
+    if config.weights_path is not None:
+        load_weights(model, existing_weights(config.weights_path), pooling)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             cast(Any, module).fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs

@@ -1,4 +1,4 @@
-"""Weight files: read as tensors alone, brought to timm's names, loaded whole or refused."""
+"""Weights of the encoder: loaded whole or refused, whatever layout they were published in."""
 
 from __future__ import annotations
 
@@ -7,53 +7,33 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fpt_lightning.errors import EncoderError, a_few, in_one_line
-from fpt_lightning.files import load_pickle
+from fpt_lightning.encoder.layouts import KNOWN_LAYOUTS, Tensors, encoder_of, fold_layer_scales
+from fpt_lightning.encoder.weight_files import config_of, read_weights
+from fpt_lightning.errors import EncoderError, a_few
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
-_PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "backbone.",
-    "encoder.",
-    "model.",
-    "teacher.",
-    "student.",
-    "vit.",
-    "visual.trunk.",
-)
 _POSITIONS = ("pos_embed", "relative_position", "rel_pos", "rope")
-_HEADS = ("head.", "head_dist.", "classifier.", "fc.")
+_HEADS = ("head.", "head_dist.", "classifier.", "fc.", "pooler.")
 _POOLING = ("fc_norm.", "norm.", "attn_pool.")  # what follows the blocks; the frozen pass does not use it
-_ASIDE = re.compile(  # what only pretraining uses: decoders of MAE, heads of self-distillation, the texts of CLIP
-    r"decoder_|decoder\.|predictor\.|projector\.|dino_head\.|ibot_head\.|dino_loss\.|ibot_patch_loss\.|queue|"
-    r"text\.|logit_scale$|logit_bias$|visual\.head\."
-)
+_PATCHES = "patch_embed.proj.weight"
 _UNUSED = re.compile(  # what timm computes itself, or needs to tell a layout by
     r"(.*\.)?(mask_token|relative_position_index|num_batches_tracked|rope_embed\.periods|bias_mask)$"
 )
-
-
-def existing_weights(pretrained: str) -> Path:
-    """The path of a weights file.
-
-    Raises:
-        EncoderError: it is not there.
-    """
-    path = Path(pretrained).expanduser()
-    if not path.is_file():
-        raise EncoderError(f"the weights file {pretrained!r} (pretrained) does not exist.")
-    return path
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": F.gelu,  # timm has it exact where the difference is too small to matter (SigLIP)
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -67,56 +47,88 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
-    """Load a local weights file into a timm model; only tensors are read, no code is run.
+    """Load local weights into a timm model; only tensors are read, no code is run.
 
-    Wrappers (``model``, ``state_dict``, ``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) are taken off,
-    timm's own converters then rename foreign layouts and interpolate position embeddings. Of a student and its teacher
-    the teacher is taken. Heads and what only pretraining uses are left aside, and unless ``pooling``, the final norm
-    and pooling too. Every other tensor of the file must be in the model.
+    See ``fit_weights``. The ``config.json`` of a folder of transformers is held against the model.
+
+    Args:
+        model: timm's.
+        path: of a weights file, of an index of shards (``*.index.json``), or of a folder with either.
+        pooling: whether the final norm and pooling must be there.
 
     Raises:
-        EncoderError: the file cannot be read, or names or shapes do not fit; each is listed.
+        EncoderError: files that are not there or cannot be read, or weights that do not fit.
     """
-    tensors = _plain_state_dict(_read_tensors(path), path)
-    converted = _convert(tensors, model, path)
+    _check_config(config_of(path), model, path)
+    fit_weights(model, read_weights(path), f"the weights file {path}", pooling)
+
+
+def fit_weights(model: nn.Module, content: Any, source: str, pooling: bool = False) -> None:
+    """Load what a weights file held into a timm model.
+
+    Wrappers (``model``, ``state_dict``, ``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) are taken off,
+    published layouts are brought to timm's names, by ``fpt_lightning.encoder.layouts`` and by timm's own converters,
+    which also interpolate position embeddings. Heads and what only pretraining uses are left aside, and unless
+    ``pooling``, the final norm and pooling too. Every other tensor must be in the model.
+
+    Args:
+        model: timm's.
+        content: a ``state_dict``, or mappings around one.
+        source: what it is from, for errors.
+        pooling: whether the final norm and pooling must be there.
+
+    Raises:
+        EncoderError: names or shapes do not fit; they are listed, with some of both sides. The model is as it was.
+    """
+    published = _state_dict(content, source)
+    tensors = encoder_of(published, source)
+    own: Tensors = model.state_dict()
+    converted = fold_layer_scales(_convert(tensors, model, source), own)
     aside = _HEADS if pooling else (*_HEADS, *_POOLING)
-    wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(aside)}
+    wanted = {k: v for k, v in own.items() if not k.startswith(aside)}
     given = {k: v for k, v in converted.items() if not k.startswith(aside)}
-    problems = [f"missing: {k}" for k in wanted if k not in given]
-    problems += [
-        f"shape: {k} is {tuple(given[k].shape)}, the model has {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in given and given[k].shape != v.shape
-    ]
-    problems += [f"not in the model: {k}" for k in given if k not in wanted and not _UNUSED.match(k)]
-    lost = _dropped(tensors, model, path, aside)
-    problems += [f"not used by timm's {type(model).__name__}: {name}" for name in lost]
-    if any(name.endswith("qkv.bias") for name in lost):
-        problems.append("a model with qkvb in its name, such as vit_base_patch16_dinov3_qkvb, takes these biases")
-    if problems:
-        listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
-        raise EncoderError(f"the weights file {path} does not fit {type(model).__name__}:\n  {listed}")
-    own = model.state_dict()
+    dropped = [k for k in _dropped(tensors, model, source) if not k.startswith(aside) and not _is_unused(k, tensors[k])]
+    patches = wanted[_PATCHES]
+    for tensor in tensors.values():  # of another size, which timm would interpolate without a word
+        if tensor.ndim == 4 and tensor.shape[:2] == patches.shape[:2] and tensor.shape != patches.shape:
+            given[_PATCHES] = tensor
+    if misfits := _misfits(given, wanted, dropped):
+        raise EncoderError(f"{source} does not fit {type(model).__name__}:{misfits}{_both(published, model)}")
     fitting = {k: v for k, v in converted.items() if k in own and v.shape == own[k].shape}
     model.load_state_dict(fitting, strict=False)
 
 
-def _read_tensors(path: Path) -> Any:
-    try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        return load_pickle(path)
-    except ValueError as error:
-        reason = str(error)
-    except Exception as error:  # safetensors has its own for a damaged file
-        reason = in_one_line(error)
-    raise EncoderError(
-        f"the weights file {path} cannot be read safely as tensors ({reason}). Save it as .safetensors, or as a "
-        "state_dict with torch.save."
-    )
+def _misfits(given: Tensors, wanted: Tensors, dropped: list[str]) -> str:
+    """What of a file and of a model has no counterpart, one line a kind; empty where all fits."""
+    shapes = {k: (tuple(given[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in given}
+    odd = [k for k, v in given.items() if k not in wanted and not _is_unused(k, v)]
+    kinds = {
+        "missing": [k for k in wanted if k not in given],
+        "shape": [f"{k} {one} instead of {other}" for k, (one, other) in shapes.items() if one != other],
+        "not in the model": odd,
+        "not used by timm's conversion": dropped,
+    }
+    lines = [f"{kind}: {a_few(names)}" for kind, names in kinds.items() if names]
+    if any(name.endswith(("qkv.bias", "q_bias")) for name in [*odd, *dropped]):
+        lines.append("a model with qkvb in its name, such as vit_base_patch16_dinov3_qkvb, takes such biases")
+    return "".join(f"\n  {line}" for line in lines)
 
 
-def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+def _is_unused(name: str, tensor: Tensor) -> bool:
+    """Whether nothing is lost without a tensor; a bias of zeros adds nothing (DINOv3 was published with such)."""
+    return _UNUSED.match(name) is not None or (name.endswith("bias") and not tensor.any())
+
+
+def _both(tensors: Tensors, model: nn.Module) -> str:
+    """A few names of a file and of a model, with their shapes, and the layouts that are known."""
+    lines = [
+        f"{whose}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in list(named.items())[:4])}, ..."
+        for whose, named in (("the file has", tensors), ("the model has", model.state_dict()))
+    ]
+    return "".join(f"\n  {line}" for line in [*lines, f"known layouts: {KNOWN_LAYOUTS}"])
+
+
+def _state_dict(content: Any, source: str) -> Tensors:
     while isinstance(content, Mapping):
         inner = next((content[w] for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)
         if inner is None:
@@ -124,44 +136,42 @@ def _plain_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         content = inner
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
-        raise EncoderError(f"the weights file {path} holds no state_dict of tensors.")
-    while True:
-        tensors = _of_the_teacher(tensors)
-        tensors = {k: v for k, v in tensors.items() if not _ASIDE.match(k)}
-        prefix = next((p for p in _PREFIXES if sum(k.startswith(p) for k in tensors) > len(tensors) // 2), None)
-        if prefix is None:
-            return tensors
-        others = [k for k in tensors if not k.startswith((prefix, *_HEADS))]
-        if others:
-            raise EncoderError(
-                f"the weights file {path} has most names below {prefix!r}, but also {a_few(others)}: give a file of "
-                "the encoder alone."
-            )
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        raise EncoderError(f"{source} holds no state_dict of tensors.")
+    return tensors
 
 
-def _of_the_teacher(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a student and its moving average in one file the latter, which is what is published and evaluated."""
-    teacher, student = (re.compile(rf"(.*\.)?{name}\.") for name in ("teacher", "student"))
-    both = any(teacher.match(k) for k in tensors) and any(student.match(k) for k in tensors)
-    return {k: v for k, v in tensors.items() if not student.match(k)} if both else tensors
+def _check_config(config: dict[str, Any], model: nn.Module, path: Path) -> None:
+    """Hold against a model what weights do not show and a ``config.json`` of transformers does."""
+    config = config.get("vision_config", config)
+    block = cast(Any, model).blocks[0]
+    heads = config.get("num_attention_heads", block.attn.num_heads)
+    if heads != block.attn.num_heads:
+        raise EncoderError(
+            f"{path / 'config.json'} says {heads} heads, timm's model has {block.attn.num_heads}: give another encoder."
+        )
+    name = None if config.get("use_swiglu_ffn") or config.get("use_gated_mlp") else config.get("hidden_act")
+    x = torch.linspace(-4, 4, 33)
+    if name in _ACTIVATIONS and not torch.allclose(block.mlp.act(x), _ACTIVATIONS[name](x), atol=2e-3):
+        raise EncoderError(
+            f"{path / 'config.json'} says hidden_act {name!r}, timm's model has {block.mlp.act}: give another encoder, "
+            "such as one with quickgelu in its name."
+        )
 
 
-def _dropped(tensors: dict[str, Tensor], model: nn.Module, path: Path, aside: tuple[str, ...]) -> list[str]:
+def _dropped(tensors: Tensors, model: nn.Module, source: str) -> list[str]:
     """Tensors that timm's conversion loses without a word.
 
     Each is followed by a number that takes the place of its values; a conversion moves, joins and interpolates them. It
     joins along one dimension, so that the edges of what it gives show all that is in it.
     """
     numbered = {k: torch.full((), float(i + 1)).expand(v.shape) for i, (k, v) in enumerate(tensors.items())}
-    converted = _convert(numbered, model, path)
+    converted = _convert(numbered, model, source)
     edges = [edge for t in converted.values() for edge in ((t[..., :1], t[:1]) if t.ndim > 1 else (t,))]
     kept = {round(value) for edge in edges for value in torch.unique(edge.float()).tolist()}
-    lost = [k for i, k in enumerate(tensors) if i + 1 not in kept and k not in converted]
-    return [k for k in lost if not k.startswith(aside) and not _UNUSED.match(k)]
+    return [k for i, k in enumerate(tensors) if i + 1 not in kept and k not in converted]
 
 
-def _on_a_square_grid(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _on_a_square_grid(tensors: Tensors, model: nn.Module) -> Tensors:
     """Interpolate positions that timm would take as they are, as there happen to be as many on another grid.
 
     timm sees that only for a model's native grid; other files are taken to be of square images, as timm takes them
@@ -179,16 +189,15 @@ def _on_a_square_grid(tensors: dict[str, Tensor], model: nn.Module) -> dict[str,
     return {**tensors, "pos_embed": resampled}
 
 
-def _convert(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+def _convert(tensors: Tensors, model: nn.Module, source: str) -> Tensors:
     """timm's conversion of published layouts (its ``checkpoint_filter_fn``), which also interpolates positions."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
-    tensors = _on_a_square_grid(tensors, model)
     extra = {"adapt_layer_scale": True} if "adapt_layer_scale" in inspect.signature(convert).parameters else {}
     try:
-        return cast(dict[str, Tensor], convert(dict(tensors), model, **extra))
+        return cast(Tensors, convert(_on_a_square_grid(dict(tensors), model), model, **extra))
     except Exception as error:  # timm's converters raise whatever the first odd tensor provokes
         raise EncoderError(
-            f"the weights file {path} does not fit {type(model).__name__}: {type(error).__name__} {error}"
+            f"{source} does not fit {type(model).__name__}: {type(error).__name__} {error}{_both(tensors, model)}"
         ) from error

@@ -72,8 +72,8 @@ class ClassificationModule(TrainedModule, ABC):
         task: ``multiclass``, ``multilabel``, ``ordinal`` (grades as classes), ``coral`` (grades by ordered thresholds)
             or ``regression``: the head, the loss, the metrics and what the best epoch is chosen by
             (``fpt_lightning.methods.tasks``).
-        encoder: a plain ViT of timm, by name.
-        pretrained: True for timm's published weights, False for a fixed random initialisation, or a local file.
+        encoder: a plain ViT of timm, by name, or ``hf-hub:owner/repository`` or ``local-dir:folder`` of timm.
+        pretrained: True for the published weights, False for a fixed random initialisation, or a local file or folder.
         learning_rate: the highest.
         weight_decay: of AdamW, on all learnable parameters.
         betas: of AdamW.
