@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,10 @@ def test_weights_that_have_moved_are_given_again(image_root: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match=rf"{weights}.* are not there: give their place now as pretrained"):
         Predictor(path)
     np.testing.assert_array_equal(Predictor(path, pretrained=str(moved))(image_root).scores, expected.scores)
+    folder = tmp_path / "of a hub"
+    folder.mkdir()
+    shutil.copy(moved, folder / "pytorch_model.bin")
+    np.testing.assert_array_equal(Predictor(path, pretrained=str(folder))(image_root).scores, expected.scores)
     other = {name: tensor + 1 for name, tensor in torch.load(moved, weights_only=True).items()}
     torch.save(other, moved)
     with pytest.raises(CheckpointError, match="other weights"):

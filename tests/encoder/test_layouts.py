@@ -142,8 +142,9 @@ def test_shards_of_a_model_of_transformers(tmp_path: Path) -> None:
 def test_a_config_is_held_against_the_model(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """In what the shapes of weights do not show."""
     transformers.ViTModel(transformers.ViTConfig(**VIT | change)).save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match=message):
-        FrozenEncoder(EncoderConfig(FAMILIES["vit"], pretrained=str(tmp_path)), (64, 64))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(EncoderError, match=message):
+            FrozenEncoder(EncoderConfig(FAMILIES["vit"], pretrained=str(path)), (64, 64))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "DINOv3", "SigLIP's images"])

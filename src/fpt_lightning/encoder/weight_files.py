@@ -81,14 +81,18 @@ def read_weights(path: Path) -> Any:
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    """The ``config.json`` beside the weights of a folder; empty where a file was given, or there is none.
+def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The ``config.json`` beside weights that are named as transformers names them, and what it holds.
+
+    Empty where there is none.
 
     Raises:
         EncoderError: one that is not JSON.
     """
-    file = path / "config.json"
-    return _read_json(file) if file.is_file() else {}
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
+    named = path.is_dir() or path.name in _OF_A_FOLDER
+    return file, _read_json(file) if named and file.is_file() else {}
 
 
 def _file_of(path: Path) -> Path:

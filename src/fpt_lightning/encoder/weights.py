@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpt_lightning.encoder.layouts import KNOWN_LAYOUTS, Tensors, encoder_of, fold_layer_scales
-from fpt_lightning.encoder.weight_files import config_of, read_weights
+from fpt_lightning.encoder.weight_files import read_config, read_weights
 from fpt_lightning.errors import EncoderError, a_few
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
@@ -32,7 +32,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": F.gelu,  # timm has it exact where the difference is too small to matter (SigLIP)
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
 }
 
 
@@ -49,7 +48,7 @@ def weights_digest(model: nn.Module) -> str:
 def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
     """Load local weights into a timm model; only tensors are read, no code is run.
 
-    See ``fit_weights``. The ``config.json`` of a folder of transformers is held against the model.
+    See ``fit_weights``. A ``config.json`` of transformers beside them is held against the model.
 
     Args:
         model: timm's.
@@ -59,7 +58,7 @@ def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
     Raises:
         EncoderError: files that are not there or cannot be read, or weights that do not fit.
     """
-    _check_config(config_of(path), model, path)
+    _check_config(path, model)
     fit_weights(model, read_weights(path), f"the weights file {path}", pooling)
 
 
@@ -140,20 +139,21 @@ def _state_dict(content: Any, source: str) -> Tensors:
     return tensors
 
 
-def _check_config(config: dict[str, Any], model: nn.Module, path: Path) -> None:
+def _check_config(path: Path, model: nn.Module) -> None:
     """Hold against a model what weights do not show and a ``config.json`` of transformers does."""
-    config = config.get("vision_config", config)
+    file, config = read_config(path)
+    images = config.get("vision_config")  # of a model of images and texts
+    config = images if isinstance(images, dict) else config
     block = cast(Any, model).blocks[0]
     heads = config.get("num_attention_heads", block.attn.num_heads)
     if heads != block.attn.num_heads:
-        raise EncoderError(
-            f"{path / 'config.json'} says {heads} heads, timm's model has {block.attn.num_heads}: give another encoder."
-        )
-    name = None if config.get("use_swiglu_ffn") or config.get("use_gated_mlp") else config.get("hidden_act")
+        raise EncoderError(f"{file} says {heads} heads, timm's model has {block.attn.num_heads}: give another encoder.")
+    gated = config.get("use_swiglu_ffn") or config.get("use_gated_mlp")
+    name = "" if gated else str(config.get("hidden_act"))
     x = torch.linspace(-4, 4, 33)
     if name in _ACTIVATIONS and not torch.allclose(block.mlp.act(x), _ACTIVATIONS[name](x), atol=2e-3):
         raise EncoderError(
-            f"{path / 'config.json'} says hidden_act {name!r}, timm's model has {block.mlp.act}: give another encoder, "
+            f"{file} says hidden_act {name!r}, timm's model has {block.mlp.act}: give another encoder, "
             "such as one with quickgelu in its name."
         )
 
