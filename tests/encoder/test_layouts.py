@@ -132,6 +132,12 @@ def test_shards_of_a_model_of_transformers(tmp_path: Path) -> None:
         assert_same_tokens(path, tower, name)
 
 
+def test_positions_that_older_transformers_count(tmp_path: Path) -> None:
+    model, tower, name = of_transformers("CLIP")
+    counted = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    assert_same_tokens(Path(save(model.state_dict() | counted, tmp_path / "pytorch_model.bin")), tower, name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -496,8 +497,13 @@ def test_an_encoder_in_a_folder(repository: tuple[nn.Module, Path]) -> None:
 
 
 def test_an_encoder_on_a_hub(repository: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        if not (folder / filename).is_file():
+            raise LocalEntryNotFoundError(f"{repo_id} has no {filename}")
+        return str(folder / filename)
+
     model, folder = repository
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(folder / filename))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     config = EncoderConfig("hf-hub:somebody/test")
     assert config.weights() == "hf-hub:somebody/test"
     assert_has_weights_of(FrozenEncoder(config, (64, 64)), model)
@@ -509,6 +515,10 @@ def test_an_encoder_on_a_hub(repository: tuple[nn.Module, Path], monkeypatch: py
     (folder / "model.safetensors").unlink()
     with pytest.raises(EncoderError, match="timm cannot load the published weights of hf-hub:somebody/test"):
         FrozenEncoder(config, (64, 64))
+    save({"model": model.state_dict(), "extra": Payload(folder / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match="timm cannot load the published weights of hf-hub:somebody/test"):
+        FrozenEncoder(config, (64, 64))
+    assert not (folder / "ran").exists()
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

@@ -205,7 +205,7 @@ def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: b
         torch.manual_seed(0)
         try:
             model: nn.Module = timm.create_model(config.name, pretrained=remote and hub is None, img_size=resolution)
-            tensors = None if hub is None else load_state_dict_from_hf(hub)
+            tensors = None if hub is None else load_state_dict_from_hf(hub, weights_only=True)
         except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
             if not remote:
                 raise

@@ -56,7 +56,6 @@ _LAYOUTS = (
             (r"^embeddings\.position_embeddings$", "pos_embed"),
             (r"^layernorm\.", "norm."),
             (r"^pooler\.layernorm\.", "fc_norm."),
-            (r"^(?:encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
             (r"^(?:encoder\.layer|layers)\.(\d+)\.", r"blocks.\1."),  # layers: in memory since transformers 5
             (r"\.(?:attention\.attention\.)?relative_position_bias\.", ".attn."),
             (r"\.attention\.attention\.(?:(q)uery|(k)ey|(v)alue)\.", r".attn.\1\2\3."),
