@@ -46,7 +46,7 @@ def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path) -> N
     reading += ["--data.image_size", "48", "--data.fit", "letterbox", "--data.crop_border", "true"]
     run = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     main(["predict", *model, *reading, *run, "--data.batch_size", "8", "--ckpt_path", str(path)])
-    expected = Predictions.read(tmp_path / "run" / "predict" / "best" / "predictions.csv")
+    expected = Predictions.read(tmp_path / "run" / "predict" / path.stem / "predictions.csv")
     found = Predictor(path)(image_root)
     assert (found.ids, found.classes) == (expected.ids, expected.classes)
     assert not found.known.any()

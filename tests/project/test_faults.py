@@ -40,7 +40,7 @@ from fpt_lightning.cli.store_info import store_info
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.encoder.config import EncoderConfig
-from fpt_lightning.errors import CheckpointError, DataError, FPTError, StoreError
+from fpt_lightning.errors import DataError, FPTError, OutputError, StoreError
 from fpt_lightning.files import write_rows
 from fpt_lightning.store.damage import verify
 from fpt_lightning.store.layout import SHARD, fingerprint
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(CheckpointError, match=r"last.ckpt cannot be written: .*No space left on device"):
+    with pytest.raises(OutputError, match=r"last.ckpt cannot be written: .*No space left on device"):
         writer.save_checkpoint({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -56,10 +56,10 @@ def check_free(folder: Path, checkpoint: str | None) -> None:
     own = sorted(folder.glob("*.ckpt"))
     if not own or (checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()):
         return
-    last = f", or go on with that run by --ckpt_path {folder / 'last.ckpt'}" if folder / "last.ckpt" in own else ""
-    raise ConfigurationError(
-        f"{folder} already holds a run: give another --trainer.default_root_dir, remove the folder{last}."
-    )
+    remedies = "give another --trainer.default_root_dir, remove the folder"
+    if folder / "last.ckpt" in own:
+        remedies += f", or go on with that run by --ckpt_path {folder / 'last.ckpt'}"
+    raise ConfigurationError(f"{folder} already holds a run: {remedies}.")
 
 
 def is_finished(folder: Path) -> bool:
