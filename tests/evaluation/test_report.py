@@ -210,12 +210,14 @@ def test_evaluate_writes_beside_the_predictions(tmp_path: Path, capsys: pytest.C
     predictions = single_label()
     predictions.write(tmp_path / "p.csv")
     evaluate_file(str(tmp_path / "p.csv"), resamples=20)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "p.csv", "report.html"]
-    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["evaluation.json", "p.csv", "report.html"]
+    found = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
     evaluation = evaluate(Predictions.read(tmp_path / "p.csv"), resamples=20)
     assert found == json.loads(json.dumps(evaluation.to_dict()))
     assert evaluation.table() in capsys.readouterr().out
-    assert "p.csv" in Page(tmp_path / "report.html").text
+    assert "p.csv" in Page(tmp_path / "evaluate" / "report.html").text
+    evaluate_file(str(tmp_path / "p.csv"), resamples=10)
+    assert json.loads((tmp_path / "evaluate-1" / "evaluation.json").read_text(encoding="utf-8")) == found
 
 
 def test_evaluate_fits_on_validation_images(tmp_path: Path) -> None:

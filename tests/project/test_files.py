@@ -12,10 +12,11 @@ from PIL import Image
 from fpt_lightning.cli.callbacks import write_confusion
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.data.sources import read_manifest
+from fpt_lightning.errors import OutputError
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
 from fpt_lightning.evaluation.scores import evaluate
-from fpt_lightning.files import read_rows, write_rows
+from fpt_lightning.files import keep_beside, read_rows, whole_file, write_rows
 
 FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''+x"]
 PLAIN = ["-1", "+2.5", "-1e-3", "a=b", "", "'quoted'", "-inf", "x", "'"]
@@ -38,6 +39,29 @@ def test_what_no_spreadsheet_runs_stays_as_it_is(text: str, tmp_path: Path) -> N
     write_rows(path, [["a", "b"], [text, text]])
     assert list(csv.reader(path.open(newline="")))[1] == [text, text]
     assert dict(read_rows(path, "manifest")[0]) == {"a": text, "b": text}
+
+
+def test_a_file_appears_whole_in_a_new_folder_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "table.csv"
+    write_rows(path, [["a"], ["1"]])
+    with pytest.raises(ZeroDivisionError), whole_file(path) as partial:
+        partial.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "a\n1\n"
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(OutputError, match=r"the folder .*table\.csv cannot be made: .*Give another place"):
+        write_rows(path / "below" / "other.csv", [["a"]])
+    with pytest.raises(OutputError, match=r"deep cannot be written: Is a directory"):
+        write_rows(path.parent, [["a"]])
+
+
+def test_what_would_be_replaced_is_kept_beside(tmp_path: Path) -> None:
+    assert keep_beside(tmp_path / "best") is None
+    for number in (1, 2):
+        (tmp_path / "best").mkdir()
+        assert keep_beside(tmp_path / "best") == tmp_path / f"best-{number}"
+    (tmp_path / "config.yaml").write_text("a: 1")
+    assert keep_beside(tmp_path / "config.yaml") == tmp_path / "config-1.yaml"
 
 
 NAMES = ("$x_1$ $", '<b>bold</b> & "q"', "two\nlines", "=1+1")

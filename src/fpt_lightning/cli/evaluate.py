@@ -13,7 +13,7 @@ from fpt_lightning.evaluation import scores
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
-from fpt_lightning.files import write_json
+from fpt_lightning.files import keep_beside, write_json
 
 
 def evaluate(
@@ -31,7 +31,8 @@ def evaluate(
 
     Args:
         predictions: the CSV file.
-        out: folder of the results; that of the predictions by default.
+        out: folder of the results; by default ``evaluate`` beside the predictions, as a run has files of these names,
+            and what an earlier evaluation left there is kept as ``evaluate-1``.
         validation: predictions of validation images, on which thresholds are fitted (Youden's index).
         thresholds: by class, in place of fitted ones.
         calibrate: whether a temperature is fitted on the validation images too, and applied.
@@ -68,7 +69,9 @@ def evaluate(
             about["temperature"] = f"{temperature:.4g}"
         thresholds = fit_thresholds(fitting) | (thresholds or {})
     evaluation = scores.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
-    folder = Path(predictions).parent if out is None else Path(out)
+    folder = Path(predictions).parent / "evaluate" if out is None else Path(out)
+    if out is None and (kept := keep_beside(folder)) is not None:
+        print(f"The earlier evaluation is kept in {kept}.")
     write_json(folder / "evaluation.json", evaluation.to_dict())
     about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
     write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
