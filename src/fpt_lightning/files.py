@@ -156,8 +156,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         OutputError: in place of an ``OSError``.
     """
     partial = path.with_name(f"{path.name}{PARTIAL}")
+    make_folder(path.parent)
     try:
-        make_folder(path.parent)
         yield partial
         os.replace(partial, path)
     except OSError as error:
