@@ -54,7 +54,7 @@ def test_a_file_appears_whole_in_a_new_folder_or_not_at_all(tmp_path: Path) -> N
         stop()
     assert path.read_text() == "a\n1\n"
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(OutputError, match=r"the folder .*table\.csv cannot be made: .*Give another place"):
+    with pytest.raises(OutputError, match=r"the folder .*below cannot be made: .*Give another place"):
         write_rows(path / "below" / "other.csv", [["a"]])
     with pytest.raises(OutputError, match=r"deep cannot be written: Is a directory"):
         write_rows(path.parent, [["a"]])
