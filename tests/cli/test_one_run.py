@@ -61,7 +61,11 @@ def test_a_fit_holds_its_folder(config: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_and_what_else_would_write_to_its_folder(
-    config: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    image_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     root, other = tmp_path / "run", tmp_path / "other"
     run("fit", "--config", config)
@@ -94,7 +98,10 @@ def test_a_run_and_what_else_would_write_to_its_folder(
     elsewhere.rename(image_root)
 
     # it goes on: what ran is what config.yaml says, and the schedule says where it stands
-    run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    with caplog.at_level("INFO"):
+        run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert "now ends after 9 steps: at step 6 the learning rate is 0.00075, where it was 0" in caplog.text
+    assert f"the run goes on with other settings: those until now are in {root / 'config-1.yaml'}" in caplog.text
     now, earlier = (yaml.safe_load((root / name).read_text()) for name in ("config.yaml", "config-1.yaml"))
     assert (now["trainer"]["max_epochs"], earlier["trainer"]["max_epochs"]) == (3, 2)
     assert now.get("ckpt_path") is None
