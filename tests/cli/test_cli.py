@@ -156,7 +156,7 @@ def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
     )
-    done = tmp_path / "store.zarr" / "records" / "c" / "0" / "0"
+    done = tmp_path / "store.zarr" / "row_records" / "c" / "0" / "0"
     while not done.exists() and process.poll() is None:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)

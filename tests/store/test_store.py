@@ -10,27 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import google_crc32c
 import numpy as np
 import pytest
 import torch
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
-from numpy.typing import NDArray
 
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
 from fpt_lightning.store.codecs import CODECS, check_codec, encode
 from fpt_lightning.store.damage import check_present
 from fpt_lightning.store.index import FileRecord, open_group
 from fpt_lightning.store.layout import SHARD
-from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
-from fpt_lightning.store.store import FeatureStore, bytes_per_row, sample_arrays
+from fpt_lightning.store.specification import FORMAT, FeatureSpecification
+from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
 from small import SPECIFICATION, write_images
-
-SHAPE = FeatureShape(layers=2, heads=3, tokens=4, head_dim=6)
-SIZE = SPECIFICATION.image_size
-SAMPLE_ARRAYS = list(sample_arrays("int8", SHAPE, SIZE))
-IDS = [f"{name}/{i:03d}.png" for name in "ab" for i in range(10)]  # two shards; the same stems in two classes
+from stores import IDS, SAMPLE_ARRAYS, SHAPE, SIZE, assert_rows, content, shard_file, write
 
 CHANGES: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -58,46 +54,6 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def content(rows: Sequence[int], codec: str = "int8") -> dict[str, NDArray[Any]]:
-    """Numbers that belong to these rows."""
-    generators = [np.random.default_rng(row) for row in rows]
-    return {
-        name: np.stack([rng.integers(0, 100, size) for rng in generators]).astype(dtype)
-        for name, (size, dtype) in sample_arrays(codec, SHAPE, SIZE).items()
-    }
-
-
-def write(store: FeatureStore, rows: Sequence[int]) -> None:
-    for start in range(0, len(store.ids), SHARD):
-        if part := [row for row in rows if start <= row < start + SHARD]:
-            store.write(part, content(part, store.specification.codec), [FileRecord(1000 + row, 7, 8) for row in part])
-
-
-def assert_rows(store: FeatureStore, rows: Sequence[int]) -> None:
-    """These rows hold, bit by bit, what belongs to them."""
-    for row in rows:
-        for name, array in content([row], store.specification.codec).items():
-            stored = store.read([row], name)[0]
-            assert stored.dtype == array.dtype
-            np.testing.assert_array_equal(stored, array[0])
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., FeatureStore]:
-    def make(codec: str = "int8", ids: Sequence[str] = IDS, rows: Sequence[int] = range(20)) -> FeatureStore:
-        specification = replace(SPECIFICATION, codec=codec)
-        store = WritableStore.create(str(tmp_path / "s.zarr"), specification, SHAPE, {"torch": "9"}).extend(ids)
-        write(store, rows)
-        return store
-
-    return make
-
-
-def shard_file(store: FeatureStore, name: str, shard: int) -> Path:
-    (file,) = (path for path in (Path(store.url) / name / "c" / str(shard)).rglob("*") if path.is_file())
-    return file
-
-
 # Writing and reading
 
 
@@ -115,9 +71,12 @@ def test_what_was_written_is_read(make: Callable[..., FeatureStore], codec: str)
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_plain_zarr_reads_the_same(make: Callable[..., FeatureStore], codec: str) -> None:
-    group = zarr.open_group(make(codec).url, mode="r")
+    store = make(codec)
+    group = zarr.open_group(store.url, mode="r")
     arrays = content(range(20), codec)
-    arrays |= {"records": np.array([[1, 1000 + row, 7, 8] for row in range(20)])}
+    checksums = [[google_crc32c.value(array[row].tobytes()) for array in arrays.values()] for row in range(20)]
+    files = [[1, 1000 + row, 7, 8] for row in range(20)]
+    arrays |= {"row_records": np.column_stack([files, store.owners, checksums])}
     for name, wanted in arrays.items():
         np.testing.assert_array_equal(group[name][:], wanted)
         assert group[name].dtype == wanted.dtype
@@ -209,7 +168,11 @@ def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., F
 def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureStore], codec: str, size: int) -> None:
     store = make(codec, ids=IDS[:SHARD], rows=range(SHARD))
     announced = bytes_per_row(codec, SHAPE, SIZE)
-    assert announced == store.bytes_per_row == size + 2 * 3 * 4 * 4 + 18 * 4 + SIZE * SIZE * 3 + 4 * 8
+    assert (
+        announced
+        == store.bytes_per_row
+        == size + 2 * 3 * 4 * 4 + 18 * 4 + SIZE * SIZE * 3 + 8 * (5 + len(store.sample_arrays))
+    )
     files = [file for file in Path(store.url).rglob("*") if file.is_file() and file.name != "zarr.json"]
     arrays = len(store.sample_arrays)
     overhead = arrays * SHARD * 4 + arrays * (16 * SHARD + 4) + 4  # checksums, the shards' indices, the records'
@@ -223,7 +186,7 @@ def test_the_bytes_announced_are_those_on_the_disk(make: Callable[..., FeatureSt
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_deleted_shard_is_noticed(make: Callable[..., FeatureStore], name: str, shard: int) -> None:
     store = make()
-    shard_file(store, name, shard).unlink()
+    shard_file(store.url, name, shard).unlink()
     with pytest.raises(StoreError, match=rf"s\.zarr has lost the {name} of {IDS[16 * shard]}.*rebuild"):
         check_present(FeatureStore.open(store.url))
 
@@ -232,7 +195,7 @@ def test_a_deleted_shard_is_noticed(make: Callable[..., FeatureStore], name: str
 @pytest.mark.parametrize("name", SAMPLE_ARRAYS)
 def test_a_truncated_shard_is_noticed(make: Callable[..., FeatureStore], name: str, share: float) -> None:
     store = make()
-    file = shard_file(store, name, 0)
+    file = shard_file(store.url, name, 0)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     with pytest.raises(StoreError, match=f"lost the {name} of a/000.png"):
         check_present(FeatureStore.open(store.url))
@@ -241,7 +204,7 @@ def test_a_truncated_shard_is_noticed(make: Callable[..., FeatureStore], name: s
 def test_a_sample_lost_from_a_shard_is_noticed(make: Callable[..., FeatureStore]) -> None:
     """A shard of an earlier copy of the store: whole, but without its last samples."""
     store = make(rows=range(4))
-    file = shard_file(store, "features", 0)
+    file = shard_file(store.url, "features", 0)
     earlier = file.read_bytes()
     write(store, range(4, 20))
     file.write_bytes(earlier)
@@ -269,7 +232,7 @@ def test_zeros_are_data(make: Callable[..., FeatureStore], reopen: bool) -> None
 @pytest.mark.parametrize("name", SAMPLE_ARRAYS)
 def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], name: str) -> None:
     store = make()
-    file = shard_file(store, name, 0)
+    file = shard_file(store.url, name, 0)
     content = bytearray(file.read_bytes())
     content[len(content) // 4] ^= 1
     file.write_bytes(content)
@@ -284,9 +247,9 @@ def test_a_flipped_bit_is_noticed_on_reading(make: Callable[..., FeatureStore], 
 
 def test_truncated_records_name_their_samples(make: Callable[..., FeatureStore]) -> None:
     store = make()
-    file = Path(store.url) / "records/c/1/0"
+    file = Path(store.url) / "row_records/c/1/0"
     file.write_bytes(file.read_bytes()[:3])
-    with pytest.raises(StoreError, match=r"records of b/006.png to b/009.png in the feature store .*s\.zarr.*repair"):
+    with pytest.raises(StoreError, match=r"records of b/006.png and of 3 more in the feature store .*s\.zarr.*repair"):
         FeatureStore.open(store.url)
     assert FeatureStore.open(store.url, tolerant=True).missing(IDS) == IDS[16:]
 
@@ -463,10 +426,10 @@ def test_copies_are_made_once(far: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_copy_of_a_shard_that_was_written_again_is_replaced(far: str, tmp_path: Path) -> None:
-    cache, memory = tmp_path / "cache", fsspec.filesystem("memory")
+    cache = tmp_path / "cache"
     FeatureStore.open(far, cache=str(cache)).read([0], "features")
     (first,) = cache.rglob("features*")
-    memory.copy(f"/far.zarr/{SHARD_PATH.format(1)}", f"/far.zarr/{SHARD_PATH.format(0)}")
+    WritableStore.open(far).write([0], content([16]), [FileRecord(1, 2, 3)])
     found = FeatureStore.open(far, cache=str(cache)).read([0], "features")
     np.testing.assert_array_equal(found, content([16])["features"])
     (second,) = cache.rglob("features*")

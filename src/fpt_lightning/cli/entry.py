@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "store info": Command("what a feature store holds", "cli.store_info:store_info"),
     "store verify": Command("read all of a feature store to find damage", "cli.store_verify:store_verify"),
     "store repair": Command("compute again what is damaged", _TRAINING),
+    "store upgrade": Command("bring one of the format before up to date", "cli.store_upgrade:store_upgrade"),
     "evaluate": Command("score a predictions file, of any model", "cli.evaluate:evaluate"),
     "compare": Command("two predictions files of the same images", "cli.compare:compare"),
     "export": Command("a trained model as one file: ONNX or torch.export", "deployment.export:export"),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.index import REPAIR
-from fpt_lightning.store.layout import SHARD
+from fpt_lightning.store.layout import RECORDS, SHARD
 from fpt_lightning.store.reader import AT_ONCE
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
@@ -55,7 +55,7 @@ def verify(store: FeatureStore) -> list[Damage]:
 
     The store must have been opened ``tolerant``, else damaged records were an error already.
     """
-    damage = [Damage(row, "records", "the checksum of the records is wrong") for row in store.lost_records]
+    damage = [Damage(row, "records", reason) for row, reason in store.lost_records.items()]
     store.verify_again()
     for name, shard, _ in _shards(store):
         for row in _complete_rows(store, shard).tolist():
@@ -74,7 +74,9 @@ def forget_damaged(store: WritableStore) -> list[str]:
     """
     damage = verify(store)
     filesystem, path = fsspec.core.url_to_fs(store.url)
-    broken = {f"records/c/{row // SHARD}/0" for row in store.lost_records}
+    rows_of = {shard: range(shard * SHARD, (shard + 1) * SHARD) for shard in {d.row // SHARD for d in damage}}
+    unreadable = {s for s, rows in rows_of.items() if store.lost_records.keys() >= {*rows} & {*range(len(store.done))}}
+    broken = {f"{RECORDS}/c/{shard}/0" for shard in unreadable}
     broken |= {
         store.shard_path(d.array, d.row // SHARD)
         for d in damage
@@ -83,7 +85,7 @@ def forget_damaged(store: WritableStore) -> list[str]:
     for file in broken:  # what Zarr could not write into; rows that are forgotten next, or found lost until then
         if filesystem.exists(f"{path}/{file}"):
             filesystem.rm(f"{path}/{file}")
-    store.forget_rows(sorted({d.row for d in damage if d.array != "records"}))
+    store.forget_rows(sorted({d.row for d in damage if d.row // SHARD not in unreadable}))
     return list(dict.fromkeys(store.source(d.row)[0] for d in damage))
 
 

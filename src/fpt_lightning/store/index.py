@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import fsspec
 import numpy as np
@@ -19,16 +19,21 @@ from fpt_lightning.store.layout import (
     ABSENT,
     COMPLETE,
     LEFT_OUT,
+    OWNER,
     RECORDS,
     SHARD,
     array_documents,
     fingerprint,
     open_array,
     row_bytes,
+    row_owners,
+    with_records,
 )
+from fpt_lightning.store.reader import FOREIGN
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
 
 REPAIR = "fpt-lightning store repair --config CONFIG"
+UPGRADE = "fpt-lightning store upgrade"
 
 
 class FileRecord(NamedTuple):
@@ -81,19 +86,25 @@ class StoreIndex:
         ids: sample ids in the order of the rows.
         views: rows of a sample.
         rows: the first (or only) row of each sample, by its id.
-        records: (rows, 4), int64; see ``fpt_lightning.store.layout``.
-        lost_records: those of rows whose records are damaged, where that is tolerated; they are 0.
+        records: (rows, 4), int64: state and file; see ``fpt_lightning.store.layout``.
+        checksums: (rows, arrays), int64: crc32c of the row in each of ``sample_arrays``.
+        owners: (rows,), int64, of the records.
+        lost_records: why those of some rows are damaged, where that is tolerated; they are 0.
     """
+
+    format: ClassVar[int] = FORMAT
 
     def __init__(self, url: str, group: zarr.Group, tolerant: bool = False) -> None:
         self.url = url
         self._group = group
         try:
             attributes = cast(dict[str, Any], group.attrs.asdict())
-            if attributes["specification"].get("format") != FORMAT:
+            found = attributes["specification"].get("format")
+            if found != self.format:
+                remedy = f"bring it up to date with `{UPGRADE} {url}`, or " if found == FORMAT - 1 else ""
                 raise StoreError(
-                    f"the feature store {url} has the format {attributes['specification'].get('format')!r}, this "
-                    f"version of fpt-lightning reads {FORMAT}: rebuild it."
+                    f"the feature store {url} has the format {found!r}, this version of fpt-lightning reads "
+                    f"{self.format}: {remedy}rebuild it."
                 )
             self.specification = FeatureSpecification.from_dict(attributes["specification"])
             if attributes.get("fingerprint") != fingerprint(attributes):
@@ -113,15 +124,20 @@ class StoreIndex:
             raise StoreError(f"the metadata of an array of the feature store {url} are damaged: rebuild it.")
         self.views = self.specification.views
         self.rows = {id: position * self.views for position, id in enumerate(self.ids)}
-        self._arrays = {name: open_array(group, url, name, *row) for name, row in RECORDS.items()}
-        self.records, self.lost_records = self._read_records(tolerant)
+        self.owners = row_owners(attributes["specification"], self.ids, self.views)
+        self._arrays = {RECORDS: self._open_records(group)}
+        self._table, self.lost_records = self._read_records(tolerant)
+        self.records, self.checksums = self._table[:, :OWNER], self._table[:, OWNER + 1 :]
 
     def _declared_arrays(self, documents: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """What the arrays' own metadata say; ``FeatureStore`` knows what they must."""
-        sizes = {name: tuple(document["shape"][1:]) for name, document in documents.items() if name not in RECORDS}
+        sizes = {name: tuple(document["shape"][1:]) for name, document in documents.items() if name != RECORDS}
         if not all(type(side) is int for size in sizes.values() for side in size):
             raise TypeError("the shape of an array is not of whole numbers")
         return {name: (size, np.dtype(documents[name]["data_type"])) for name, size in sizes.items()}
+
+    def _open_records(self, group: zarr.Group) -> Any:
+        return open_array(group, self.url, RECORDS, *with_records(self.sample_arrays)[RECORDS])
 
     @classmethod
     def open(cls, url: str, tolerant: bool = False) -> Self:
@@ -214,25 +230,35 @@ class StoreIndex:
         known: NDArray[np.int64] = records[records[:, 0] != ABSENT]
         return known
 
-    def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], list[int]]:
-        """The records, and the rows whose are damaged; those are 0."""
-        array, total, lost = self._arrays["records"], self.views * len(self.ids), list[int]()
-        records = np.zeros((total, 4), np.int64)
+    def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], dict[int, str]]:
+        """All of the records, and why those of some rows are damaged; these are 0."""
+        array, total, lost = self._arrays[RECORDS], self.views * len(self.ids), dict[int, str]()
+        whole = np.zeros((total, OWNER + 1 + len(self.sample_arrays)), np.int64)
+        table = whole[:, : array.shape[1]]
         try:
-            records[: array.shape[0]] = array[:total]
+            table[: array.shape[0]] = array[:total]
         except Exception:  # zarr raises differently for each kind of damage: which rows?
             for start in range(0, total, SHARD):
                 rows = range(start, min(start + SHARD, total))
                 try:
-                    records[start : rows.stop] = array[start : rows.stop]
+                    table[start : rows.stop] = array[start : rows.stop]
                 except Exception as error:
-                    if not tolerant:
-                        raise StoreError(
-                            f"the records of {self.name(start)} to {self.name(rows[-1])} in the feature store "
-                            f"{self.url} are damaged ({error}): compute them again with `{REPAIR}`."
-                        ) from error
-                    lost += rows
-        return records, lost
+                    lost |= dict.fromkeys(rows, f"{type(error).__name__}: {error}")
+        foreign = self._foreign(whole)
+        whole[foreign] = 0
+        lost |= dict.fromkeys(foreign.tolist(), FOREIGN)
+        if lost and not tolerant:
+            first = min(lost)
+            others = f" and of {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise StoreError(
+                f"the records of {self.name(first)}{others} in the feature store {self.url} are damaged "
+                f"({lost[first]}): compute them again with `{REPAIR}`."
+            )
+        return whole, lost
+
+    def _foreign(self, table: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Rows whose records are not theirs."""
+        return np.flatnonzero((table[:, 0] != ABSENT) & (table[:, OWNER] != self.owners))
 
 
 def open_group(url: str, writable: bool = False) -> zarr.Group:

@@ -7,15 +7,17 @@ Layout (Zarr v3, one row a chunk, whole shards of rows, every chunk with a crc32
     indices     (rows, L, H, T)                their tokens, int32, most important first
     pooled      (rows, D)                      the pooled feature after the last tapped block, fp32
     images      (rows, size, size, 3)          the low-resolution copies, uint8
-    records     (rows, 4)                      int64: 0 absent, 1 complete, 2 left out (its image is broken); and of the
+    row_records (rows, 5 + arrays)             int64: 0 absent, 1 complete, 2 left out (its image is broken); of the
                                                image file the bytes, the time of change in ns, and the first 8 bytes of
-                                               its SHA-256
+                                               its SHA-256; whose record it is (``row_owners``); and the crc32c of the
+                                               row in each of the arrays above, in their order
 
 A sample has one row, or two where the store is mirrored: its image's, then the mirror image's. The group's attributes
 hold the specification, the sample ids in the order of the rows, a copy of the arrays' metadata, and a fingerprint of
-all that. A shard has one writer. A row's record is written after its data, and the group after its arrays, each file
-under a partial name first: whatever stops a writer leaves complete rows and absent ones, or no store. Only who holds
-``fpt_lightning.store.lock.lock_store`` writes.
+all that. A record says whose it is and which data are its, so that files that were swapped, or copied in from another
+store, are noticed. A shard has one writer. A row's record is written after its data, and the group after its arrays,
+each file under a partial name first: whatever stops a writer leaves complete rows and absent ones, or no store. Only
+who holds ``fpt_lightning.store.lock.lock_store`` writes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+import google_crc32c
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -37,13 +41,42 @@ from fpt_lightning.errors import StoreError, in_one_line
 
 SHARD = 16  # rows
 ABSENT, COMPLETE, LEFT_OUT = range(3)  # what a record says of its row
-RECORDS = {"records": ((4,), np.dtype("int64"))}
-RECORD_BYTES = 4 * 8
+RECORDS = "row_records"
+EARLIER_RECORDS = "records"  # of format 4: (rows, 4), the first columns of today's
+OWNER = 4  # column of a record; those of the row's data follow
+Arrays = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
-def row_bytes(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> int:
+def with_records(arrays: Arrays) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of what each array of a store has for a row: these of its samples, and the records."""
+    return {**arrays, RECORDS: ((OWNER + 1 + len(arrays),), np.dtype("int64"))}
+
+
+def row_bytes(arrays: Arrays) -> int:
     """Stored bytes of one row of these arrays and of its record, without Zarr's metadata."""
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in arrays.values()) + RECORD_BYTES
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in with_records(arrays).values())
+
+
+def row_owners(specification: Mapping[str, Any], ids: Sequence[str], views: int) -> NDArray[np.int64]:
+    """What tells the rows of a store from others, and from those of stores made with other settings.
+
+    Args:
+        specification: as the store's attributes have it.
+        ids: of the samples, in the order of the rows.
+        views: rows of a sample.
+
+    Returns:
+        (len(ids) * views,): the crc32c of specification, view and id.
+    """
+    made = json.dumps(specification, sort_keys=True).encode()
+    starts = [google_crc32c.value(made + bytes([view])) for view in range(views)]
+    names = [id.encode("utf-8", "surrogatepass") for id in ids]
+    return np.array([google_crc32c.extend(start, name) for name in names for start in starts], np.int64)
+
+
+def row_checksums(block: NDArray[Any]) -> list[int]:
+    """The crc32c of each row, as Zarr has it of the row's chunk."""
+    return [google_crc32c.value(row.reshape(-1).view(np.uint8)) for row in np.ascontiguousarray(block)]
 
 
 def create_array(where: str | MemoryStore, name: str, rows: int, sample: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -56,7 +89,7 @@ def create_array(where: str | MemoryStore, name: str, rows: int, sample: tuple[i
         sample: shape of a row.
         dtype: of the numbers.
     """
-    sharded = name not in RECORDS
+    sharded = name not in (RECORDS, EARLIER_RECORDS)
     return zarr.create_array(
         where,
         shape=(rows, *sample),

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning.errors import StoreError
 
+FOREIGN = "it belongs to another row or store"
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
 _CRC_BYTES = 4
 AT_ONCE = 16  # requests to a remote storage
@@ -84,7 +85,7 @@ def shard_entries(filesystem: fsspec.AbstractFileSystem, path: str, samples: int
 
 
 class ShardReader:
-    """Reads chunks of shards, each verified by its checksum the first time.
+    """Reads chunks of shards, each verified the first time: that its checksum is right, and the one it must have.
 
     Args:
         samples: of a shard.
@@ -94,23 +95,26 @@ class ShardReader:
         self.samples = samples
         self._indices: dict[str, ShardIndex] = {}
 
-    def read(self, path: str, chunk: int, out: NDArray[Any]) -> None:
+    def read(self, path: str, chunk: int, out: NDArray[Any], checksum: int | None) -> None:
         """Read one sample into a C-contiguous array of its shape and dtype.
 
         Args:
             path: of the shard.
             chunk: position of the sample in its shard.
             out: where to.
+            checksum: of this sample, as its record has it; None where that is not known.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the sample is absent, truncated or damaged.
+            ValueError: the sample is absent, truncated, damaged or another.
         """
         file = os.open(path, os.O_RDONLY)
         try:
             index = self._index(path, file)
-            if not index.present[chunk] or index.lengths[chunk] != out.nbytes + _CRC_BYTES:
+            if not index.present[chunk]:
                 raise ValueError("the shard does not hold it")
+            if index.lengths[chunk] != out.nbytes + _CRC_BYTES:
+                raise ValueError(FOREIGN)
             buffers: list[Any] = [out.reshape(-1).view(np.uint8)]
             verify = not index.verified[chunk]
             if verify:
@@ -119,6 +123,8 @@ class ShardReader:
                 raise ValueError("the shard is truncated")
             if verify and _checksum(buffers[0]) != bytes(buffers[1]):
                 raise ValueError("its checksum is wrong")
+            if verify and checksum is not None and int.from_bytes(buffers[1], "little") != checksum:
+                raise ValueError(FOREIGN)
             index.verified[chunk] = True
         finally:
             os.close(file)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, Fit, ImageReader
 from fpt_lightning.errors import StoreError
 
-FORMAT = 4  # of the store's layout and of what the numbers in it mean
+FORMAT = 5  # of the store's layout and of what the numbers in it mean
 BORDER = 2  # of ``fpt_lightning.data.images.bright_box``, which was from black on at first
 
 

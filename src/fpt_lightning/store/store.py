@@ -18,8 +18,8 @@ from torch import Tensor
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
-from fpt_lightning.store.layout import SHARD, open_array, row_bytes
-from fpt_lightning.store.reader import BufferPool, ShardCache, ShardReader, shard_entries
+from fpt_lightning.store.layout import SHARD, open_array, row_bytes, row_checksums
+from fpt_lightning.store.reader import FOREIGN, BufferPool, ShardCache, ShardReader, shard_entries
 from fpt_lightning.store.specification import FeatureShape
 
 
@@ -49,6 +49,7 @@ class FeatureStore(StoreIndex):
         self._arrays |= {name: open_array(group, url, name, *row) for name, row in self.sample_arrays.items()}
         self._folder = None if "://" in url else url  # of a local store
         self._cache = None if cache is None else ShardCache(url, cache)
+        self._columns = {name: column for column, name in enumerate(self.sample_arrays)}  # of ``checksums``
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
         self._memory: dict[str, Tensor] = {}  # arrays that were loaded whole
 
@@ -110,7 +111,7 @@ class FeatureStore(StoreIndex):
     def share(self, other: FeatureStore) -> None:
         """Take over what another instance of the same store holds in memory; nothing if it is another by now."""
         same = self.specification == other.specification and self.ids == other.ids
-        if same and np.array_equal(self.records, other.records):
+        if same and np.array_equal(self._table, other._table):
             self._memory = other._memory
 
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
@@ -140,19 +141,26 @@ class FeatureStore(StoreIndex):
         return buffer
 
     def _read_sample(self, row: int, name: str, sample: NDArray[Any]) -> None:
-        shard = self.shard_path(name, row // SHARD)
+        shard, chunk = self.shard_path(name, row // SHARD), row % SHARD
+        checksum = self._checksum(row, name)
         if self._cache is not None:
             try:
-                self._reader.read(self._cache.path(shard), row % SHARD, sample)
+                self._reader.read(self._cache.path(shard), chunk, sample, checksum)
             except ValueError:  # the copy may be damaged where the shard is not
                 self._cache.discard(shard)
-                self._reader.read(self._cache.path(shard), row % SHARD, sample)
+                self._reader.read(self._cache.path(shard), chunk, sample, checksum)
         elif self._folder is not None:
-            self._reader.read(f"{self._folder}/{shard}", row % SHARD, sample)
+            self._reader.read(f"{self._folder}/{shard}", chunk, sample, checksum)
         else:
             sample[...] = self._arrays[name][row]
-            if not sample.any() and not self.present(name, row // SHARD)[row % SHARD]:
+            if not sample.any() and not self.present(name, row // SHARD)[chunk]:
                 raise ValueError("the shard does not hold it")  # Zarr gives zeros
+            if checksum is not None and row_checksums(sample[None]) != [checksum]:
+                raise ValueError(FOREIGN)
+
+    def _checksum(self, row: int, name: str) -> int | None:
+        """That the row must have there; None if its record does not say."""
+        return int(self.checksums[row, self._columns[name]])
 
     def shard_path(self, name: str, shard: int) -> str:
         """Path in the store of a shard's file."""

@@ -24,6 +24,8 @@ from fpt_lightning.store.layout import (
     array_documents,
     create_array,
     fingerprint,
+    row_checksums,
+    with_records,
     writing,
 )
 from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
@@ -51,7 +53,7 @@ class WritableStore(FeatureStore):
         Raises:
             StoreError: something is there already, or nothing can be written there.
         """
-        arrays = sample_arrays(specification.codec, shape, specification.image_size) | RECORDS
+        arrays = with_records(sample_arrays(specification.codec, shape, specification.image_size))
         filesystem, path = fsspec.core.url_to_fs(url)
         there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
         if not {name.rstrip("/").rsplit("/", 1)[-1] for name in there} <= arrays.keys():
@@ -120,10 +122,12 @@ class WritableStore(FeatureStore):
         Raises:
             StoreError: they cannot be written, such as on a full disk.
         """
+        blocks = {name: np.asarray(content[name], dtype) for name, (_, dtype) in self.sample_arrays.items()}
         with writing(self.url):
-            for name, block in content.items():
+            for name, block in blocks.items():
                 self._put(name, rows, block)
-        self._record(rows, [(COMPLETE, *file) for file in files])
+        checksums = np.array([row_checksums(block) for block in blocks.values()], np.int64)
+        self._record(rows, [(COMPLETE, *file) for file in files], checksums.T)
 
     def leave_out(self, rows: Sequence[int], files: Sequence[FileRecord]) -> None:
         """Record that rows of one shard have no data, as their images cannot be read; see ``write``."""
@@ -144,10 +148,15 @@ class WritableStore(FeatureStore):
             for file in Path(self._folder).rglob("*.partial"):
                 file.unlink()
 
-    def _record(self, rows: Sequence[int], records: Sequence[Sequence[int]]) -> None:
+    def _record(
+        self, rows: Sequence[int], records: Sequence[Sequence[int]], checksums: NDArray[np.int64] | None = None
+    ) -> None:
+        if checksums is None:
+            checksums = np.zeros((len(rows), len(self.sample_arrays)), np.int64)
+        table = np.column_stack([np.array(records, np.int64), self.owners[list(rows)], checksums])
         with writing(self.url):
-            self._put("records", rows, np.array(records, np.int64))
-        self.records[list(rows)] = records
+            self._put(RECORDS, rows, table)
+        self._table[list(rows)] = table
 
     def _put(self, name: str, rows: Sequence[int], block: NDArray[Any]) -> None:
         for start, stop in _runs(rows):
