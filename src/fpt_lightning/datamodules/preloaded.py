@@ -14,6 +14,7 @@ from fpt_lightning.encoder.config import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, StoreError, check_at_least
 from fpt_lightning.store.codecs import check_codec
 from fpt_lightning.store.damage import check_present
+from fpt_lightning.store.place import resolve
 from fpt_lightning.store.preload import preload
 from fpt_lightning.store.specification import FeatureSpecification
 from fpt_lightning.store.store import FeatureStore
@@ -55,7 +56,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         check_codec(codec)
-        self.url, self.codec, self.mirrored = store, codec, mirrored
+        self.url, self.codec, self.mirrored = resolve(store), codec, mirrored
         check_at_least("data.preload_batch_size", preload_batch_size, 1)
         self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
         self.store: FeatureStore | None = None
@@ -190,7 +191,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         if left_out:
             told = (
                 f"the feature store {self.url} left out {len(left_out)} of {len(ids)} samples, as their images could "
-                f"not be read ({', '.join(left_out[:3])}; {self.url}.left_out.csv lists them)"
+                f"not be read ({', '.join(left_out[:3])}; `fpt-lightning store info {self.url}` lists them)"
             )
             if self.on_error == "stop":
                 raise StoreError(f"{told}: mend them and preload again, or go on without them by data.on_error skip.")

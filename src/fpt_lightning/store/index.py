@@ -29,6 +29,7 @@ from fpt_lightning.store.layout import (
     row_owners,
     with_records,
 )
+from fpt_lightning.store.place import resolve
 from fpt_lightning.store.reader import FOREIGN
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
 
@@ -78,7 +79,7 @@ class StoreIndex:
     Use ``open``.
 
     Attributes:
-        url: where it is, a local path or any fsspec URL.
+        url: where it is, a local path or any fsspec URL (``fpt_lightning.store.place``).
         specification: what made it.
         shape: of one sample's features.
         made_with: versions and device, for the record.
@@ -150,12 +151,13 @@ class StoreIndex:
         Raises:
             StoreError: there is none, or it is of another format or damaged.
         """
+        url = resolve(url)
         return cls(url, open_group(url), tolerant)
 
     @staticmethod
     def exists(url: str) -> bool:
         """Whether a Zarr group is there, complete or not."""
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(resolve(url))
         return bool(filesystem.exists(f"{path}/zarr.json"))
 
     @property

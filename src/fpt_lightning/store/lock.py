@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.layout import writing
+from fpt_lightning.store.place import is_local, resolve
 
 
 def lock_store(url: str, shared: bool = False) -> IO[bytes] | None:
@@ -24,7 +25,8 @@ def lock_store(url: str, shared: bool = False) -> IO[bytes] | None:
     Raises:
         StoreError: another preload holds it, or nothing can be written beside the store.
     """
-    if "://" in url:
+    url = resolve(url)
+    if not is_local(url):
         return None
     with writing(url):
         path = Path(f"{url}.lock")

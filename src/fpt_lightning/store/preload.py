@@ -35,6 +35,7 @@ from fpt_lightning.store.damage import forget_damaged
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.lock import lock_store, share_lock
+from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
 from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
@@ -96,6 +97,7 @@ def preload(
         StoreError: another preload is writing it, too little disk space, a place that cannot be written, or features
             that do not fit the codec, naming the image.
     """
+    url = resolve(url)
     ids = [sample.id for sample in manifest.samples]
     if FeatureStore.exists(url) and not overwrite and not repair:
         store = FeatureStore.open(url)
@@ -130,6 +132,8 @@ def _report_notices(url: str) -> None:
 
     A preload that goes on does not read again what is stored, so notices of it stay.
     """
+    if not is_local(url):
+        return  # each was warned of at once
     path, noticed = Path(f"{url}.notices.csv"), dict[str, str]()
     parts = sorted(path.parent.glob(f"{path.name}.*[0-9]"))
     for part in [path, *parts] if parts else []:
@@ -163,10 +167,16 @@ def _report_left_out(store: FeatureStore, manifest: Manifest, on_error: OnError)
 
 
 def write_left_out(path: str, reasons: Mapping[str, str]) -> None:
-    """Warn of images that are left out, and list them in a CSV file (image, reason) on the first process."""
-    rank_zero_warn(f"{len(reasons)} images cannot be read and are left out: {path} lists them.")
-    if "://" not in path:
-        rank_zero_only(write_rows)(Path(path), [["image", "reason"], *reasons.items()])
+    """Warn of images that are left out, and list them in a CSV file (image, reason) on the first process.
+
+    Where the path is a URL, the warning lists them.
+    """
+    told = f"{len(reasons)} images cannot be read and are left out"
+    if "://" in path:
+        rank_zero_warn("\n  ".join([f"{told}:", *reasons.values()]))
+        return
+    rank_zero_warn(f"{told}: {path} lists them.")
+    rank_zero_only(write_rows)(Path(path), [["image", "reason"], *reasons.items()])
 
 
 class FrozenPass(L.LightningModule):
@@ -191,7 +201,7 @@ class FrozenPass(L.LightningModule):
         super().__init__()
         self.max_pixels = max_pixels
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
-        self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
+        self.manifest, self.config, self.url, self.rebuild = manifest, encoder, resolve(url), rebuild
         self.specification = specification
         self.batch_size, self.num_workers = batch_size, num_workers
         self.overwrite, self.repair, self.on_error = overwrite, repair, on_error
@@ -340,7 +350,7 @@ class _PreloadImages(Dataset[_PreloadBatch]):
     ) -> None:
         self.root, self.source, self.specification = manifest.root, store.source, specification
         self.reader = replace(specification.reader, max_pixels=max_pixels)
-        self.local = "://" not in store.url
+        self.local = is_local(store.url)
 
     def __getitem__(self, rows: list[int]) -> _PreloadBatch:
         spec = self.specification
@@ -435,7 +445,7 @@ def _made_with() -> dict[str, str]:
 
 
 def _check_space(url: str, needed: int) -> None:
-    if "://" in url:
+    if not is_local(url):
         return
     folder = Path(url).absolute()
     while not folder.exists():

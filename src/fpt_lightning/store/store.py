@@ -19,6 +19,7 @@ from fpt_lightning.errors import StoreError
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
 from fpt_lightning.store.layout import SHARD, open_array, row_bytes, row_checksums
+from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.reader import FOREIGN, BufferPool, ShardCache, ShardReader, shard_entries
 from fpt_lightning.store.specification import FeatureShape
 
@@ -47,7 +48,7 @@ class FeatureStore(StoreIndex):
     def __init__(self, url: str, group: zarr.Group, tolerant: bool = False, cache: str | None = None) -> None:
         super().__init__(url, group, tolerant)
         self._arrays |= {name: open_array(group, url, name, *row) for name, row in self.sample_arrays.items()}
-        self._folder = None if "://" in url else url  # of a local store
+        self._folder = url if is_local(url) else None  # of a local store
         self._cache = None if cache is None else ShardCache(url, cache)
         self._columns = {name: column for column, name in enumerate(self.sample_arrays)}  # of ``checksums``
         self._reader, self._buffers = ShardReader(SHARD), BufferPool()
@@ -68,6 +69,7 @@ class FeatureStore(StoreIndex):
         Raises:
             StoreError: there is none, or it is of another format or damaged, or the cache's folder cannot be made.
         """
+        url = resolve(url)
         return cls(url, open_group(url), tolerant, cache)
 
     def arrays_of(self, inputs: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from fpt_lightning.store.layout import (
     writing,
 )
 from fpt_lightning.store.lock import lock_store
+from fpt_lightning.store.place import resolve
 from fpt_lightning.store.specification import FORMAT
 from fpt_lightning.store.store import FeatureStore
 
@@ -45,6 +46,7 @@ def upgrade(url: str) -> list[str]:
         StoreError: there is no store, or one of another format, or damaged; another process is writing it, or it
             cannot be written.
     """
+    url = resolve(url)
     group = open_group(url, writable=True)
     lock = lock_store(url)
     try:

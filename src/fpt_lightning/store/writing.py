@@ -28,6 +28,7 @@ from fpt_lightning.store.layout import (
     with_records,
     writing,
 )
+from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
 from fpt_lightning.store.store import FeatureStore, sample_arrays
 
@@ -53,6 +54,7 @@ class WritableStore(FeatureStore):
         Raises:
             StoreError: something is there already, or nothing can be written there.
         """
+        url = resolve(url)
         arrays = with_records(sample_arrays(specification.codec, shape, specification.image_size))
         filesystem, path = fsspec.core.url_to_fs(url)
         there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
@@ -74,6 +76,7 @@ class WritableStore(FeatureStore):
     @classmethod
     def open(cls, url: str, tolerant: bool = False, cache: str | None = None) -> WritableStore:
         """Open an existing store, as ``FeatureStore.open`` does."""
+        url = resolve(url)
         return cls(url, open_group(url, writable=True), tolerant, cache)
 
     @staticmethod
@@ -83,13 +86,14 @@ class WritableStore(FeatureStore):
         Raises:
             StoreError: it is remote, or is not a feature store.
         """
+        url = resolve(url)
         try:
             ours = "specification" in zarr.open_group(url, mode="r").attrs
         except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
             raise StoreError(f"{url} cannot be recognised as a feature store: delete it yourself.") from error
         if not ours:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: it is not deleted.")
-        if "://" in url:
+        if not is_local(url):
             raise StoreError(f"the feature store {url} is remote: delete it with your storage's own tool.")
         with writing(url):
             (Path(url) / "zarr.json").unlink()  # first, so that what is half deleted is no store
