@@ -29,6 +29,10 @@ class StoreError(FPTError):
     """A feature store that is missing, incomplete or damaged."""
 
 
+class DamagedStoreError(StoreError):
+    """Data of a feature store that are damaged, gone or not those of their row."""
+
+
 class StaleStoreError(StoreError):
     """A feature store made with other settings than those asked for."""
 

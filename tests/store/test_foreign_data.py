@@ -107,6 +107,7 @@ def other_settings(store: FeatureStore, folder: Path) -> Damaged:
 
 SPOILS = [
     swapped_places,
+    swapped_shapes,
     swapped_arrays,
     another_shard,
     half_copied,

@@ -171,15 +171,15 @@ class StoredSamples(Samples):
 
     def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
         rows = [self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, keys, strict=True)]
-        batch: dict[str, Any] = self._read(rows)
+        images = [] if self.side_views is None else ["images"]
+        read = self.store.read_all(rows, [*self.arrays, *images])
+        batch: dict[str, Any] = {name: torch.from_numpy(read[name]) for name in self.arrays}
         if self.both:
-            batch["mirrored"] = self._read([row + 1 for row in rows])
+            mirrored = self.store.read_all([row + 1 for row in rows], self.arrays)
+            batch["mirrored"] = {name: torch.from_numpy(block) for name, block in mirrored.items()}
         if self.side_views is not None:
-            batch["side_images"] = self.side_views.draw(self.store.read(rows, "images"), keys)
+            batch["side_images"] = self.side_views.draw(read["images"], keys)
         return cast(Batch, batch)
-
-    def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(self.store.read(rows, name)) for name in self.arrays}
 
     def _mirrored(self, key: tuple[int, int]) -> bool:
         """Whether the mirror image is drawn."""

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.index import REPAIR
-from fpt_lightning.store.layout import RECORDS, SHARD
-from fpt_lightning.store.reader import AT_ONCE
+from fpt_lightning.store.layout import RECORDS, SHARD, writing
+from fpt_lightning.store.storage import AT_ONCE, open_filesystem
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
 
@@ -58,11 +57,8 @@ def verify(store: FeatureStore) -> list[Damage]:
     damage = [Damage(row, "records", reason) for row, reason in store.lost_records.items()]
     store.verify_again()
     for name, shard, _ in _shards(store):
-        for row in _complete_rows(store, shard).tolist():
-            try:
-                store.read([row], name)
-            except StoreError as error:
-                damage.append(Damage(row, name, str(error.__cause__)))
+        found = store.damage(_complete_rows(store, shard).tolist(), name)
+        damage += [Damage(row, name, reason) for row, reason in found.items()]
     return damage
 
 
@@ -73,7 +69,6 @@ def forget_damaged(store: WritableStore) -> list[str]:
         Their ids.
     """
     damage = verify(store)
-    filesystem, path = fsspec.core.url_to_fs(store.url)
     rows_of = {shard: range(shard * SHARD, (shard + 1) * SHARD) for shard in {d.row // SHARD for d in damage}}
     unreadable = {s for s, rows in rows_of.items() if store.lost_records.keys() >= {*rows} & {*range(len(store.done))}}
     broken = {f"{RECORDS}/c/{shard}/0" for shard in unreadable}
@@ -82,9 +77,11 @@ def forget_damaged(store: WritableStore) -> list[str]:
         for d in damage
         if d.array in store.sample_arrays and not store.present(d.array, d.row // SHARD).any()
     }
-    for file in broken:  # what Zarr could not write into; rows that are forgotten next, or found lost until then
-        if filesystem.exists(f"{path}/{file}"):
-            filesystem.rm(f"{path}/{file}")
+    with writing(store.url):
+        filesystem, path = open_filesystem(store.url)
+        for file in broken:  # what Zarr could not write into; rows that are forgotten next, or found lost until then
+            if filesystem.exists(f"{path}/{file}"):
+                filesystem.rm(f"{path}/{file}")
     store.forget_rows(sorted({d.row for d in damage if d.row // SHARD not in unreadable}))
     return list(dict.fromkeys(store.source(d.row)[0] for d in damage))
 
@@ -94,6 +91,7 @@ def _shards(store: FeatureStore) -> Iterator[tuple[str, int, NDArray[np.bool_]]]
     shards = [
         (name, int(shard)) for name in store.sample_arrays for shard in np.unique(np.flatnonzero(store.done) // SHARD)
     ]
+    store.load_indices(shards)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for given, present in zip(shards, pool.map(lambda given: store.present(*given), shards), strict=True):
             yield *given, present

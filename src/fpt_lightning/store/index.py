@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
-import fsspec
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from fpt_lightning.store.layout import (
 from fpt_lightning.store.place import resolve
 from fpt_lightning.store.reader import FOREIGN
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
+from fpt_lightning.store.storage import Range, Storage
 
 REPAIR = "fpt-lightning store repair --config CONFIG"
 UPGRADE = "fpt-lightning store upgrade"
@@ -96,7 +97,7 @@ class StoreIndex:
     format: ClassVar[int] = FORMAT
 
     def __init__(self, url: str, group: zarr.Group, tolerant: bool = False) -> None:
-        self.url = url
+        self.url, self._storage = url, Storage(url)
         self._group = group
         try:
             attributes = cast(dict[str, Any], group.attrs.asdict())
@@ -157,8 +158,8 @@ class StoreIndex:
     @staticmethod
     def exists(url: str) -> bool:
         """Whether a Zarr group is there, complete or not."""
-        filesystem, path = fsspec.core.url_to_fs(resolve(url))
-        return bool(filesystem.exists(f"{path}/zarr.json"))
+        url = resolve(url)
+        return Storage(url).read([Range("zarr.json")]) != [None]
 
     @property
     def bytes_per_row(self) -> int:
@@ -235,17 +236,20 @@ class StoreIndex:
     def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], dict[int, str]]:
         """All of the records, and why those of some rows are damaged; these are 0."""
         array, total, lost = self._arrays[RECORDS], self.views * len(self.ids), dict[int, str]()
-        whole = np.zeros((total, OWNER + 1 + len(self.sample_arrays)), np.int64)
-        table = whole[:, : array.shape[1]]
-        try:
-            table[: array.shape[0]] = array[:total]
-        except Exception:  # zarr raises differently for each kind of damage: which rows?
-            for start in range(0, total, SHARD):
-                rows = range(start, min(start + SHARD, total))
-                try:
-                    table[start : rows.stop] = array[start : rows.stop]
-                except Exception as error:
-                    lost |= dict.fromkeys(rows, f"{type(error).__name__}: {error}")
+        width = array.shape[1]
+        shards = range(-(-total // SHARD))
+        table = np.zeros((len(shards) * SHARD, OWNER + 1 + len(self.sample_arrays)), np.int64)
+        contents = self._storage.read([Range(f"{array.basename}/c/{shard}/0") for shard in shards])
+        for shard, content in zip(shards, contents, strict=True):
+            rows = range(shard * SHARD, min((shard + 1) * SHARD, total))
+            if content is None:
+                continue  # none of these rows was ever written
+            data, checksum = content[:-4], content[-4:]
+            if len(data) != 8 * width * SHARD or google_crc32c.value(data).to_bytes(4, "little") != checksum:
+                lost |= dict.fromkeys(rows, "the checksum of its chunk is wrong")
+            else:
+                table[rows.start : rows.start + SHARD, :width] = np.frombuffer(data, "<i8").reshape(SHARD, width)
+        whole = table[:total]
         foreign = self._foreign(whole)
         whole[foreign] = 0
         lost |= dict.fromkeys(foreign.tolist(), FOREIGN)
@@ -267,11 +271,11 @@ def open_group(url: str, writable: bool = False) -> zarr.Group:
     """The Zarr group of an existing store.
 
     Raises:
-        StoreError: there is none, or it cannot be opened.
+        StoreError: there is none, or it cannot be reached or opened.
     """
+    if not StoreIndex.exists(url):
+        raise StoreError(f"there is no feature store at {url}.")
     try:
         return zarr.open_group(url, mode="r+" if writable else "r")
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError) as error:
-        raise StoreError(f"there is no feature store at {url}.") from error
     except Exception as error:  # damaged metadata surfaces as JSON, key or value errors
         raise StoreError(f"the feature store {url} cannot be opened: {type(error).__name__}: {error}.") from error

@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
 import google_crc32c
 import numpy as np
 import zarr
@@ -37,7 +36,9 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from fpt_lightning.errors import StoreError, in_one_line
+from fpt_lightning.errors import FPTError, StoreError, in_one_line
+from fpt_lightning.store.place import is_local
+from fpt_lightning.store.storage import REMOTE_REMEDY, Range, Storage
 
 SHARD = 16  # rows
 ABSENT, COMPLETE, LEFT_OUT = range(3)  # what a record says of its row
@@ -127,13 +128,13 @@ def array_documents(url: str, names: Iterable[str]) -> dict[str, Any]:
     Raises:
         StoreError: they are damaged or gone.
     """
-    filesystem, path = fsspec.core.url_to_fs(url)
-    documents = {}
-    for name in names:
+    names, documents = list(names), {}
+    found = Storage(url).read([Range(f"{name}/zarr.json") for name in names])
+    for name, content in zip(names, found, strict=True):
         try:
-            documents[name] = json.loads(filesystem.cat_file(f"{path}/{name}/zarr.json"))
+            documents[name] = json.loads(content or b"")
             documents[name]["shape"][0] = 0
-        except (OSError, ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise StoreError(
                 f"the metadata of the array {name} of the feature store {url} are damaged or gone "
                 f"({type(error).__name__}: {error}): rebuild it."
@@ -152,12 +153,19 @@ def writing(url: str) -> Iterator[None]:
     """Say which store could not be written, and what to do.
 
     Raises:
-        StoreError: in place of an ``OSError``.
+        StoreError: in place of an ``OSError``, or of whatever a remote storage raises.
     """
     try:
         yield
-    except OSError as error:
+    except FPTError:
+        raise
+    except Exception as error:
+        local = is_local(url)
+        if local and not isinstance(error, OSError):
+            raise
+        why = (error.strerror if local and isinstance(error, OSError) else None) or in_one_line(error).rstrip(".")
+        remedy = "make room, or make it writable" if local else REMOTE_REMEDY
         raise StoreError(
-            f"the feature store {url} cannot be written: {error.strerror or error}. What is complete of it is kept: "
-            "make room, or make it writable, and preload again; or name another data.store."
+            f"the feature store {url} cannot be written: {why}. What is complete of it is kept: {remedy}, and preload "
+            "again; or name another data.store."
         ) from error

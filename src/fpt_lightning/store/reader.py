@@ -2,7 +2,7 @@
 
 A shard (Zarr v3, sharding codec) is a file of chunks, each the raw bytes of a sample and their crc32c, with an index of
 (offset, length) and its crc32c at the end. Any Zarr reader gives the same numbers; zarr-python takes three to ten times
-as long. Shards that are far away are copied whole, once.
+as long. Of shards that are far away, ranges are read many at once, or the shards are copied whole, once.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from fpt_lightning.errors import StoreError
+from fpt_lightning.errors import StoreError, in_one_line
+from fpt_lightning.store.storage import AT_ONCE, Range, Storage, open_filesystem
 
 FOREIGN = "it belongs to another row or store"
+GONE = "the shard does not hold it"
+TRUNCATED = "the shard is truncated"
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
 _CRC_BYTES = 4
-AT_ONCE = 16  # requests to a remote storage
 _VERSION = ("size", "etag", "e_tag", "mtime", "lastmodified", "last_modified", "updated", "created", "generation")
 
 
@@ -51,13 +53,18 @@ class ShardIndex:
     verified: NDArray[np.bool_]
 
     @classmethod
-    def parse(cls, tail: bytes, size: int, samples: int, identity: tuple[int, int, int] = (0, 0, 0)) -> ShardIndex:
-        """From the last ``index_bytes`` of a shard of ``size`` bytes; all chunks are absent where these are damaged."""
+    def parse(
+        cls, tail: bytes, size: int | None, samples: int, identity: tuple[int, int, int] = (0, 0, 0)
+    ) -> ShardIndex:
+        """From the last ``index_bytes`` of a shard of ``size`` bytes; all chunks are absent where these are damaged.
+
+        Where the size is not known, whether a chunk lies within the file is found when it is read.
+        """
         chunks = np.full((samples, 2), _ABSENT)
         if len(tail) == index_bytes(samples) and _checksum(tail[:-_CRC_BYTES]) == tail[-_CRC_BYTES:]:
             chunks = np.frombuffer(tail[:-_CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
         offsets, lengths = chunks.T
-        room = np.uint64(max(0, size - len(tail)))
+        room = np.uint64(2**63 if size is None else max(0, size - len(tail)))
         present = (offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
         return cls(offsets, lengths, present, identity, np.zeros(samples, bool))
 
@@ -67,25 +74,57 @@ def index_bytes(samples: int) -> int:
     return 16 * samples + _CRC_BYTES
 
 
-def shard_entries(filesystem: fsspec.AbstractFileSystem, path: str, samples: int) -> NDArray[np.bool_]:
-    """Which of a shard's chunks lie in its file, on any storage.
+class Chunk(NamedTuple):
+    """A sample to be read.
 
-    Args:
-        filesystem: of the storage.
-        path: of the shard there; none lies in a file that is not there.
-        samples: of a shard.
+    Attributes:
+        path: of its shard.
+        position: in its shard.
+        out: where to, a C-contiguous array of its shape and dtype.
+        checksum: of the sample, as its record has it; None where that is not known.
     """
-    length = index_bytes(samples)
-    try:
-        size = filesystem.size(path)
-        tail = filesystem.cat_file(path, start=-length) if size >= length else b""
-    except FileNotFoundError:
-        size, tail = 0, b""
-    return ShardIndex.parse(tail, size, samples).present
+
+    path: str
+    position: int
+    out: NDArray[Any]
+    checksum: int | None
+
+    def offset(self, index: ShardIndex) -> int:
+        """Where it begins in its shard.
+
+        Raises:
+            ValueError: it is absent, or another.
+        """
+        if not index.present[self.position]:
+            raise ValueError(GONE)
+        if index.lengths[self.position] != self.length:
+            raise ValueError(FOREIGN)
+        return int(index.offsets[self.position])
+
+    @property
+    def length(self) -> int:
+        """In bytes, checksum included."""
+        return self.out.nbytes + _CRC_BYTES
+
+    @property
+    def raw(self) -> NDArray[np.uint8]:
+        """``out`` as bytes."""
+        return self.out.reshape(-1).view(np.uint8)
+
+    def verify(self, stored: bytes | bytearray) -> None:
+        """Hold what was read against the checksum beside it, and that against its record.
+
+        Raises:
+            ValueError: it is damaged, or another.
+        """
+        if _checksum(self.raw) != bytes(stored):
+            raise ValueError("its checksum is wrong")
+        if self.checksum is not None and int.from_bytes(stored, "little") != self.checksum:
+            raise ValueError(FOREIGN)
 
 
 class ShardReader:
-    """Reads chunks of shards, each verified the first time: that its checksum is right, and the one it must have.
+    """Reads chunks of shards on this machine, each verified the first time.
 
     Args:
         samples: of a shard.
@@ -95,37 +134,34 @@ class ShardReader:
         self.samples = samples
         self._indices: dict[str, ShardIndex] = {}
 
-    def read(self, path: str, chunk: int, out: NDArray[Any], checksum: int | None) -> None:
-        """Read one sample into a C-contiguous array of its shape and dtype.
-
-        Args:
-            path: of the shard.
-            chunk: position of the sample in its shard.
-            out: where to.
-            checksum: of this sample, as its record has it; None where that is not known.
+    def read(self, chunk: Chunk) -> None:
+        """Read one sample straight to where it is wanted.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: the sample is absent, truncated, damaged or another.
         """
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(chunk.path, os.O_RDONLY)
         try:
-            index = self._index(path, file)
-            if not index.present[chunk]:
-                raise ValueError("the shard does not hold it")
-            if index.lengths[chunk] != out.nbytes + _CRC_BYTES:
-                raise ValueError(FOREIGN)
-            buffers: list[Any] = [out.reshape(-1).view(np.uint8)]
-            verify = not index.verified[chunk]
+            index = self._index(chunk.path, file)
+            offset, verify = chunk.offset(index), not index.verified[chunk.position]
+            buffers: list[Any] = [chunk.raw, *([bytearray(_CRC_BYTES)] if verify else [])]
+            if os.preadv(file, buffers, offset) != sum(len(buffer) for buffer in buffers):
+                raise ValueError(TRUNCATED)
             if verify:
-                buffers.append(bytearray(_CRC_BYTES))
-            if os.preadv(file, buffers, int(index.offsets[chunk])) != sum(len(buffer) for buffer in buffers):
-                raise ValueError("the shard is truncated")
-            if verify and _checksum(buffers[0]) != bytes(buffers[1]):
-                raise ValueError("its checksum is wrong")
-            if verify and checksum is not None and int.from_bytes(buffers[1], "little") != checksum:
-                raise ValueError(FOREIGN)
-            index.verified[chunk] = True
+                chunk.verify(buffers[1])
+            index.verified[chunk.position] = True
+        finally:
+            os.close(file)
+
+    def index(self, path: str) -> ShardIndex:
+        """That of a shard, in which nothing lies where there is no such file; it is not kept."""
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return ShardIndex.parse(b"", 0, self.samples)
+        try:
+            return self._parse(file, os.fstat(file))
         finally:
             os.close(file)
 
@@ -134,10 +170,93 @@ class ShardReader:
         identity = (status.st_ino, status.st_size, status.st_mtime_ns)  # a shard that was written again is another file
         index = self._indices.get(path)
         if index is None or index.identity != identity:
-            length = min(index_bytes(self.samples), status.st_size)
-            tail = os.pread(file, length, status.st_size - length)
-            index = self._indices[path] = ShardIndex.parse(tail, status.st_size, self.samples, identity)
+            index = self._indices[path] = self._parse(file, status, identity)
         return index
+
+    def _parse(self, file: int, status: os.stat_result, identity: tuple[int, int, int] = (0, 0, 0)) -> ShardIndex:
+        length = min(index_bytes(self.samples), status.st_size)
+        tail = os.pread(file, length, status.st_size - length)
+        return ShardIndex.parse(tail, status.st_size, self.samples, identity)
+
+
+class RemoteReader:
+    """Reads chunks of shards that are far away: those of a batch at once, each verified every time.
+
+    Args:
+        storage: of the store; paths of chunks are below it.
+        samples: of a shard.
+    """
+
+    def __init__(self, storage: Storage, samples: int) -> None:
+        self.storage, self.samples = storage, samples
+        self._indices: dict[str, ShardIndex] = {}
+
+    def read(self, chunks: Sequence[Chunk]) -> list[ValueError | None]:
+        """Read samples to where they are wanted.
+
+        Returns:
+            For each what is wrong with it, as ``ShardReader.read`` raises it.
+
+        Raises:
+            StoreError: the storage cannot be reached.
+        """
+        known = {chunk.path for chunk in chunks} & self._indices.keys()
+        wrong = self._try(chunks)
+        again = [i for i, error in enumerate(wrong) if error is not None and chunks[i].path in known]
+        for path in {chunks[i].path for i in again}:  # the shard may have been written again since
+            del self._indices[path]
+        for i, error in zip(again, self._try([chunks[i] for i in again]), strict=True):
+            wrong[i] = error
+        return wrong
+
+    def indices(self, paths: Sequence[str]) -> list[ShardIndex]:
+        """Those of some shards, which are kept."""
+        unknown = sorted({path for path in paths if path not in self._indices})
+        length = index_bytes(self.samples)
+        for path, tail in zip(unknown, self.storage.read([Range(path, -length) for path in unknown]), strict=True):
+            self._indices[path] = ShardIndex.parse(tail or b"", None, self.samples)
+        return [self._indices[path] for path in paths]
+
+    def _try(self, chunks: Sequence[Chunk]) -> list[ValueError | None]:
+        wrong: list[ValueError | None] = [None] * len(chunks)
+        places: list[tuple[str, int, int]] = []  # path, offset, and which chunk
+        for i, (chunk, index) in enumerate(zip(chunks, self.indices([chunk.path for chunk in chunks]), strict=True)):
+            try:
+                places.append((chunk.path, chunk.offset(index), i))
+            except ValueError as error:
+                wrong[i] = error
+        runs = _runs(sorted(places), [chunk.length for chunk in chunks])
+        ranges = [Range(path, start, start + sum(chunks[i].length for i in run)) for path, start, run in runs]
+        for (*_, run), content in zip(runs, self.storage.read(ranges), strict=True):
+            view = memoryview(content or b"")
+            for i in run:
+                wrong[i] = _take(chunks[i], view[: chunks[i].length])
+                view = view[chunks[i].length :]
+        return wrong
+
+
+def _runs(places: Sequence[tuple[str, int, int]], lengths: Sequence[int]) -> list[tuple[str, int, list[int]]]:
+    """Chunks that follow each other in one file, together."""
+    runs: list[tuple[str, int, list[int]]] = []
+    end = -1
+    for path, offset, i in places:
+        if runs and runs[-1][0] == path and end == offset:
+            runs[-1][2].append(i)
+        else:
+            runs.append((path, offset, [i]))
+        end = offset + lengths[i]
+    return runs
+
+
+def _take(chunk: Chunk, content: memoryview) -> ValueError | None:
+    if len(content) != chunk.length:
+        return ValueError(TRUNCATED)
+    chunk.raw[:] = np.frombuffer(content[:-_CRC_BYTES], np.uint8)
+    try:
+        chunk.verify(bytes(content[-_CRC_BYTES:]))
+    except ValueError as error:
+        return error
+    return None
 
 
 class ShardCache:
@@ -174,8 +293,9 @@ class ShardCache:
         """
         unknown = sorted({shard for shard in shards if shard not in self._copies})
         if unknown:
+            opened = open_filesystem(self.url)  # here, as an instance does not outlive a fork
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                self._copies.update(zip(unknown, pool.map(self._copy, unknown), strict=True))
+                self._copies.update(zip(unknown, pool.map(partial(self._copy, opened), unknown), strict=True))
 
     def path(self, shard: str) -> str:
         """Of the copy of a shard; see ``fetch``."""
@@ -186,9 +306,9 @@ class ShardCache:
         """Remove a copy that is damaged."""
         self._copies.pop(shard).unlink(missing_ok=True)
 
-    def _copy(self, shard: str) -> Path:
+    def _copy(self, opened: tuple[Any, str], shard: str) -> Path:
         try:
-            filesystem, root = fsspec.core.url_to_fs(self.url)  # here, as an instance does not outlive a fork
+            filesystem, root = opened if opened[0].async_impl else open_filesystem(self.url)  # one a thread
             information = filesystem.info(f"{root}/{shard}")
             name = shard.replace("/", ".")
             copy = self.folder / f"{name}-{_version(information)}"
@@ -206,7 +326,7 @@ class ShardCache:
         except Exception as error:  # each storage has its own errors
             raise StoreError(
                 f"the shard {shard} of the feature store {self.url} cannot be copied to {self.folder} (data.cache): "
-                f"{type(error).__name__}: {error}."
+                f"{in_one_line(error)}."
             ) from error
 
 

@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 import zarr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpt_lightning.errors import StoreError
+from fpt_lightning.errors import DamagedStoreError, StoreError
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
-from fpt_lightning.store.layout import SHARD, open_array, row_bytes, row_checksums
+from fpt_lightning.store.layout import SHARD, open_array, row_bytes
 from fpt_lightning.store.place import is_local, resolve
-from fpt_lightning.store.reader import FOREIGN, BufferPool, ShardCache, ShardReader, shard_entries
+from fpt_lightning.store.reader import BufferPool, Chunk, RemoteReader, ShardCache, ShardReader
 from fpt_lightning.store.specification import FeatureShape
 
 
@@ -51,7 +50,8 @@ class FeatureStore(StoreIndex):
         self._folder = url if is_local(url) else None  # of a local store
         self._cache = None if cache is None else ShardCache(url, cache)
         self._columns = {name: column for column, name in enumerate(self.sample_arrays)}  # of ``checksums``
-        self._reader, self._buffers = ShardReader(SHARD), BufferPool()
+        self._reader, self._remote = ShardReader(SHARD), RemoteReader(self._storage, SHARD)
+        self._buffers = BufferPool()
         self._memory: dict[str, Tensor] = {}  # arrays that were loaded whole
 
     def _declared_arrays(self, documents: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -123,42 +123,66 @@ class FeatureStore(StoreIndex):
             (len(rows), ...), in the array's shape and dtype.
 
         Raises:
-            StoreError: their bytes are damaged or gone, naming the sample.
+            DamagedStoreError: their bytes are damaged, gone or those of another row, naming the sample.
+            StoreError: the storage cannot be reached.
         """
-        size, dtype = self.sample_arrays[name]
-        buffer = self._buffers.take((len(rows), *size), dtype)
-        if name in self._memory:
-            np.take(self._memory[name].numpy(), rows, 0, out=buffer, mode="clip")  # "raise" would buffer the output
-            return buffer
-        if self._cache is not None:
-            self._cache.fetch([self.shard_path(name, row // SHARD) for row in rows])
-        for row, sample in zip(rows, buffer, strict=True):
-            try:
-                self._read_sample(row, name, sample)
-            except Exception as error:  # zarr raises differently for each kind of damage
-                raise StoreError(
-                    f"the feature store {self.url} cannot give the {name} of {self.name(row)}: "
-                    f"{type(error).__name__}: {error}."
-                ) from error
-        return buffer
+        return self.read_all(rows, [name])[name]
 
-    def _read_sample(self, row: int, name: str, sample: NDArray[Any]) -> None:
-        shard, chunk = self.shard_path(name, row // SHARD), row % SHARD
-        checksum = self._checksum(row, name)
+    def read_all(self, rows: Sequence[int], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Rows of several arrays, as ``read`` gives those of one; of a store that is far away, all at once."""
+        blocks, wrong = self._read(rows, names)
+        for (row, name), error in wrong.items():
+            raise DamagedStoreError(
+                f"the feature store {self.url} cannot give the {name} of {self.name(row)}: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        return blocks
+
+    def damage(self, rows: Sequence[int], name: str) -> dict[int, str]:
+        """What is wrong with those of the rows that ``read`` could not give.
+
+        Raises:
+            StoreError: the storage cannot be reached.
+        """
+        return {row: str(error) for (row, _), error in self._read(rows, [name])[1].items()}
+
+    def _read(
+        self, rows: Sequence[int], names: Sequence[str]
+    ) -> tuple[dict[str, NDArray[Any]], dict[tuple[int, str], Exception]]:
+        blocks, wanted = dict[str, NDArray[Any]](), dict[tuple[int, str, int], Chunk]()
+        for name in names:
+            size, dtype = self.sample_arrays[name]
+            block = blocks[name] = self._buffers.take((len(rows), *size), dtype)
+            if name in self._memory:
+                np.take(self._memory[name].numpy(), rows, 0, out=block, mode="clip")  # "raise" would buffer the output
+                continue
+            for i, (row, sample) in enumerate(zip(rows, block, strict=True)):
+                path = self.shard_path(name, row // SHARD)
+                wanted[row, name, i] = Chunk(path, row % SHARD, sample, self._checksum(row, name))
+        errors = self._fetch(list(wanted.values()))
+        return blocks, {key[:2]: error for key, error in zip(wanted, errors, strict=True) if error is not None}
+
+    def _fetch(self, chunks: Sequence[Chunk]) -> Sequence[Exception | None]:
         if self._cache is not None:
-            try:
-                self._reader.read(self._cache.path(shard), chunk, sample, checksum)
-            except ValueError:  # the copy may be damaged where the shard is not
-                self._cache.discard(shard)
-                self._reader.read(self._cache.path(shard), chunk, sample, checksum)
-        elif self._folder is not None:
-            self._reader.read(f"{self._folder}/{shard}", chunk, sample, checksum)
-        else:
-            sample[...] = self._arrays[name][row]
-            if not sample.any() and not self.present(name, row // SHARD)[chunk]:
-                raise ValueError("the shard does not hold it")  # Zarr gives zeros
-            if checksum is not None and row_checksums(sample[None]) != [checksum]:
-                raise ValueError(FOREIGN)
+            self._cache.fetch([chunk.path for chunk in chunks])
+            return [self._read_copy(self._cache, chunk) for chunk in chunks]
+        if self._folder is not None:
+            return [self._read_file(chunk._replace(path=f"{self._folder}/{chunk.path}")) for chunk in chunks]
+        return self._remote.read(chunks)
+
+    def _read_copy(self, cache: ShardCache, chunk: Chunk) -> Exception | None:
+        error = self._read_file(chunk._replace(path=cache.path(chunk.path)))
+        if isinstance(error, ValueError):  # the copy may be damaged where the shard is not
+            cache.discard(chunk.path)
+            error = self._read_file(chunk._replace(path=cache.path(chunk.path)))
+        return error
+
+    def _read_file(self, chunk: Chunk) -> Exception | None:
+        try:
+            self._reader.read(chunk)
+        except (OSError, ValueError) as error:
+            return error
+        return None
 
     def _checksum(self, row: int, name: str) -> int | None:
         """That the row must have there; None if its record does not say."""
@@ -169,13 +193,28 @@ class FeatureStore(StoreIndex):
         return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
 
     def present(self, name: str, shard: int) -> NDArray[np.bool_]:
-        """Which of a shard's chunks lie in its file."""
-        filesystem, path = fsspec.core.url_to_fs(self.url)
-        return shard_entries(filesystem, f"{path}/{self.shard_path(name, shard)}", SHARD)
+        """Which of a shard's chunks lie in its file.
+
+        Raises:
+            StoreError: the storage cannot be reached.
+        """
+        path = self.shard_path(name, shard)
+        if self._folder is not None:
+            return self._reader.index(f"{self._folder}/{path}").present
+        return self._remote.indices([path])[0].present
+
+    def load_indices(self, shards: Sequence[tuple[str, int]]) -> None:
+        """Fetch the indices of shards of arrays that are far away, at once, and keep them for ``present`` and ``read``.
+
+        Raises:
+            StoreError: the storage cannot be reached.
+        """
+        if self._folder is None:
+            self._remote.indices([self.shard_path(*shard) for shard in shards])
 
     def verify_again(self) -> None:
         """Verify each chunk's checksum at its next read, as if none had been read."""
-        self._reader = ShardReader(SHARD)
+        self._reader, self._remote = ShardReader(SHARD), RemoteReader(self._storage, SHARD)
 
 
 def available_memory(shared: bool) -> int | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import fsspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from fpt_lightning.errors import StoreError
+from fpt_lightning.errors import DamagedStoreError
 from fpt_lightning.store.index import open_group
 from fpt_lightning.store.layout import (
     ABSENT,
@@ -29,6 +28,7 @@ from fpt_lightning.store.layout import (
 from fpt_lightning.store.lock import lock_store
 from fpt_lightning.store.place import resolve
 from fpt_lightning.store.specification import FORMAT
+from fpt_lightning.store.storage import open_filesystem
 from fpt_lightning.store.store import FeatureStore
 
 
@@ -92,7 +92,7 @@ def _write_records(store: _EarlierStore) -> list[str]:
                 try:
                     read = [store.read([row], name) for name in store.sample_arrays]
                     wanted[row, OWNER + 1 :] = [row_checksums(block)[0] for block in read]
-                except StoreError as error:
+                except DamagedStoreError as error:
                     wanted[row] = 0
                     damaged.append(str(error))
             target[start : start + SHARD] = wanted[start : start + SHARD]
@@ -115,7 +115,7 @@ def _target(store: _EarlierStore) -> tuple[Any, NDArray[np.int64]]:
 
 
 def _remove_earlier(url: str) -> None:
-    filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem, path = open_filesystem(url)
     with writing(url):
         if filesystem.exists(f"{path}/{EARLIER_RECORDS}"):
             filesystem.rm(f"{path}/{EARLIER_RECORDS}", recursive=True)

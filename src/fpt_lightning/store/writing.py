@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from fpt_lightning.store.layout import (
 )
 from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
+from fpt_lightning.store.storage import open_filesystem
 from fpt_lightning.store.store import FeatureStore, sample_arrays
 
 
@@ -56,8 +56,9 @@ class WritableStore(FeatureStore):
         """
         url = resolve(url)
         arrays = with_records(sample_arrays(specification.codec, shape, specification.image_size))
-        filesystem, path = fsspec.core.url_to_fs(url)
-        there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        with writing(url):
+            filesystem, path = open_filesystem(url)
+            there = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
         if not {name.rstrip("/").rsplit("/", 1)[-1] for name in there} <= arrays.keys():
             raise StoreError(f"there is something at {url} already, which is not a complete feature store.")
         attributes: dict[str, Any] = {
