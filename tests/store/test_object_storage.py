@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.cli import main
@@ -90,6 +92,28 @@ def test_damage_is_found_and_repaired(url: str) -> None:
     assert_rows(FeatureStore.open(url), range(20))
 
 
+class Pooled(Dataset[Any]):
+    """Of each row."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(IDS)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.store.read([row], "pooled")[0].copy()
+
+
+def test_worker_processes_read_it(url: str) -> None:
+    """Forked ones too, after this process has read it."""
+    store = FeatureStore.open(url)
+    store.read([0], "pooled")
+    batches = list(DataLoader(Pooled(store), batch_size=10, num_workers=1, multiprocessing_context="fork"))
+    np.testing.assert_array_equal(torch.cat(batches).numpy(), content(range(20))["pooled"])
+
+
+@pytest.mark.slow
 def test_a_pass_that_was_stopped_goes_on_and_training_reads_it(
     bucket: str, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
