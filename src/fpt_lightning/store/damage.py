@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import fsspec
 import numpy as np
-from numpy.typing import NDArray
 
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.index import REPAIR
 from fpt_lightning.store.layout import SHARD
-from fpt_lightning.store.reader import AT_ONCE
+from fpt_lightning.store.reader import AT_ONCE, CRC_BYTES, index_bytes
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
 
@@ -35,19 +35,28 @@ class Damage(NamedTuple):
 def check_present(store: FeatureStore) -> None:
     """Make sure that every complete row has its chunks, as Zarr reads an absent chunk as zeros.
 
+    A shard whose file is large enough for its complete rows has them; the index of any other is read. Every chunk is
+    verified when it is read first.
+
     Raises:
         StoreError: naming the first sample whose data are gone, or the extension of the store was stopped.
     """
     if not store.extended:
         raise StoreError(f"the arrays of the feature store {store.url} have not {len(store.ids)} samples: {REPAIR}.")
-    for name, shard, present in _shards(store):
-        rows = _complete_rows(store, shard)
-        absent = rows[~present[rows % SHARD]]
-        if len(absent):
-            raise StoreError(
-                f"the feature store {store.url} has lost the {name} of {store.name(absent[0])} (shard {shard}): "
-                f"rebuild it, or what is lost of it, with `{REPAIR}`."
-            )
+    rows = np.flatnonzero(store.done)
+    shards, complete = np.unique(rows // SHARD, return_counts=True)
+    for name, (size, dtype) in store.sample_arrays.items():
+        needed = complete * (math.prod(size) * dtype.itemsize + CRC_BYTES) + index_bytes(SHARD)
+        small = shards[store.shard_sizes(name, shards.tolist()) < needed].tolist()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for shard, present in zip(small, pool.map(partial(store.present, name), small), strict=True):
+                own = rows[rows // SHARD == shard]
+                absent = own[~present[own % SHARD]]
+                if len(absent):
+                    raise StoreError(
+                        f"the feature store {store.url} has lost the {name} of {store.name(absent[0])} (shard {shard}):"
+                        f" rebuild it, or what is lost of it, with `{REPAIR}`."
+                    )
 
 
 def verify(store: FeatureStore) -> list[Damage]:
@@ -57,8 +66,8 @@ def verify(store: FeatureStore) -> list[Damage]:
     """
     damage = [Damage(row, "records", "the checksum of the records is wrong") for row in store.lost_records]
     store.verify_again()
-    for name, shard, _ in _shards(store):
-        for row in _complete_rows(store, shard).tolist():
+    for name in store.sample_arrays:
+        for row in np.flatnonzero(store.done).tolist():
             try:
                 store.read([row], name)
             except StoreError as error:
@@ -85,17 +94,3 @@ def forget_damaged(store: WritableStore) -> list[str]:
             filesystem.rm(f"{path}/{file}")
     store.forget_rows(sorted({d.row for d in damage if d.array != "records"}))
     return list(dict.fromkeys(store.source(d.row)[0] for d in damage))
-
-
-def _shards(store: FeatureStore) -> Iterator[tuple[str, int, NDArray[np.bool_]]]:
-    """Each array and shard that has complete rows, and which of its chunks are there."""
-    shards = [
-        (name, int(shard)) for name in store.sample_arrays for shard in np.unique(np.flatnonzero(store.done) // SHARD)
-    ]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for given, present in zip(shards, pool.map(lambda given: store.present(*given), shards), strict=True):
-            yield *given, present
-
-
-def _complete_rows(store: FeatureStore, shard: int) -> NDArray[np.intp]:
-    return np.flatnonzero(store.done[shard * SHARD : (shard + 1) * SHARD]) + shard * SHARD

@@ -57,6 +57,7 @@ def preload(
     specification: FeatureSpecification,
     url: str,
     *,
+    store: FeatureStore | None = None,
     batch_size: int = 4,
     num_workers: int = 0,
     trainer: L.Trainer | None = None,
@@ -77,6 +78,7 @@ def preload(
         encoder: the frozen encoder and its selection.
         specification: what is asked; mean and std may still be empty (``auto``).
         url: of the store, which is made where there is none.
+        store: the same, if it is open already.
         batch_size: images encoded at once.
         num_workers: processes that read images ahead.
         trainer: whose devices do it; one device, chosen by Lightning, by default.
@@ -97,10 +99,12 @@ def preload(
             that do not fit the codec, naming the image.
     """
     ids = [sample.id for sample in manifest.samples]
-    if FeatureStore.exists(url) and not overwrite and not repair:
-        store = FeatureStore.open(url)
+    manifest = manifest if manifest.files is not None else manifest.look()
+    assert manifest.files is not None
+    if (store is not None or FeatureStore.exists(url)) and not overwrite and not repair:
+        store = FeatureStore.open(url) if store is None else store
         store.require(specification, rebuild)
-        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.root, ids)
+        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.files)
         if fresh and (on_error == "skip" or not store.left_out(ids)):
             return store
     frozen_pass = FrozenPass(
@@ -220,7 +224,8 @@ class FrozenPass(L.LightningModule):
             store.remove_partial_files()
             if self.repair:
                 rank_zero_info(f"repair: {len(forget_damaged(store))} samples of {self.url} are damaged")
-            store.forget(store.changed(self.manifest.root, ids))
+            assert self.manifest.files is not None
+            store.forget(store.changed(self.manifest.files))
             if self.on_error == "stop":
                 store.forget(store.left_out(ids))
             _check_space(self.url, len(store.missing(ids)) * size)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fpt_lightning.errors import StoreError
 
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
-_CRC_BYTES = 4
+CRC_BYTES = 4
 AT_ONCE = 16  # requests to a remote storage
 _VERSION = ("size", "etag", "e_tag", "mtime", "lastmodified", "last_modified", "updated", "created", "generation")
 
@@ -53,8 +53,8 @@ class ShardIndex:
     def parse(cls, tail: bytes, size: int, samples: int, identity: tuple[int, int, int] = (0, 0, 0)) -> ShardIndex:
         """From the last ``index_bytes`` of a shard of ``size`` bytes; all chunks are absent where these are damaged."""
         chunks = np.full((samples, 2), _ABSENT)
-        if len(tail) == index_bytes(samples) and _checksum(tail[:-_CRC_BYTES]) == tail[-_CRC_BYTES:]:
-            chunks = np.frombuffer(tail[:-_CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
+        if len(tail) == index_bytes(samples) and _checksum(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]:
+            chunks = np.frombuffer(tail[:-CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
         offsets, lengths = chunks.T
         room = np.uint64(max(0, size - len(tail)))
         present = (offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
@@ -63,7 +63,7 @@ class ShardIndex:
 
 def index_bytes(samples: int) -> int:
     """Length of a shard's index."""
-    return 16 * samples + _CRC_BYTES
+    return 16 * samples + CRC_BYTES
 
 
 def shard_entries(filesystem: fsspec.AbstractFileSystem, path: str, samples: int) -> NDArray[np.bool_]:
@@ -109,12 +109,12 @@ class ShardReader:
         file = os.open(path, os.O_RDONLY)
         try:
             index = self._index(path, file)
-            if not index.present[chunk] or index.lengths[chunk] != out.nbytes + _CRC_BYTES:
+            if not index.present[chunk] or index.lengths[chunk] != out.nbytes + CRC_BYTES:
                 raise ValueError("the shard does not hold it")
             buffers: list[Any] = [out.reshape(-1).view(np.uint8)]
             verify = not index.verified[chunk]
             if verify:
-                buffers.append(bytearray(_CRC_BYTES))
+                buffers.append(bytearray(CRC_BYTES))
             if os.preadv(file, buffers, int(index.offsets[chunk])) != sum(len(buffer) for buffer in buffers):
                 raise ValueError("the shard is truncated")
             if verify and _checksum(buffers[0]) != bytes(buffers[1]):
@@ -229,4 +229,4 @@ class BufferPool:
 
 
 def _checksum(content: Any) -> bytes:
-    return int(google_crc32c.value(content)).to_bytes(_CRC_BYTES, "little")
+    return int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")

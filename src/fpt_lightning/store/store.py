@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpt_lightning.errors import StoreError
+from fpt_lightning.files import file_states
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
 from fpt_lightning.store.layout import SHARD, open_array, row_bytes
@@ -107,12 +108,6 @@ class FeatureStore(StoreIndex):
                 whole[rows] = torch.from_numpy(self.read(rows, name))
             self._memory[name] = whole
 
-    def share(self, other: FeatureStore) -> None:
-        """Take over what another instance of the same store holds in memory; nothing if it is another by now."""
-        same = self.specification == other.specification and self.ids == other.ids
-        if same and np.array_equal(self.records, other.records):
-            self._memory = other._memory
-
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
         """Rows of one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
 
@@ -157,6 +152,19 @@ class FeatureStore(StoreIndex):
     def shard_path(self, name: str, shard: int) -> str:
         """Path in the store of a shard's file."""
         return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
+
+    def shard_sizes(self, name: str, shards: Sequence[int]) -> NDArray[np.int64]:
+        """Bytes of the files of shards, (shards,); -1 where there is none, or a storage does not list it."""
+        paths = [self.shard_path(name, shard) for shard in shards]
+        if self._folder is not None:
+            return file_states([f"{self._folder}/{path}" for path in paths])[:, 0]
+        filesystem, root = fsspec.core.url_to_fs(self.url)
+        filesystem.invalidate_cache()
+        try:
+            listed = filesystem.find(f"{root}/{name}", detail=True)
+        except Exception:  # of a server that lists nothing, in an error of its own
+            listed = {}
+        return np.array([listed.get(f"{root}/{path}", {}).get("size", -1) for path in paths], np.int64)
 
     def present(self, name: str, shard: int) -> NDArray[np.bool_]:
         """Which of a shard's chunks lie in its file."""
