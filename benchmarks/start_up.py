@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -185,9 +185,10 @@ def looks(step: str, folder: Path) -> dict[str, float]:
     return found
 
 
-def in_new_process(function: str, step: str, folder: Path) -> Any:
-    command = [sys.executable, __file__, "--measure", function, step, str(folder)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own, which has the libraries already."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -224,22 +225,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--folder", help="where the data sets are made; the folder for temporary files by default")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        function, step, folder = args.measure
-        print(json.dumps({"measured": measured, "looks": looks}[function](step, Path(folder))))
-        return
     steps: dict[str, list[dict[str, Any]]] = {step: [] for step in STEPS}
-    found = {}
     for count in args.counts:
         with TemporaryDirectory(dir=args.folder) as name:
-            make(Path(name), count)
+            in_new_process(make, Path(name), count)
             for step in STEPS:
-                steps[step].append(in_new_process("measured", step, Path(name)))
+                steps[step].append(in_new_process(measured, step, Path(name)))
                 print(count, step, steps[step][-1], flush=True)
-            if count == args.counts[min(1, len(args.counts) - 1)]:
-                found = {step: in_new_process("looks", step, Path(name)) for step in STEPS}
+            if count == args.counts[0]:
+                found = {step: in_new_process(looks, step, Path(name)) for step in STEPS}
     exponents = {step: exponent(args.counts, [row["cpu"] for row in rows]) for step, rows in steps.items()}
     result = {"counts": args.counts, "steps": steps, "exponents": exponents, "looks": found}
     write_result("start_up", result)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dicom_files import dataset
 from dicom_files import write as write_dicom
-from fpt_lightning import PreloadedFeatureDataModule
-from fpt_lightning.data import images
+from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.data import images, statistics
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.statistics import channel_statistics
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
@@ -179,6 +179,27 @@ def test_mean_and_std_are_those_of_the_training_images(image_root: Path, tiny_da
     assert (specification.mean, specification.std) == channel_statistics(paths["train"], (64, 64))
     assert specification.mean != channel_statistics(paths["train"] + paths["test"], (64, 64))[0]
     assert specification.statistics.startswith("auto over 21 images ")
+
+
+def test_many_training_images_are_measured_by_a_sample(
+    image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which the store says; one that was measured over all of the same images is as good."""
+    auto: dict[str, Any] = {"mean": "auto", "std": "auto"}
+    whole = tiny_data(**auto, store=str(tmp_path / "whole.zarr")).preload(ENCODER).specification
+    monkeypatch.setattr(statistics, "SAMPLED", 5)
+    data = tiny_data(**auto)
+    made = data.preload(ENCODER).specification
+    paths = [image_root / s.id for s in data.read_manifest().split("train")]
+    assert (made.mean, made.std) == channel_statistics(statistics.draw_sample(paths, image_root), (64, 64))
+    assert made.mean != whole.mean
+    assert made.statistics == f"{whole.statistics}, from 5 of 21"
+    live = ImageDataModule(str(image_root), resolution=64, image_size=48, **auto)
+    live.setup("fit")
+    assert live.computed == (made.mean, made.std)
+    assert tiny_data(**auto, store=str(tmp_path / "whole.zarr")).preload(ENCODER).specification == whole
+    monkeypatch.setattr(statistics, "SAMPLED", 1000)
+    assert tiny_data(**auto).preload(ENCODER).specification == made
 
 
 # What stopped it does not matter

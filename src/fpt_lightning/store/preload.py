@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader
-from fpt_lightning.data.statistics import channel_statistics, value_range
+from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
@@ -35,7 +35,7 @@ from fpt_lightning.store.damage import forget_damaged
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.lock import lock_store, share_lock
-from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
+from fpt_lightning.store.specification import FeatureShape, FeatureSpecification, from_sample
 from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
 
@@ -237,15 +237,19 @@ class FrozenPass(L.LightningModule):
             share_lock(self._lock, self.url)
 
     def _measured(self, asked: FeatureSpecification) -> FeatureSpecification:
-        """With range of values, mean and std of the training images, where they are ``auto``."""
-        paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
+        """With range of values, mean and std of a sample of the training images, where they are ``auto``."""
+        root, paths = self.manifest.root, [self.manifest.path(sample) for sample in self.manifest.split("train")]
         if asked.range_of.startswith("auto"):
-            asked = replace(asked, value_range=value_range(paths, self.max_pixels, self.on_error))
-            rank_zero_info(f"data.value_range: {list(asked.value_range)}")
+            deep = deep_pictures(paths)
+            drawn = draw_sample(deep, root)
+            values = value_range(drawn, self.max_pixels, self.on_error)
+            asked = replace(asked, value_range=values, range_of=from_sample(asked.range_of, len(drawn), len(deep)))
+            rank_zero_info(f"data.value_range: {list(values)}, {asked.range_of}")
         if not asked.mean:
-            reader = replace(asked.reader, max_pixels=self.max_pixels)
-            mean, std = channel_statistics(paths, asked.resolution, self.num_workers, reader, self.on_error)
-            asked = replace(asked, mean=mean, std=std)
+            reader, drawn = replace(asked.reader, max_pixels=self.max_pixels), draw_sample(paths, root)
+            mean, std = channel_statistics(drawn, asked.resolution, reader, self.on_error)
+            asked = replace(asked, mean=mean, std=std, statistics=from_sample(asked.statistics, len(drawn), len(paths)))
+            rank_zero_info(f"data.mean: {list(mean)}, data.std: {list(std)}, {asked.statistics}")
         return asked
 
     def unlock(self) -> None:
