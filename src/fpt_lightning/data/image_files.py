@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ class ImageFiles:
     sizes: NDArray[np.int64] = field(repr=False)
     changed: NDArray[np.int64] = field(repr=False)
     pages: NDArray[np.int64] = field(repr=False)
+    _digests: dict[Path, int] = field(default_factory=dict, repr=False)  # of files that were read
 
     @classmethod
     def look(cls, root: Path, ids: Sequence[str]) -> ImageFiles:
@@ -57,11 +57,11 @@ class ImageFiles:
         new = ImageFiles.look(self.root, [id for id in ids if id not in known])
         known |= {id: position for position, id in enumerate(new.ids, len(self.ids))}
         order = [known[id] for id in ids]
-        numbers = [
+        sizes, changed, pages = (
             np.concatenate([old, more])[order]
             for old, more in ((self.sizes, new.sizes), (self.changed, new.changed), (self.pages, new.pages))
-        ]
-        return ImageFiles(self.root, tuple(ids), *numbers)
+        )
+        return ImageFiles(self.root, tuple(ids), sizes, changed, pages)
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -75,18 +75,21 @@ class ImageFiles:
         return self.root / (id if self.pages[position] < 0 else named_page(id)[0])
 
     def digest(self, position: int) -> int:
-        """``short_digest`` of an image's file, which is read; 0 where there is none."""
+        """``short_digest`` of an image's file, which is read once; 0 where there is none."""
         path = self.path(position)
-        return short_digest(path, int(self.sizes[position]), int(self.changed[position])) if path.is_file() else 0
+        if path not in self._digests:
+            self._digests[path] = short_digest(path) if path.is_file() else 0
+        return self._digests[path]
+
+    def look_again(self) -> ImageFiles:
+        """As the files are now; those that have not changed need not be read again."""
+        now = ImageFiles.look(self.root, self.ids)
+        same = (now.sizes == self.sizes) & (now.changed == self.changed)
+        paths = (self.path(position) for position in np.flatnonzero(same).tolist()) if self._digests else ()
+        now._digests.update({path: self._digests[path] for path in paths if path in self._digests})
+        return now
 
 
-@lru_cache(maxsize=1024)  # for pages of a file, which follow each other
-def short_digest(path: Path, size: int, changed: int) -> int:
-    """The first 8 bytes of a file's SHA-256, as a signed number.
-
-    Args:
-        path: of the file.
-        size: in bytes; with ``changed``, what says that it is another file by now.
-        changed: time of its last change in ns.
-    """
+def short_digest(path: Path) -> int:
+    """The first 8 bytes of a file's SHA-256, as a signed number."""
     return int(file_digest(path)[:16], 16) - 2**63

@@ -41,6 +41,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
             process (rank) has its own.
+        check: how image files are held against those that the store is of: ``time`` by their size and time of change,
+            and by their content where the time alone differs; ``digest`` reads all of them, once a process.
         **kwargs: see ``ImageDataModule``.
     """
 
@@ -55,6 +57,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         preload_batch_size: int = 4,
         cache: str | None = None,
         in_memory: bool = False,
+        check: Literal["time", "digest"] = "time",
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
@@ -62,6 +65,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self.url, self.codec, self.mirrored = store, codec, mirrored
         check_at_least("data.preload_batch_size", preload_batch_size, 1)
         self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
+        if check not in ("time", "digest"):
+            raise ConfigurationError(f"data.check is {check!r}: choose 'time' or 'digest'.")
+        self.by_content = check == "digest"
         self.store: FeatureStore | None = None  # opened once
         self._complete: Manifest | None = None  # what the store was found to hold
         self._looked = False  # whether the files that the manifest knows have served a preload or a stage
@@ -100,7 +106,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             self.check("test" if self.external else "fit", model)
         manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
         if self._looked:
-            manifest = self._look_again()
+            manifest = self._take_files(ImageFiles.look(manifest.root, [sample.id for sample in manifest.samples]))
         self._looked = True
         if self.external:
             self._check_measured()
@@ -120,17 +126,19 @@ class PreloadedFeatureDataModule(ImageDataModule):
             on_error=self.on_error,
             rebuild=self.rebuild,
             max_pixels=self.fixed_reader.max_pixels,
+            by_content=self.by_content,
         )
         if store is before:
             self.store = store
         else:  # a pass may have taken days
-            self._look_again()
+            assert manifest.files is not None
+            self._take_files(manifest.files.look_again())
         return store
 
-    def _look_again(self) -> Manifest:
-        """The data set with its files as they are by now."""
+    def _take_files(self, files: ImageFiles) -> Manifest:
+        """The data set with its files as they were just looked at."""
         assert self.listed is not None
-        self.manifest = self.listed = self.listed.look()
+        self.manifest = self.listed = replace(self.listed, files=files)
         self._deep = None
         return self.listed
 
@@ -227,7 +235,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         assert listed is not None
         assert listed.files is not None
         ids = listed.files.ids
-        missing, changed, left_out = store.missing(ids), store.changed(listed.files), store.left_out(ids)
+        missing, changed = store.missing(ids), store.changed(listed.files, self.by_content)
+        left_out = store.left_out(ids)
         if missing or changed:
             some = ", ".join([*missing, *changed][:3])
             raise StoreError(

@@ -53,7 +53,7 @@ class FileRecord(NamedTuple):
         if not path.is_file():
             return cls(0, 0, 0)
         status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, short_digest(path, status.st_size, status.st_mtime_ns))
+        return cls(status.st_size, status.st_mtime_ns, short_digest(path))
 
 
 class StoreIndex:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.data.prefetch import PrefetchingLoader
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
@@ -66,6 +67,7 @@ def preload(
     on_error: OnError = "stop",
     rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
     max_pixels: int | None = None,
+    by_content: bool = False,
 ) -> FeatureStore:
     """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
 
@@ -88,6 +90,7 @@ def preload(
             records them as left out, and ``{url}.left_out.csv`` lists them.
         rebuild: the command that a mismatch names.
         max_pixels: that images may have (``fpt_lightning.data.images.read_image``).
+        by_content: whether all images are read to find those that have changed (``FeatureStore.changed``).
 
     Returns:
         The complete store.
@@ -104,11 +107,22 @@ def preload(
     if (store is not None or FeatureStore.exists(url)) and not overwrite and not repair:
         store = FeatureStore.open(url) if store is None else store
         store.require(specification, rebuild)
-        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.files)
+        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.files, by_content)
         if fresh and (on_error == "skip" or not store.left_out(ids)):
             return store
     frozen_pass = FrozenPass(
-        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild, max_pixels
+        manifest,
+        encoder,
+        specification,
+        url,
+        batch_size,
+        num_workers,
+        overwrite,
+        repair,
+        on_error,
+        rebuild,
+        max_pixels,
+        by_content,
     )
     if trainer is None:
         trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
@@ -191,9 +205,10 @@ class FrozenPass(L.LightningModule):
         on_error: OnError = "stop",
         rebuild: str = "",
         max_pixels: int | None = None,
+        by_content: bool = False,
     ) -> None:
         super().__init__()
-        self.max_pixels = max_pixels
+        self.max_pixels, self.by_content = max_pixels, by_content
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, url, rebuild
         self.specification = specification
@@ -225,7 +240,7 @@ class FrozenPass(L.LightningModule):
             if self.repair:
                 rank_zero_info(f"repair: {len(forget_damaged(store))} samples of {self.url} are damaged")
             assert self.manifest.files is not None
-            store.forget(store.changed(self.manifest.files))
+            store.forget(store.changed(self.manifest.files, self.by_content))
             if self.on_error == "stop":
                 store.forget(store.left_out(ids))
             _check_space(self.url, len(store.missing(ids)) * size)
@@ -350,11 +365,12 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         self.root, self.source, self.specification = manifest.root, store.source, specification
         self.reader = replace(specification.reader, max_pixels=max_pixels)
         self.local = "://" not in store.url
+        self._last: tuple[Path, FileRecord] | None = None  # file, of which more pages may follow
 
     def __getitem__(self, rows: list[int]) -> _PreloadBatch:
         spec = self.specification
         sources = {row: self.source(row) for row in rows}
-        files = {id: FileRecord.of(self.root / id) for id, _ in sources.values()}  # before it is read
+        files = {id: self._record(id) for id, _ in sources.values()}  # before it is read
         notices: dict[str, list[str]] = {id: [] for id in files}
         read = {id: self._read(id, notices[id] if self.local else None) for id in files}  # else warned of at once
         images = {
@@ -370,6 +386,12 @@ class _PreloadImages(Dataset[_PreloadBatch]):
             {row: files[id] for row, (id, _) in sources.items()},
             {id: " ".join(said) for id, said in notices.items() if said},
         )
+
+    def _record(self, id: str) -> FileRecord:
+        path = file_and_page(self.root / id)[0]
+        if self._last is None or self._last[0] != path:
+            self._last = path, FileRecord.of(path)
+        return self._last[1]
 
     def _read(self, id: str, notices: list[str] | None) -> NDArray[Any] | None:
         try:
