@@ -199,8 +199,8 @@ def report(result: Mapping[str, Any]) -> str:
         "# Start-up",
         "",
         f"From the start of the process's work to the first batch, by images; {machine['processor']}, "
-        f"{machine['cores']} cores, busy with other work, local disk, warm cache. The store is complete. CPU seconds "
-        "(wall seconds). Exponents are of the upper half. Made by `benchmarks/start_up.py`.",
+        f"{machine['cores']} cores, shared with other work, so that wall seconds are long; files in memory. The "
+        "store is complete. CPU seconds (wall seconds). Exponents are of the upper half. Made by `benchmarks/start_up.py`.",
         "",
         f"| step | {heads} | exponent of the CPU time |",
         f"|---|{'---:|' * (len(counts) + 1)}",

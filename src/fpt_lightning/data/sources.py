@@ -181,7 +181,7 @@ def _with_classes(
 ) -> tuple[list[Sample], tuple[str, ...]]:
     names = _class_names((label for _, label in labelled), classes)
     index = {name: i for i, name in enumerate(names)}
-    return [replace(sample, label=index[label]) for sample, label in labelled], names
+    return [Sample(s.id, index[label], s.targets, s.split, s.group) for s, label in labelled], names
 
 
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:
