@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 import start_up
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.store.preload import feature_shape
+from fpt_lightning.store.store import bytes_per_row
+from small import ROOT
 
 COUNT = 48
 
@@ -35,6 +39,18 @@ def test_a_shard_is_looked_at_once(folder: Path) -> None:
     looks = {call: count for call, count in shards.items() if call.startswith("stat")}
     assert len(looks) == 6 * COUNT / 16
     assert set(looks.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "side", "column"), [("vit_base_patch16_224", 512, 0), ("vit_small_patch14_dinov2", 448, 1)]
+)
+def test_what_the_documentation_says_of_large_sets(encoder: str, side: int, column: int) -> None:
+    shape = feature_shape(EncoderConfig(encoder, pretrained=False), (side, side))
+    text = (ROOT / "docs" / "cost.md").read_text()
+    for name, count in {"CheXpert": 224_316, "MIMIC-CXR": 377_110}.items():
+        eight, four = (count * bytes_per_row(codec, shape, 256) / 1e9 for codec in ("int8", "int4"))
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | {count:,} |"))
+        assert row.split("|")[3 + column].strip() == f"{eight:.0f} ({four:.0f}) GB"
 
 
 def test_the_report(folder: Path) -> None:
