@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"  # of pictures that its pages show
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     return done.stdout.strip()
 
 

@@ -25,6 +25,7 @@ from pydicom.uid import (
 
 from dicom_files import BUNDLED, dataset, write
 from fpt_lightning import ImageDataModule, Predictor, PreloadedFeatureDataModule
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import ImageReader, read_image
 from fpt_lightning.data.notices import ImageNotice
 from fpt_lightning.data.sources import read_manifest
@@ -659,13 +660,13 @@ def test_dicom_files_are_preloaded_and_fitted(
     assert (specification.mean, specification.std) == channel_statistics(
         train, (64, 64), reader=ImageReader((64, 64), crop_border=True)
     )
-    assert store.changed(dicom_root, store.ids) == []
+    assert store.changed(ImageFiles.look(dicom_root, store.ids)) == []
     assert (specification.fit, specification.crop_border) == (fit, True)
     other = tiny_data(root=str(dicom_root), manifest="labels.csv", mean="auto", std="auto", fit=fit)
     with pytest.raises(StaleStoreError, match="crop_border: True, asked for False"):
         other.preload(model)
     (dicom_root / "0.dcm").write_bytes((dicom_root / "0.dcm").read_bytes() + b"\0\0")
-    assert store.changed(dicom_root, store.ids) == ["0.dcm#1", "0.dcm#2", "0.dcm#3"]
+    assert store.changed(ImageFiles.look(dicom_root, store.ids)) == ["0.dcm#1", "0.dcm#2", "0.dcm#3"]
 
 
 def test_frames_are_samples_and_missing_files_are_named(dicom_root: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fpt_lightning.data import transforms
 from fpt_lightning.data.images import FULL_RANGE, ImageReader, bright_box, read_image
-from fpt_lightning.data.statistics import channel_statistics, deep_pictures, value_range
+from fpt_lightning.data.statistics import SAMPLED, channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import ViewTransform, normalise, resize, stored_copy, unit_pixels
 from fpt_lightning.errors import ConfigurationError, ImageError
 
@@ -570,15 +570,36 @@ def test_the_border_is_cut_off_before_the_letterbox(tmp_path: Path) -> None:
 # Mean and std
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_channel_statistics_are_those_of_all_pixels(tmp_path: Path, workers: int) -> None:
+def test_channel_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
     arrays = [noise(24, 32, seed=seed) // (seed + 1) // np.asarray([1, 2, 3], np.uint8) for seed in range(4)]
     paths = [save(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(arrays)]
-    mean, std = channel_statistics(paths, (24, 32), workers)
+    mean, std = channel_statistics(paths, (24, 32))
     everything = np.concatenate([pixels.reshape(-1, 3) for pixels in arrays]) / 255
     np.testing.assert_allclose(mean, everything.mean(0), atol=6e-5)
     np.testing.assert_allclose(std, everything.std(0), atol=6e-5)
     assert (*mean, *std) == tuple(round(value, 4) for value in (*mean, *std))
+
+
+def test_channel_statistics_of_sixteen_bits(tmp_path: Path) -> None:
+    arrays = [noise(24, 32, 1, seed=seed)[..., 0].astype(np.uint16) * 257 // (seed + 1) for seed in range(3)]
+    mean, std = channel_statistics([save(tmp_path / f"{i}.png", a) for i, a in enumerate(arrays)], (24, 32))
+    np.testing.assert_allclose(mean, [np.mean(arrays) / 65535] * 3, atol=6e-5)
+    np.testing.assert_allclose(std, [np.std(arrays) / 65535] * 3, atol=6e-5)
+
+
+def test_a_sample_of_images_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [Path(f"/data/{number % 7}/{number:04d}.png") for number in range(3000)]
+    drawn = draw_sample(paths, Path("/data"))
+    assert len(drawn) == len(set(drawn)) == SAMPLED
+    assert drawn == sorted(drawn, key=paths.index)
+    assert set(draw_sample(paths[::-1], Path("/data"))) == set(drawn)
+    moved = [Path("/mnt/x") / path.relative_to("/data") for path in paths]
+    assert draw_sample(moved, Path("/mnt/x")) == [Path("/mnt/x") / path.relative_to("/data") for path in drawn]
+    assert (
+        len(set(draw_sample([*paths, *(Path(f"/data/new/{i}.png") for i in range(30))], Path("/data"))) & set(drawn))
+        > 970
+    )
+    assert draw_sample(paths[:SAMPLED], Path("/data")) == paths[:SAMPLED]
 
 
 def test_the_dark_border_counts_unless_it_is_cropped(tmp_path: Path) -> None:

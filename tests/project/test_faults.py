@@ -37,11 +37,12 @@ from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataMo
 from fpt_lightning.cli import main, training
 from fpt_lightning.cli.run_folder import WholeCheckpoints
 from fpt_lightning.cli.store_info import store_info
+from fpt_lightning.data import image_files
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.encoder.config import EncoderConfig
-from fpt_lightning.errors import DataError, FPTError, OutputError, StoreError
-from fpt_lightning.files import write_rows
+from fpt_lightning.errors import ConfigurationError, DataError, FPTError, OutputError, StoreError
+from fpt_lightning.files import file_digest, write_rows
 from fpt_lightning.store.damage import verify
 from fpt_lightning.store.layout import SHARD, fingerprint
 from fpt_lightning.store.lock import lock_store
@@ -495,6 +496,42 @@ def test_an_image_replaced_by_one_of_the_same_size_is_computed_again(
     with pytest.raises(StoreError, match=r"1 images have changed since \(a/005\.png\)"):
         quiet_trainer(tmp_path).fit(tiny_model(), tiny_data())
     assert not np.array_equal(tiny_data().preload(ENCODER).read([5], "images"), before)
+
+
+def test_an_image_replaced_with_its_size_and_time_kept_is_found_by_its_content(
+    image_root: Path, tiny_data: MakeData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for id in IDS:
+        Image.fromarray(np.full((40, 40, 3), 7, np.uint8)).save(image_root / id, format="bmp")
+    given = {"allow_overlap": True}
+    before = tiny_data(**given).preload(ENCODER).read([5], "images").copy()
+    times = (image_root / IDS[5]).stat()
+    Image.fromarray(np.full((40, 40, 3), 9, np.uint8)).save(image_root / IDS[5], format="bmp")
+    os.utime(image_root / IDS[5], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert np.array_equal(tiny_data(**given).preload(ENCODER).read([5], "images"), before)  # by size and time
+    with pytest.raises(StoreError, match=r"1 images have changed since \(a/005\.png\)"):
+        tiny_data(**given, check="digest").setup("fit")
+    verify = ["store", "verify", str(tmp_path / "store.zarr"), "--images"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*verify, str(image_root)])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().out
+    assert f"{IDS[5]}: its image is not the file that was encoded" in said
+    assert "1 of 30 images are others by now: encode them again with `fpt-lightning preload --config CONFIG" in said
+    data, read = tiny_data(**given, check="digest"), list[Path]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_files, "file_digest", lambda path: (read.append(path), file_digest(path))[1])
+        assert not np.array_equal(data.preload(ENCODER).read([5], "images"), before)
+        data.setup("fit")
+        data.setup("test")
+    assert Counter(read) == Counter({image_root / id: 1 + (id == IDS[5]) for id in IDS})  # once more in the pass
+    main([*verify, str(image_root)])
+    assert "is sound: 30 rows were read" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*verify, str(tmp_path)])
+    assert "none of the images of the feature store" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=r"data\.check is 'md5': choose 'time' or 'digest'"):
+        tiny_data(check="md5")
 
 
 # Broken images

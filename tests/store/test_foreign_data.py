@@ -172,14 +172,3 @@ def test_repair_counts_it_as_absent_and_leaves_the_others(spoiled: tuple[Feature
     write(repaired, sorted(lost))
     assert found(store.url) == set()
     assert_rows(FeatureStore.open(store.url), sorted(lost))
-
-
-def test_what_is_in_memory_is_not_shared_with_a_store_of_other_data(
-    make: Callable[..., FeatureStore], tmp_path: Path
-) -> None:
-    store = FeatureStore.open(make().url)
-    store.load(["pooled"])
-    WritableStore.open(store.url).write([3], content([103]), [FileRecord(1003, 7, 8)])
-    again = FeatureStore.open(store.url)
-    again.share(store)
-    np.testing.assert_array_equal(again.read([3], "pooled"), content([103])["pooled"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,14 +138,11 @@ def test_a_pass_that_was_stopped_goes_on_and_training_reads_it(
         quiet_trainer(tmp_path / "run").fit(tiny_model(), data)
 
 
-def test_a_batch_takes_few_requests_at_once(url: str, storage: ObjectStorage) -> None:
+def test_a_batch_takes_few_requests(url: str, storage: ObjectStorage) -> None:
     store = FeatureStore.open(url)
-    check_present(store)
+    store.read_all([0, SHARD], SAMPLE_ARRAYS)  # with the indices of both shards, which stay
     storage.requests.clear()
-    storage.delay = 0.25
-    start = time.perf_counter()
     read = store.read_all([*range(SHARD), 17, 19], SAMPLE_ARRAYS)
-    assert time.perf_counter() - start < 0.5 * 0.25 * len(storage.requests)
     assert len(storage.requests) == 3 * len(SAMPLE_ARRAYS)  # a whole shard, and two rows apart
     for name, block in content([*range(SHARD), 17, 19]).items():
         np.testing.assert_array_equal(read[name], block)

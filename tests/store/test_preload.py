@@ -24,14 +24,15 @@ from torch import Tensor
 
 from dicom_files import dataset
 from dicom_files import write as write_dicom
-from fpt_lightning import PreloadedFeatureDataModule
-from fpt_lightning.data import images
+from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.data import images, statistics
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.statistics import channel_statistics
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
+from fpt_lightning.datamodules import preloaded
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
-from fpt_lightning.errors import ConfigurationError, ImageError, StaleStoreError, StoreError
+from fpt_lightning.errors import ConfigurationError, DataError, ImageError, StaleStoreError, StoreError
 from fpt_lightning.store import preload
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.damage import check_present
@@ -186,6 +187,27 @@ def test_mean_and_std_are_those_of_the_training_images(image_root: Path, tiny_da
     assert specification.statistics.startswith("auto over 21 images ")
 
 
+def test_many_training_images_are_measured_by_a_sample(
+    image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which the store says; one that was measured over all of the same images is as good."""
+    auto: dict[str, Any] = {"mean": "auto", "std": "auto"}
+    whole = tiny_data(**auto, store=str(tmp_path / "whole.zarr")).preload(ENCODER).specification
+    monkeypatch.setattr(statistics, "SAMPLED", 5)
+    data = tiny_data(**auto)
+    made = data.preload(ENCODER).specification
+    paths = [image_root / s.id for s in data.read_manifest().split("train")]
+    assert (made.mean, made.std) == channel_statistics(statistics.draw_sample(paths, image_root), (64, 64))
+    assert made.mean != whole.mean
+    assert made.statistics == f"{whole.statistics}, from 5 of 21"
+    live = ImageDataModule(str(image_root), resolution=64, image_size=48, **auto)
+    live.setup("fit")
+    assert live.computed == (made.mean, made.std)
+    assert tiny_data(**auto, store=str(tmp_path / "whole.zarr")).preload(ENCODER).specification == whole
+    monkeypatch.setattr(statistics, "SAMPLED", 1000)
+    assert tiny_data(**auto).preload(ENCODER).specification == made
+
+
 # What stopped it does not matter
 
 
@@ -335,6 +357,67 @@ def test_a_changed_image_is_computed_again(image_root: Path, finished: MakeData,
         equal = [np.array_equal(old, new) for old, new in zip(before[name], after[name], strict=True)]
         assert [row for row, same in enumerate(equal) if not same] == [20], name
     check_present(store)
+
+
+def test_each_preload_of_a_data_module_looks_at_the_files(image_root: Path, tiny_data: MakeData) -> None:
+    data = tiny_data()
+    before = data.preload(ENCODER).records.copy()
+    data.setup("fit")
+    for value in (9, 8):
+        Image.fromarray(np.full((50, 50, 3), value, np.uint8)).save(image_root / IDS[20])
+        after = data.preload(ENCODER).records
+        assert np.flatnonzero((after != before).any(1)).tolist() == [20]
+        data.setup("fit")
+        before = after.copy()
+
+
+def test_a_complete_store_is_opened_and_checked_once(finished: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, checked = list[str](), list[str]()
+    opens, checks = FeatureStore.__init__, preloaded.check_present
+    monkeypatch.setattr(FeatureStore, "__init__", lambda *args: (opened.append(args[1]), opens(*args))[1])
+    monkeypatch.setattr(preloaded, "check_present", lambda store: (checked.append(store.url), checks(store))[1])
+    data = finished()
+    data.check("fit")
+    data.preload(ENCODER)
+    for stage in ("fit", "validate", "test"):
+        data.setup(stage)
+    assert opened == checked == [data.url]
+
+
+def test_a_store_that_was_refused_is_opened_again_when_it_is_mended(finished: MakeData, tmp_path: Path) -> None:
+    data = finished()
+    shard = tmp_path / "store.zarr/pooled/c/1/0"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(StoreError, match=r"lost the pooled of b/006\.png"):
+        data.setup("fit")
+    WritableStore.open(data.url).forget(IDS[:1])
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="lacks 1 of 30 samples"):
+        data.setup("fit")
+    data.preload(ENCODER)
+    data.setup("fit")
+
+
+def test_what_a_store_knows_of_its_images_tells_copies_apart_unread(
+    image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, id in enumerate(IDS):  # all of one size
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(image_root / id, format="bmp")
+    split = {split: [s.id for s in tiny_data().read_manifest().split(split)] for split in ("train", "val", "test")}
+    copies = {split["test"][1]: split["train"][1], split["test"][2]: split["val"][0]}
+    shutil.copy(image_root / copies[split["test"][1]], image_root / split["test"][1])
+    with pytest.warns(UserWarning, match="1 images are also in another split"):
+        tiny_data(allow_overlap=True).preload(ENCODER)
+    with monkeypatch.context() as patch:
+        patch.setattr("fpt_lightning.data.splits._ends", None)
+        patch.setattr("fpt_lightning.data.image_files.file_digest", None)
+        with pytest.raises(DataError, match="1 images are also in another split"):
+            tiny_data().read_manifest()
+    shutil.copy(image_root / copies[split["test"][2]], image_root / split["test"][2])  # which the store does not know
+    with pytest.raises(DataError, match="2 images are also in another split"):
+        tiny_data().read_manifest()
 
 
 def test_a_changed_image_that_is_no_longer_in_the_data_set(

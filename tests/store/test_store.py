@@ -17,6 +17,7 @@ import torch
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
 
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
 from fpt_lightning.store.codecs import CODECS, check_codec, encode
 from fpt_lightning.store.damage import check_present
@@ -142,8 +143,9 @@ def test_changed_images_are_those_of_other_content(make: Callable[..., FeatureSt
     (tmp_path / IDS[4]).unlink()  # an image that is gone has not changed
     (tmp_path / IDS[11]).write_bytes(b"CONTENT")
     (tmp_path / IDS[16]).write_bytes(b"not complete")
-    assert store.changed(tmp_path, IDS) == [IDS[3], IDS[11]]
-    assert FeatureStore.open(store.url).changed(tmp_path, IDS) == [IDS[3], IDS[11]]
+    files = ImageFiles.look(tmp_path, IDS)
+    assert store.changed(files) == [IDS[3], IDS[11]]
+    assert FeatureStore.open(store.url).changed(files) == [IDS[3], IDS[11]]
 
 
 def test_nothing_is_written_through_a_store_opened_to_read(make: Callable[..., FeatureStore]) -> None:
@@ -210,6 +212,31 @@ def test_a_sample_lost_from_a_shard_is_noticed(make: Callable[..., FeatureStore]
     file.write_bytes(earlier)
     with pytest.raises(StoreError, match=r"lost the features of a/004\.png"):
         check_present(FeatureStore.open(store.url))
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_shards_far_away_are_listed_and_not_read(
+    make: Callable[..., FeatureStore], monkeypatch: pytest.MonkeyPatch, lists: bool
+) -> None:
+    """Or each is asked for, where a server lists nothing."""
+    memory = fsspec.filesystem("memory")
+    memory.put(make().url, "/far.zarr", recursive=True)
+    try:
+        store, reads = FeatureStore.open("memory://far.zarr"), list[str]()
+        monkeypatch.setattr(store, "present", lambda name, shard: reads.append(name) or np.ones(SHARD, bool))
+        if not lists:
+            monkeypatch.setattr(MemoryFileSystem, "find", None)
+        check_present(store)
+        assert reads == ([] if lists else [name for name in SAMPLE_ARRAYS for _ in range(2)])
+        monkeypatch.undo()
+        memory.rm("/far.zarr/pooled/c/1", recursive=True)
+        if not lists:
+            monkeypatch.setattr(MemoryFileSystem, "find", None)
+        with pytest.raises(StoreError, match=r"lost the pooled of b/006\.png \(shard 1\)"):
+            check_present(FeatureStore.open("memory://far.zarr"))
+    finally:
+        monkeypatch.undo()
+        memory.rm("/far.zarr", recursive=True)
 
 
 def test_shards_without_a_complete_sample_may_be_absent(make: Callable[..., FeatureStore]) -> None:

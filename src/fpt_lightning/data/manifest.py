@@ -6,10 +6,11 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import ConfigurationError, DataError, a_few
 from fpt_lightning.files import write_rows
 
@@ -18,7 +19,7 @@ UNLABELLED = -1
 Kind = Literal["single-label", "multi-label", "regression"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image.
 
@@ -50,6 +51,7 @@ class Manifest:
         kind: of the labels.
         random: whether the split was drawn, and not given.
         notes: what people should know of how it was read.
+        files: of the images, as they were when it was read; None of a list that was not read.
     """
 
     root: Path
@@ -58,6 +60,11 @@ class Manifest:
     kind: Kind = "single-label"
     random: bool = False
     notes: tuple[str, ...] = ()
+    files: ImageFiles | None = field(default=None, compare=False, repr=False)
+
+    def look(self) -> Manifest:
+        """The data set with its files as they are now."""
+        return replace(self, files=ImageFiles.look(self.root, [sample.id for sample in self.samples]))
 
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split, in ascending order of their ids."""

@@ -16,10 +16,17 @@ def file_and_page(path: str | Path) -> tuple[Path, int | None]:
 
     ``scan.dcm#12`` is frame 12 of ``scan.dcm``, unless there is a file of that very name.
     """
-    path = Path(path)
-    name, _, page = path.name.rpartition("#")
-    if name and page.isdecimal() and len(page) < 10 and not os.path.isfile(path):
-        return path.with_name(name), int(page)
+    file, page = named_page(os.fspath(path))
+    if page is None or os.path.isfile(path):
+        return Path(path), None
+    return Path(file), page
+
+
+def named_page(path: str) -> tuple[str, int | None]:
+    """The same by the name alone, whatever files there are."""
+    file, _, page = path.rpartition("#")
+    if file and not file.endswith("/") and page.isdecimal() and len(page) < 10:
+        return file, int(page)
     return path, None
 
 

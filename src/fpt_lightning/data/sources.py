@@ -13,8 +13,9 @@ from typing import Literal
 
 from fpt_lightning.data import tables
 from fpt_lightning.data.folders import IMAGE_SUFFIXES, find_images, labelled_folders
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Kind, Manifest, Sample, numbers_of
-from fpt_lightning.data.splits import check_splits, draw_validation, fold_split, random_split
+from fpt_lightning.data.splits import Digests, check_splits, draw_validation, fold_split, random_split
 from fpt_lightning.data.tables import UNCERTAIN, Table, read_table
 from fpt_lightning.errors import DataError, a_few
 
@@ -41,6 +42,7 @@ def read_manifest(
     folds: int = 5,
     external: bool = False,
     allow_overlap: bool = False,
+    digests: Digests | None = None,
 ) -> Manifest:
     """Read a labelled data set.
 
@@ -71,6 +73,7 @@ def read_manifest(
         folds: how many.
         external: whether all images are test images of a model trained elsewhere; splits are not read.
         allow_overlap: whether groups, or identical files, may be in several splits, with a warning.
+        digests: what is known of the files' content, so that files of one size need not be read to tell them apart.
 
     Raises:
         DataError: anything missing, empty, duplicated or inconsistent, by name.
@@ -80,10 +83,11 @@ def read_manifest(
     if table is None:
         labelled, notes = labelled_folders(folder, kind)
         samples, names = _with_classes(labelled, classes)
+        files = ImageFiles.look(folder, [sample.id for sample in samples])
     else:
         rows = read_table(folder / Path(table).expanduser(), image_column)
         splits = (None, None) if external else (split_column, split_lists)
-        samples = tables.unlabelled_samples(folder, rows, image_column, splits[0], group_column, splits[1])
+        samples, files = tables.unlabelled_samples(folder, rows, image_column, splits[0], group_column, splits[1])
         columns = [label_column] if isinstance(label_column, str) else list(label_column)
         samples, names = _labelled(samples, rows, columns, kind, classes, label_separator)
         notes = rows.notes
@@ -101,11 +105,13 @@ def read_manifest(
         notes.append(f"there are no validation images: {count:,} of the training images are drawn, whole groups.")
     if kind == "multi-label":
         samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
-    manifest = Manifest(folder, tuple(samples), names, kind, not external and (drawn or fold is not None), tuple(notes))
+    random = not external and (drawn or fold is not None)
+    files = files.of([sample.id for sample in samples])
+    manifest = Manifest(folder, tuple(samples), names, kind, random, tuple(notes), files)
     if not external:
         if kind == "single-label" and len(names) < 2:
             raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
-        check_splits(manifest, allow_overlap)
+        check_splits(manifest, allow_overlap, digests)
     return manifest
 
 
@@ -175,7 +181,7 @@ def _with_classes(
 ) -> tuple[list[Sample], tuple[str, ...]]:
     names = _class_names((label for _, label in labelled), classes)
     index = {name: i for i, name in enumerate(names)}
-    return [replace(sample, label=index[label]) for sample, label in labelled], names
+    return [Sample(s.id, index[label], s.targets, s.split, s.group) for s, label in labelled], names
 
 
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -7,14 +7,16 @@ import os
 import random
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample
-from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.errors import ConfigurationError, DataError, a_few
-from fpt_lightning.files import file_digest
 
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
 _VALIDATION_FOLDS = 8  # one of them is drawn: of 80% of all images, the 10% of that partition
@@ -132,7 +134,11 @@ def _strata(samples: Sequence[Sample], kind: Kind) -> list[tuple[int, ...]]:
     return [(5 * rank // len(samples),) for _, rank in sorted(zip(order, range(len(samples)), strict=True))]
 
 
-def check_splits(manifest: Manifest, allow_overlap: bool) -> None:
+Digests = Callable[[ImageFiles], NDArray[np.int64]]
+"""What is known of files' content: ``fpt_lightning.data.image_files.short_digest`` of each, or 0."""
+
+
+def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | None = None) -> None:
     """Refuse an empty split, and groups or identical files in several splits unless they are allowed.
 
     Raises:
@@ -146,7 +152,7 @@ def check_splits(manifest: Manifest, allow_overlap: bool) -> None:
             f"the data set {manifest.root} ({len(manifest.samples)} images{few}) leaves the split {', '.join(empty)} "
             f"empty: give it more {'groups' if few else 'images'}, or a CSV manifest with a split column."
         )
-    for overlap in (_crossing_groups(manifest), _identical_files(manifest)):
+    for overlap in (_crossing_groups(manifest), _identical_files(manifest, digests)):
         if overlap and not allow_overlap:
             raise DataError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
         if overlap:
@@ -162,22 +168,36 @@ def _crossing_groups(manifest: Manifest) -> str:
     return f"{len(crossing)} groups have images in more than one split: {a_few(crossing)}" if crossing else ""
 
 
-def _identical_files(manifest: Manifest) -> str:
-    """Images with the same bytes in several splits; only files of the same size and ends are read whole."""
-    alike = [list(manifest.samples)]
-    for key in (_size, _ends, file_digest):
-        parts: defaultdict[object, list[Sample]] = defaultdict(list)
-        for i, some in enumerate(alike):
-            for sample in some:
-                path, page = file_and_page(manifest.path(sample))
-                parts[i, page, key(path)].append(sample)
-        alike = [some for some in parts.values() if len({sample.split for sample in some}) > 1]
-    pairs = [f"{some[0].id} = {next(s.id for s in some if s.split != some[0].split)}" for some in alike]
-    return f"{len(pairs)} images are also in another split, to the byte: {a_few(pairs)}" if pairs else ""
+def _identical_files(manifest: Manifest, digests: Digests | None) -> str:
+    """Images with the same bytes in several splits.
 
+    Files of one size and of known digests are told apart by these; of others, those with the same ends are read whole.
+    """
+    files, splits = manifest.files, [sample.split for sample in manifest.samples]
+    assert files is not None
+    known = np.zeros(len(splits), np.int64) if digests is None else digests(files)
 
-def _size(path: Path) -> object:
-    return path.stat().st_size or path  # empty files are alike in nothing but their damage
+    def crossing(groups: Iterable[Sequence[int]], key: Callable[[int], object]) -> list[list[int]]:
+        """The parts of each group that are alike in something and in several splits."""
+        parts: defaultdict[object, list[int]] = defaultdict(list)
+        for i, group in enumerate(groups):
+            for position in group:
+                parts[i, key(position)].append(position)
+        return [part for part in parts.values() if len({splits[position] for position in part}) > 1]
+
+    def digest(position: int) -> int:
+        return int(known[position]) or files.digest(position)
+
+    _, size_of, count = np.unique(files.sizes, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero((count[size_of] > 1) & (files.sizes > 0))  # empty files are alike in their damage alone
+    alike = crossing([shared.tolist()], lambda position: (files.sizes[position], files.pages[position]))
+    told = [group for group in alike if known[group].all()]
+    others = crossing((group for group in alike if not known[group].all()), lambda i: _ends(files.path(i)))
+    pairs = []
+    for first, *rest in crossing([*told, *others], digest):
+        other = next(position for position in rest if splits[position] != splits[first])
+        pairs.append(f"{files.ids[first]} = {files.ids[other]}")
+    return f"{len(pairs)} images are also in another split, to the byte: {a_few(sorted(pairs))}" if pairs else ""
 
 
 def _ends(path: Path) -> str:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from hashlib import sha256
+from heapq import nsmallest
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from fpt_lightning.data.images import FULL_RANGE, ImageReader, OnError, is_deep, read_image
-from fpt_lightning.data.transforms import unit_pixels
+from fpt_lightning.data.transforms import resize
 from fpt_lightning.errors import ConfigurationError, ImageError
+
+SAMPLED = 1000
+"""Images at most that anything is measured over.
+
+Of samples of this size from many images like 1,124 chest X-rays (593 fundus photographs), 95% have a mean within 0.025
+(0.033) standard deviations of that of all, and a std within 1.2% (5.7%, of the blue channel); of 250 images, within
+0.049 (0.068) and 2.2% (11%).
+"""
+
+
+def draw_sample(paths: Sequence[Path], root: Path) -> list[Path]:
+    """At most ``SAMPLED`` of the images, in their order: those whose names below a folder have the smallest SHA-256.
+
+    So an image is drawn or not whatever the order of the others, and hardly any changes where a few are added.
+    """
+    start = len(os.path.join(root, ""))
+    drawn = set(nsmallest(SAMPLED, paths, key=lambda path: sha256(os.fsencode(path)[start:]).digest()))
+    return [path for path in paths if path in drawn]
 
 
 def deep_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -64,28 +84,8 @@ def _check_readable(broken: Sequence[str], count: int, on_error: OnError) -> Non
         )
 
 
-class ImageFiles(Dataset["Tensor | str"]):
-    """Image files resized for the encoder: (3, height, width) fp32 in [0, 1], or why one cannot be read."""
-
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], reader: ImageReader) -> None:
-        self.paths, self.size, self.reader = paths, size, reader
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return unit_pixels(self.reader(self.paths[index], []), self.size)  # notices come when it is used
-        except ImageError as error:
-            return str(error)
-
-
 def channel_statistics(
-    paths: Sequence[Path],
-    size: tuple[int, int],
-    num_workers: int = 0,
-    reader: ImageReader | None = None,
-    on_error: OnError = "stop",
+    paths: Sequence[Path], size: tuple[int, int], reader: ImageReader | None = None, on_error: OnError = "stop"
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of the images, resized to (height, width).
 
@@ -95,7 +95,6 @@ def channel_statistics(
     Args:
         paths: of the images.
         size: (height, width).
-        num_workers: processes that read.
         reader: of the images; one that takes them as they are by default.
         on_error: of images that cannot be read.
 
@@ -107,22 +106,31 @@ def channel_statistics(
         ConfigurationError: a channel that never varies, whose std cannot divide.
     """
     unpadded = ImageReader(size) if reader is None else replace(reader, fit="squash")
-    loader = DataLoader(ImageFiles(paths, size, unpadded), batch_size=None, num_workers=num_workers)
-    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    broken: list[str] = []
-    for pixels in tqdm(loader, desc="mean and std of the training images", unit="image"):
-        if isinstance(pixels, str):
-            broken.append(pixels)
-            continue
-        total += pixels.double().mean((1, 2))
-        squares += pixels.double().square().mean((1, 2))
-    count = len(paths) - len(broken)
-    _check_readable(broken, len(paths), on_error)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+
+    def moments(path: Path) -> NDArray[np.float64] | str:
+        try:
+            return _moments(unpadded(path, []), size)  # notices come when it is used
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(moments, paths), "mean and std of the training images", len(paths), unit="image"))
+    _check_readable([each for each in found if isinstance(each, str)], len(paths), on_error)
+    mean, squares = np.mean([each for each in found if not isinstance(each, str)], axis=0)
+    std = np.sqrt(np.maximum(squares - np.square(mean), 0))
     if std.min() < 1e-4:
         raise ConfigurationError(
             "data.mean and data.std are 'auto', but a channel of the training images never varies "
             f"(std {[round(v, 6) for v in std.tolist()]}): look at the images, or give numbers."
         )
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+
+
+def _moments(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, int]) -> NDArray[np.float64]:
+    """Mean and mean square of each channel of an image resized to a size, (2, 3), for pixels in [0, 1]."""
+    pixels, top = resize(image, size).numpy(), np.iinfo(image.dtype).max
+    exact = pixels.dtype == np.uint8  # whose sums, as whole numbers, take a fifth of the time
+    squares = np.square(pixels, dtype=np.uint16 if exact else np.float32)
+    sums = [each.sum((1, 2), dtype=np.uint64 if exact else np.float64) for each in (pixels, squares)]
+    moments: NDArray[np.float64] = np.stack(sums) / (size[0] * size[1]) / np.array([[top], [top**2]], np.float64)
+    return moments

@@ -10,11 +10,14 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from fpt_lightning.data.folders import SPLIT_NAMES, find_images
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Kind, Sample
-from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.errors import DataError, a_few
 from fpt_lightning.files import Row, parse_rows, read_bytes
 
@@ -112,20 +115,21 @@ def unlabelled_samples(
     split_column: str | None,
     group_column: str | None,
     split_lists: Mapping[str, str] | None,
-) -> list[Sample]:
-    """A sample a row, in the order of the rows, without labels.
+) -> tuple[list[Sample], ImageFiles]:
+    """A sample a row, in the order of the rows, without labels; and what was seen of the files.
 
     Raises:
         DataError: an image that is not there or not below the root, or a split that is none.
     """
     table.require(image_column)
     split_column, group_column = table.column(split_column, "split"), table.column(group_column, "group")
-    ids = _found(root, table, [_sample_id(row[image_column].strip(), root, table.where(row)) for row in table.rows])
+    ids, files = _found(root, table, [_sample_id(row[image_column].strip(), root, table, row) for row in table.rows])
     splits = [_split(row, split_column, table) if split_column else "" for row in table.rows]
     if split_lists:
         splits = _listed(root, table, ids, split_lists)
     groups = [row[group_column].strip() if group_column else "" for row in table.rows]
-    return [Sample(id, split=split, group=group) for id, split, group in zip(ids, splits, groups, strict=True)]
+    samples = [Sample(id, split=split, group=group) for id, split, group in zip(ids, splits, groups, strict=True)]
+    return samples, files
 
 
 def _split(row: Row, column: str, table: Table) -> str:
@@ -135,27 +139,29 @@ def _split(row: Row, column: str, table: Table) -> str:
     return split
 
 
-def _sample_id(text: str, root: Path, where: str) -> str:
+def _sample_id(text: str, root: Path, table: Table, row: Row) -> str:
     """The path below the root, with forward slashes."""
     if os.path.isabs(text):
         for base in (os.path.abspath(root), os.path.realpath(root)):
             if text.startswith(base.rstrip(os.sep) + os.sep):
                 text = os.path.relpath(text, base)
-    id = PurePosixPath(text.replace("\\", "/"))
-    if not id.parts or id.is_absolute() or ".." in id.parts:
-        raise DataError(f"{where}: the image {text!r} is not a path below the data root {root}.")
-    return id.as_posix()
+    path = text.replace("\\", "/")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if not parts or path.startswith("/") or ".." in parts:
+        raise DataError(f"{table.where(row)}: the image {text!r} is not a path below the data root {root}.")
+    return "/".join(parts)
 
 
-def _found(root: Path, table: Table, ids: Sequence[str]) -> list[str]:
-    """The ids as the files are called: some tables leave suffixes or folders out.
+def _found(root: Path, table: Table, ids: Sequence[str]) -> tuple[list[str], ImageFiles]:
+    """The ids as the files are called, as some tables leave suffixes or folders out; and what was seen of the files.
 
     Raises:
         DataError: images that are not there, or that several files may be.
     """
-    missing = [id for id in dict.fromkeys(ids) if not os.path.isfile(file_and_page(root / id)[0])]
+    files = ImageFiles.look(root, list(dict.fromkeys(ids)))
+    missing = [files.ids[position] for position in np.flatnonzero(~files.present)]
     if not missing:
-        return list(ids)
+        return list(ids), files
     called: defaultdict[str, list[str]] = defaultdict(list)
     for id in find_images(root, root).images:
         path = PurePosixPath(id)
@@ -179,7 +185,7 @@ def _found(root: Path, table: Table, ids: Sequence[str]) -> list[str]:
     found = {id: called[id][0] for id in missing}
     first = missing[0]
     table.notes.append(f"{len(found):,} images are found by their names: {first} is {found[first]}, for one.")
-    return [found.get(id, id) for id in ids]
+    return [found.get(id, id) for id in ids], files
 
 
 def _listed(root: Path, table: Table, ids: Sequence[str], lists: Mapping[str, str]) -> list[str]:
@@ -299,6 +305,8 @@ def merged(samples: Sequence[Sample], table: Table, several: bool, union: bool =
 
 def _one(rows: Sequence[Sample], table: Table, union: bool) -> Sample:
     first = rows[0]
+    if len(rows) == 1:
+        return first
     if any((row.split, row.group) != (first.split, first.group) for row in rows):
         raise DataError(f"{table.path}: the rows of the image {first.id} have several splits or groups.")
     targets = []
@@ -312,18 +320,24 @@ def _one(rows: Sequence[Sample], table: Table, union: bool) -> Sample:
 
 def _number(row: Row, column: str, table: Table) -> float:
     """The truth of a label: 1, 0, -1 (uncertain); infinite where the field is empty, NaN where unknown in any case."""
-    text = row[column].strip()
-    if text.lower() == "nan":
+    number = _truth(row[column])
+    if number is None:
+        raise DataError(
+            f"{table.where(row)}: the label (column {column!r}) is {row[column].strip()!r}, not 1, 0, -1 (uncertain), "
+            "True, False or nothing."
+        )
+    return number
+
+
+@lru_cache(maxsize=1024)  # a table of many labels has millions of fields, and few that differ
+def _truth(field: str) -> float | None:
+    text = field.strip().lower()
+    if text == "nan":
         return math.nan
-    if text.lower() in _MISSING:
+    if text in _MISSING:
         return math.inf
-    number = _TRUTH.get(text.lower(), _as_number(text))
-    if number in (1.0, 0.0, UNCERTAIN):
-        return number
-    raise DataError(
-        f"{table.where(row)}: the label (column {column!r}) is {text!r}, not 1, 0, -1 (uncertain), True, False or "
-        "nothing."
-    )
+    number = _TRUTH.get(text, _as_number(text))
+    return number if number in (1.0, 0.0, UNCERTAIN) else None
 
 
 def _value(row: Row, column: str, table: Table) -> float:

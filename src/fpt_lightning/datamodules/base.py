@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader
@@ -112,8 +115,14 @@ class ManifestDataModule(L.LightningDataModule):
             DataError: see ``fpt_lightning.data.sources.read_manifest``.
         """
         if self.listed is None or self.listed.kind != kind:
-            self.manifest = self.listed = read_manifest(self.root, self.table, kind=kind, **self.reading)
+            self.manifest = self.listed = read_manifest(
+                self.root, self.table, kind=kind, digests=self._digests, **self.reading
+            )
         return self.listed
+
+    def _digests(self, files: ImageFiles) -> NDArray[np.int64]:
+        """What is known of the files' content without reading them (``fpt_lightning.data.splits.Digests``)."""
+        return np.zeros(len(files.ids), np.int64)
 
     @property
     def labelled(self) -> Manifest:

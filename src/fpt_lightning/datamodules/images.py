@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, unreadable
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
 from fpt_lightning.data.sources import list_images
-from fpt_lightning.data.statistics import channel_statistics, deep_pictures
+from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample
 from fpt_lightning.data.statistics import value_range as measured_range
 from fpt_lightning.data.transforms import Augmentation, ViewTransform
 from fpt_lightning.datamodules.base import ManifestDataModule
@@ -22,7 +22,7 @@ from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Vie
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, a_few
 from fpt_lightning.store.preload import write_left_out
-from fpt_lightning.store.specification import FeatureSpecification
+from fpt_lightning.store.specification import FeatureSpecification, from_sample
 
 
 class ImageDataModule(ManifestDataModule):
@@ -34,7 +34,8 @@ class ImageDataModule(ManifestDataModule):
         root: folder of the images (``ManifestDataModule``).
         manifest: CSV file instead of class folders; absolute or relative to ``root``.
         resolution: of the encoder's images in pixels: a side, or (height, width).
-        mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training images.
+        mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training
+            images, or over 1,000 of them (``fpt_lightning.data.statistics.draw_sample``).
         std: like ``mean``.
         fit: ``squash`` resizes images to the encoder's aspect, ``letterbox`` pads them to it with black first.
         crop_border: whether the dark border of images (fundus, mammograms) is cut off
@@ -238,18 +239,22 @@ class ImageDataModule(ManifestDataModule):
             self.specification = replace(asked, value_range=self.measured) if self.measured else asked
 
     def _measure(self) -> None:
-        """Range of values, mean and std of the training images, where they are ``auto``."""
+        """Range of values, mean and std of a sample of the training images, where they are ``auto``."""
         of_values = self.measured is None and self.value_range == "auto" and self._has_deep()
         of_channels = not self.mean and not self.computed[0]
         if not of_values and not of_channels:
             return
-        paths = [self.labelled.path(sample) for sample in self.labelled.split("train")]
+        root, paths = self.labelled.root, [self.labelled.path(sample) for sample in self.labelled.split("train")]
         if of_values:
-            self.measured = measured_range(paths, self.fixed_reader.max_pixels)
-            rank_zero_info(f"data.value_range: {list(self.measured)}")
+            deep = deep_pictures(paths)
+            drawn = draw_sample(deep, root)
+            self.measured = measured_range(drawn, self.fixed_reader.max_pixels)
+            rank_zero_info(f"data.value_range: {list(self.measured)}{from_sample('', len(drawn), len(deep))}")
         if of_channels:
-            self.computed = channel_statistics(paths, self.resolution, self.num_workers, self.reader)
-            rank_zero_info(f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}")
+            drawn = draw_sample(paths, root)
+            self.computed = channel_statistics(drawn, self.resolution, self.reader)
+            told = f"data.mean: {list(self.computed[0])}, data.std: {list(self.computed[1])}"
+            rank_zero_info(told + from_sample("", len(drawn), len(paths)))
 
     def _readable(self, listed: Manifest) -> Manifest:
         """What there is without the images that cannot be read, if those are to be left out."""

@@ -6,8 +6,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
 
+from fpt_lightning.data.image_files import ImageFiles
+from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -38,6 +42,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
             process (rank) has its own.
+        check: how image files are held against those that the store is of: ``time`` by their size and time of change,
+            and by their content where the time alone differs; ``digest`` reads all of them, once a process.
         **kwargs: see ``ImageDataModule``.
     """
 
@@ -52,6 +58,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         preload_batch_size: int = 4,
         cache: str | None = None,
         in_memory: bool = False,
+        check: Literal["time", "digest"] = "time",
         **kwargs: Any,
     ) -> None:
         super().__init__(root, **kwargs)
@@ -59,7 +66,12 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self.url, self.codec, self.mirrored = resolve(store), codec, mirrored
         check_at_least("data.preload_batch_size", preload_batch_size, 1)
         self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
-        self.store: FeatureStore | None = None
+        if check not in ("time", "digest"):
+            raise ConfigurationError(f"data.check is {check!r}: choose 'time' or 'digest'.")
+        self.by_content = check == "digest"
+        self.store: FeatureStore | None = None  # opened once
+        self._complete: Manifest | None = None  # what the store was found to hold
+        self._looked = False  # whether the files that the manifest knows have served a preload or a stage
 
     def preload(
         self,
@@ -69,6 +81,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         repair: bool = False,
     ) -> FeatureStore:
         """Bring the store up to date: make it where there is none, go on where an earlier preload stopped.
+
+        Stages that follow take the image files as they are now, and a store that they found complete as it is.
 
         Args:
             model: the model, whose ``encoder_config`` says which features, or that configuration itself.
@@ -92,18 +106,19 @@ class PreloadedFeatureDataModule(ImageDataModule):
         else:
             self.check("test" if self.external else "fit", model)
         manifest = self.read_manifest(getattr(getattr(model, "task", None), "KIND", "single-label"))
-        if FeatureStore.exists(self.url) and not overwrite and not repair:
-            made = FeatureStore.open(self.url)
-            if not made.missing([sample.id for sample in manifest.samples]):
-                self._take_depth(made.specification)
+        if self._looked:
+            manifest = self._take_files(ImageFiles.look(manifest.root, [sample.id for sample in manifest.samples]))
+        self._looked = True
         if self.external:
             self._check_measured()
-        self.store = None  # what it holds in memory may change
-        return preload(
+        asked = self.asked_store(encoder)
+        before, self.store = None if overwrite or repair else self._open(), None  # until it is complete
+        store = preload(
             manifest,
             encoder,
-            self.asked_store(encoder),
+            asked,
             self.url,
+            store=before,
             batch_size=self.preload_batch_size,
             num_workers=self.num_workers,
             trainer=trainer,
@@ -112,12 +127,48 @@ class PreloadedFeatureDataModule(ImageDataModule):
             on_error=self.on_error,
             rebuild=self.rebuild,
             max_pixels=self.fixed_reader.max_pixels,
+            by_content=self.by_content,
         )
+        if store is before:
+            self.store = store
+        else:  # a pass may have taken days
+            assert manifest.files is not None
+            self._take_files(manifest.files.look_again())
+        return store
 
-    def _take_depth(self, made: FeatureSpecification) -> None:
-        """Know from a store of these images whether any has 16 bits, as opening each takes long."""
-        if made.range_of == "none" or made.range_of.startswith("auto"):
-            self._deep = made.range_of != "none"
+    def _take_files(self, files: ImageFiles) -> Manifest:
+        """The data set with its files as they were just looked at."""
+        assert self.listed is not None
+        self.manifest = self.listed = replace(self.listed, files=files)
+        self._deep = None
+        return self.listed
+
+    def _open(self) -> FeatureStore | None:
+        """The store, opened once; None where there is none."""
+        if self.store is None and FeatureStore.exists(self.url):
+            self.store = FeatureStore.open(self.url, cache=self.cache)
+        return self.store
+
+    def _known(self) -> FeatureStore | None:
+        """The store, of whatever settings, for what it knows of the images; None where it cannot be opened."""
+        try:
+            return self._open()
+        except StoreError:  # which is said where its features are needed
+            return None
+
+    def _digests(self, files: ImageFiles) -> NDArray[np.int64]:
+        store = self._known()
+        return super()._digests(files) if store is None else store.digests(files)
+
+    def _has_deep(self) -> bool:
+        """Known from a store of these images, as opening each takes long."""
+        listed = self.listed
+        if self._deep is None and listed is not None and listed.files is not None:
+            store = self._known()
+            if store is not None and not store.missing(listed.files.ids) and not store.changed(listed.files):
+                range_of = store.specification.range_of
+                self._deep = range_of != "none" if range_of.startswith(("none", "auto")) else None
+        return super()._has_deep()
 
     def _check_measured(self) -> None:
         """Refuse ``auto`` where there are no training images."""
@@ -153,34 +204,40 @@ class PreloadedFeatureDataModule(ImageDataModule):
         if not STORED & self._inputs():
             super()._setup_features(stage)
             return
-        if not FeatureStore.exists(self.url):
+        store, self._looked = self._open(), True
+        if store is None:
             raise StoreError(
                 f"there is no feature store at {self.url} (data.store): make it with `fpt-lightning preload`, or in "
                 "Python with `data.preload(model)`."
             )
-        before, self.store = self.store, FeatureStore.open(self.url, cache=self.cache)
-        self._take_depth(self.store.specification)
         encoder = self._declared("encoder_config")
-        if encoder is not None:
-            self.store.require(self.asked_store(encoder), self.rebuild)
-        elif (model := self._model()) is not None:
-            rank_zero_warn(
-                f"{type(model).__name__} does not say its encoder: the features of {self.url} are not held against it. "
-                "Give it an encoder_config, as the methods of fpt-lightning have."
-            )
-        self._check_complete(self.store)
-        self.specification = self.store.specification
+        try:
+            if encoder is not None:
+                store.require(self.asked_store(encoder), self.rebuild)
+            elif (model := self._model()) is not None:
+                rank_zero_warn(
+                    f"{type(model).__name__} does not say its encoder: the features of {self.url} are not held against "
+                    "it. Give it an encoder_config, as the methods of fpt-lightning have."
+                )
+            if self._complete is not self.listed:
+                self._check_complete(store)
+        except StoreError:
+            self.store = None  # to be opened anew when it has been mended
+            raise
+        self.specification = store.specification
         if self.in_memory:
-            if before is not None:
-                self.store.share(before)
             images = ["images"] if "side_images" in self._inputs() else []
-            names = [*self.store.arrays_of(sorted(STORED & self._inputs())), *images]
-            self.store.load(names, shared=self.num_workers > 0)
+            names = [*store.arrays_of(sorted(STORED & self._inputs())), *images]
+            store.load(names, shared=self.num_workers > 0)
 
     def _check_complete(self, store: FeatureStore) -> None:
-        listed = self.labelled if self.listed is None else self.listed
-        ids = [sample.id for sample in listed.samples]
-        missing, changed, left_out = store.missing(ids), store.changed(listed.root, ids), store.left_out(ids)
+        """Find, once, all images in the store, as they are, and their rows in its shards."""
+        listed = self.listed
+        assert listed is not None
+        assert listed.files is not None
+        ids = listed.files.ids
+        missing, changed = store.missing(ids), store.changed(listed.files, self.by_content)
+        left_out = store.left_out(ids)
         if missing or changed:
             some = ", ".join([*missing, *changed][:3])
             raise StoreError(
@@ -196,7 +253,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             if self.on_error == "stop":
                 raise StoreError(f"{told}: mend them and preload again, or go on without them by data.on_error skip.")
             rank_zero_warn(f"{told}: every stage goes on without them.")
-        self.manifest = listed.without(left_out)
+        self.manifest, self._complete = listed.without(left_out), listed
 
     def _dataset(self, split: str, augmentation: str) -> Samples:
         stored = STORED & self._inputs()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.index import REPAIR
 from fpt_lightning.store.layout import RECORDS, SHARD, writing
+from fpt_lightning.store.reader import CRC_BYTES, index_bytes
 from fpt_lightning.store.storage import AT_ONCE, open_filesystem
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
@@ -34,19 +35,29 @@ class Damage(NamedTuple):
 def check_present(store: FeatureStore) -> None:
     """Make sure that every complete row has its chunks, as Zarr reads an absent chunk as zeros.
 
+    A shard whose file is large enough for its complete rows has them; the index of any other is read. Every chunk is
+    verified when it is read first.
+
     Raises:
         StoreError: naming the first sample whose data are gone, or the extension of the store was stopped.
     """
     if not store.extended:
         raise StoreError(f"the arrays of the feature store {store.url} have not {len(store.ids)} samples: {REPAIR}.")
-    for name, shard, present in _shards(store):
-        rows = _complete_rows(store, shard)
-        absent = rows[~present[rows % SHARD]]
-        if len(absent):
-            raise StoreError(
-                f"the feature store {store.url} has lost the {name} of {store.name(absent[0])} (shard {shard}): "
-                f"rebuild it, or what is lost of it, with `{REPAIR}`."
-            )
+    rows = np.flatnonzero(store.done)
+    shards, complete = np.unique(rows // SHARD, return_counts=True)
+    for name, (size, dtype) in store.sample_arrays.items():
+        needed = complete * (math.prod(size) * dtype.itemsize + CRC_BYTES) + index_bytes(SHARD)
+        small = shards[store.shard_sizes(name, shards.tolist()) < needed].tolist()
+        store.load_indices([(name, shard) for shard in small])
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for shard, present in zip(small, pool.map(partial(store.present, name), small), strict=True):
+                own = rows[rows // SHARD == shard]
+                absent = own[~present[own % SHARD]]
+                if len(absent):
+                    raise StoreError(
+                        f"the feature store {store.url} has lost the {name} of {store.name(absent[0])} (shard {shard}):"
+                        f" rebuild it, or what is lost of it, with `{REPAIR}`."
+                    )
 
 
 def verify(store: FeatureStore) -> list[Damage]:
@@ -56,9 +67,12 @@ def verify(store: FeatureStore) -> list[Damage]:
     """
     damage = [Damage(row, "records", reason) for row, reason in store.lost_records.items()]
     store.verify_again()
-    for name, shard, _ in _shards(store):
-        found = store.damage(_complete_rows(store, shard).tolist(), name)
-        damage += [Damage(row, name, reason) for row, reason in found.items()]
+    rows = np.flatnonzero(store.done)
+    shards = [part.tolist() for part in np.split(rows, np.flatnonzero(np.diff(rows // SHARD)) + 1) if len(part)]
+    for name in store.sample_arrays:
+        store.load_indices([(name, own[0] // SHARD) for own in shards])
+        for own in shards:
+            damage += [Damage(row, name, reason) for row, reason in store.damage(own, name).items()]
     return damage
 
 
@@ -84,18 +98,3 @@ def forget_damaged(store: WritableStore) -> list[str]:
                 filesystem.rm(f"{path}/{file}")
     store.forget_rows(sorted({d.row for d in damage if d.row // SHARD not in unreadable}))
     return list(dict.fromkeys(store.source(d.row)[0] for d in damage))
-
-
-def _shards(store: FeatureStore) -> Iterator[tuple[str, int, NDArray[np.bool_]]]:
-    """Each array and shard that has complete rows, and which of its chunks are there."""
-    shards = [
-        (name, int(shard)) for name in store.sample_arrays for shard in np.unique(np.flatnonzero(store.done) // SHARD)
-    ]
-    store.load_indices(shards)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for given, present in zip(shards, pool.map(lambda given: store.present(*given), shards), strict=True):
-            yield *given, present
-
-
-def _complete_rows(store: FeatureStore, shard: int) -> NDArray[np.intp]:
-    return np.flatnonzero(store.done[shard * SHARD : (shard + 1) * SHARD]) + shard * SHARD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -11,10 +11,11 @@ import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
+from fpt_lightning.data.image_files import ImageFiles, short_digest
 from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.errors import StaleStoreError, StoreError
-from fpt_lightning.files import file_digest
 from fpt_lightning.store.layout import (
     ABSENT,
     COMPLETE,
@@ -32,7 +33,7 @@ from fpt_lightning.store.layout import (
 from fpt_lightning.store.place import resolve
 from fpt_lightning.store.reader import FOREIGN
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
-from fpt_lightning.store.storage import Range, Storage
+from fpt_lightning.store.storage import AT_ONCE, Range, Storage
 
 REPAIR = "fpt-lightning store repair --config CONFIG"
 UPGRADE = "fpt-lightning store upgrade"
@@ -44,7 +45,7 @@ class FileRecord(NamedTuple):
     Attributes:
         size: in bytes.
         changed: time of its last change in ns.
-        digest: the first 8 bytes of its SHA-256, as a signed number.
+        digest: of its content (``fpt_lightning.data.image_files.short_digest``).
     """
 
     size: int
@@ -58,20 +59,7 @@ class FileRecord(NamedTuple):
         if not path.is_file():
             return cls(0, 0, 0)
         status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, _digest(path, status.st_size, status.st_mtime_ns))
-
-    def describes(self, image: Path) -> bool:
-        """Whether an image's file is still the one recorded; it is read only if its time alone differs."""
-        path = file_and_page(image)[0]
-        status = path.stat()
-        if self.size != status.st_size:
-            return False
-        return self.changed == status.st_mtime_ns or self.digest == FileRecord.of(image).digest
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> int:
-    return int(file_digest(path)[:16], 16) - 2**63
+        return cls(status.st_size, status.st_mtime_ns, short_digest(path))
 
 
 class StoreIndex:
@@ -200,38 +188,55 @@ class StoreIndex:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """Those of the samples that are neither complete nor left out in the store."""
-        return [id for id in ids if id not in self.rows or ABSENT in self._states(id)]
+        return self._in_state(ids, ABSENT)
 
     def left_out(self, ids: Sequence[str]) -> list[str]:
         """Those of the samples that were left out, as their images could not be read."""
-        return [id for id in ids if id in self.rows and LEFT_OUT in self._states(id)]
+        return self._in_state(ids, LEFT_OUT)
 
     def missing_rows(self, ids: Sequence[str]) -> list[int]:
         """Ascending, the absent rows of samples that the store has."""
         return sorted(row for row in self._rows_of(ids) if self.records[row, 0] == ABSENT)
 
-    def _states(self, id: str) -> list[int]:
-        return [int(self.records[row, 0]) for row in self._rows_of([id])]
+    def _in_state(self, ids: Sequence[str], state: int) -> list[str]:
+        """Those of the samples of which a row is in a state; samples that the store does not have are absent."""
+        found = (self._records_of(ids)[..., 0] == state).any(1)
+        return [ids[position] for position in np.flatnonzero(found).tolist()]
 
     def _rows_of(self, ids: Sequence[str]) -> list[int]:
         return [self.rows[id] + view for id in ids for view in range(self.views)]
 
-    def changed(self, root: Path, ids: Sequence[str]) -> list[str]:
-        """Those of the samples that are stored or left out, but whose image file below ``root`` is another by now.
+    def _records_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Of each sample, (samples, views, columns); 0 of those that the store does not have."""
+        rows = np.array([self.rows.get(id, -1) for id in ids], np.intp)
+        records = np.zeros((len(rows), self.views, self.records.shape[1]), np.int64)
+        records[rows >= 0] = self.records[rows[rows >= 0, None] + np.arange(self.views)]
+        return records
 
-        A file is another if its size differs; if only its time of change does, its content decides.
+    def changed(self, files: ImageFiles, by_content: bool = False) -> list[str]:
+        """Those of the samples that are stored or left out, but whose image file is another by now.
+
+        Args:
+            files: of the samples' images; one that is gone has not changed.
+            by_content: whether every file is read and its digest compared. Otherwise a file is another if its size
+                differs; if only its time of change does, its content decides.
         """
-        found = []
-        for id in ids:
-            known = [FileRecord(*record[1:].tolist()) for record in self._known(id)]
-            if known and file_and_page(root / id)[0].is_file() and not all(r.describes(root / id) for r in known):
-                found.append(id)
-        return found
+        records = self._records_of(files.ids)
+        stored = (records[..., 0] != ABSENT) & files.present[:, None]
+        another = (stored & (records[..., 1] != files.sizes[:, None])).any(1)
+        doubtful = stored if by_content else stored & (records[..., 2] != files.changed[:, None])
+        read = np.flatnonzero(doubtful.any(1) & ~another).tolist()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            digests = tqdm(pool.map(files.digest, read), "images read again", len(read), disable=not read)
+            for position, digest in zip(read, digests, strict=True):
+                another[position] = (doubtful[position] & (records[position, :, 3] != digest)).any()
+        return [files.ids[position] for position in np.flatnonzero(another)]
 
-    def _known(self, id: str) -> NDArray[np.int64]:
-        records = self.records[self._rows_of([id])] if id in self.rows else self.records[:0]
-        known: NDArray[np.int64] = records[records[:, 0] != ABSENT]
-        return known
+    def digests(self, files: ImageFiles) -> NDArray[np.int64]:
+        """Of the images' files, (images,), as far as they are known without reading; 0 otherwise."""
+        records = self._records_of(files.ids)[:, 0]
+        same = (records[:, 1] == files.sizes) & (records[:, 2] == files.changed) & (records[:, 0] != ABSENT)
+        return np.where(same, records[:, 3], 0)
 
     def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], dict[int, str]]:
         """All of the records, and why those of some rows are damaged; these are 0."""

@@ -22,8 +22,9 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.data.prefetch import PrefetchingLoader
-from fpt_lightning.data.statistics import channel_statistics, value_range
+from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
@@ -36,7 +37,7 @@ from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.lock import lock_store, share_lock
 from fpt_lightning.store.place import is_local, resolve
-from fpt_lightning.store.specification import FeatureShape, FeatureSpecification
+from fpt_lightning.store.specification import FeatureShape, FeatureSpecification, from_sample
 from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
 
@@ -58,6 +59,7 @@ def preload(
     specification: FeatureSpecification,
     url: str,
     *,
+    store: FeatureStore | None = None,
     batch_size: int = 4,
     num_workers: int = 0,
     trainer: L.Trainer | None = None,
@@ -66,6 +68,7 @@ def preload(
     on_error: OnError = "stop",
     rebuild: str = "fpt-lightning preload --config CONFIG --overwrite true",
     max_pixels: int | None = None,
+    by_content: bool = False,
 ) -> FeatureStore:
     """Encode the samples that a store lacks; a store that lacks none is returned at once, without loading weights.
 
@@ -78,6 +81,7 @@ def preload(
         encoder: the frozen encoder and its selection.
         specification: what is asked; mean and std may still be empty (``auto``).
         url: of the store, which is made where there is none.
+        store: the same, if it is open already.
         batch_size: images encoded at once.
         num_workers: processes that read images ahead.
         trainer: whose devices do it; one device, chosen by Lightning, by default.
@@ -87,6 +91,7 @@ def preload(
             records them as left out, and ``{url}.left_out.csv`` lists them.
         rebuild: the command that a mismatch names.
         max_pixels: that images may have (``fpt_lightning.data.images.read_image``).
+        by_content: whether all images are read to find those that have changed (``FeatureStore.changed``).
 
     Returns:
         The complete store.
@@ -99,14 +104,27 @@ def preload(
     """
     url = resolve(url)
     ids = [sample.id for sample in manifest.samples]
-    if FeatureStore.exists(url) and not overwrite and not repair:
-        store = FeatureStore.open(url)
+    manifest = manifest if manifest.files is not None else manifest.look()
+    assert manifest.files is not None
+    if (store is not None or FeatureStore.exists(url)) and not overwrite and not repair:
+        store = FeatureStore.open(url) if store is None else store
         store.require(specification, rebuild)
-        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.root, ids)
+        fresh = store.extended and not store.missing(ids) and not store.changed(manifest.files, by_content)
         if fresh and (on_error == "skip" or not store.left_out(ids)):
             return store
     frozen_pass = FrozenPass(
-        manifest, encoder, specification, url, batch_size, num_workers, overwrite, repair, on_error, rebuild, max_pixels
+        manifest,
+        encoder,
+        specification,
+        url,
+        batch_size,
+        num_workers,
+        overwrite,
+        repair,
+        on_error,
+        rebuild,
+        max_pixels,
+        by_content,
     )
     if trainer is None:
         trainer = L.Trainer(devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
@@ -197,9 +215,10 @@ class FrozenPass(L.LightningModule):
         on_error: OnError = "stop",
         rebuild: str = "",
         max_pixels: int | None = None,
+        by_content: bool = False,
     ) -> None:
         super().__init__()
-        self.max_pixels = max_pixels
+        self.max_pixels, self.by_content = max_pixels, by_content
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, resolve(url), rebuild
         self.specification = specification
@@ -230,7 +249,8 @@ class FrozenPass(L.LightningModule):
             store.remove_partial_files()
             if self.repair:
                 rank_zero_info(f"repair: {len(forget_damaged(store))} samples of {self.url} are damaged")
-            store.forget(store.changed(self.manifest.root, ids))
+            assert self.manifest.files is not None
+            store.forget(store.changed(self.manifest.files, self.by_content))
             if self.on_error == "stop":
                 store.forget(store.left_out(ids))
             _check_space(self.url, len(store.missing(ids)) * size)
@@ -242,15 +262,19 @@ class FrozenPass(L.LightningModule):
             share_lock(self._lock, self.url)
 
     def _measured(self, asked: FeatureSpecification) -> FeatureSpecification:
-        """With range of values, mean and std of the training images, where they are ``auto``."""
-        paths = [self.manifest.path(sample) for sample in self.manifest.split("train")]
+        """With range of values, mean and std of a sample of the training images, where they are ``auto``."""
+        root, paths = self.manifest.root, [self.manifest.path(sample) for sample in self.manifest.split("train")]
         if asked.range_of.startswith("auto"):
-            asked = replace(asked, value_range=value_range(paths, self.max_pixels, self.on_error))
-            rank_zero_info(f"data.value_range: {list(asked.value_range)}")
+            deep = deep_pictures(paths)
+            drawn = draw_sample(deep, root)
+            values = value_range(drawn, self.max_pixels, self.on_error)
+            asked = replace(asked, value_range=values, range_of=from_sample(asked.range_of, len(drawn), len(deep)))
+            rank_zero_info(f"data.value_range: {list(values)}, {asked.range_of}")
         if not asked.mean:
-            reader = replace(asked.reader, max_pixels=self.max_pixels)
-            mean, std = channel_statistics(paths, asked.resolution, self.num_workers, reader, self.on_error)
-            asked = replace(asked, mean=mean, std=std)
+            reader, drawn = replace(asked.reader, max_pixels=self.max_pixels), draw_sample(paths, root)
+            mean, std = channel_statistics(drawn, asked.resolution, reader, self.on_error)
+            asked = replace(asked, mean=mean, std=std, statistics=from_sample(asked.statistics, len(drawn), len(paths)))
+            rank_zero_info(f"data.mean: {list(mean)}, data.std: {list(std)}, {asked.statistics}")
         return asked
 
     def unlock(self) -> None:
@@ -351,11 +375,12 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         self.root, self.source, self.specification = manifest.root, store.source, specification
         self.reader = replace(specification.reader, max_pixels=max_pixels)
         self.local = is_local(store.url)
+        self._last: tuple[Path, FileRecord] | None = None  # file, of which more pages may follow
 
     def __getitem__(self, rows: list[int]) -> _PreloadBatch:
         spec = self.specification
         sources = {row: self.source(row) for row in rows}
-        files = {id: FileRecord.of(self.root / id) for id, _ in sources.values()}  # before it is read
+        files = {id: self._record(id) for id, _ in sources.values()}  # before it is read
         notices: dict[str, list[str]] = {id: [] for id in files}
         read = {id: self._read(id, notices[id] if self.local else None) for id in files}  # else warned of at once
         images = {
@@ -371,6 +396,12 @@ class _PreloadImages(Dataset[_PreloadBatch]):
             {row: files[id] for row, (id, _) in sources.items()},
             {id: " ".join(said) for id, said in notices.items() if said},
         )
+
+    def _record(self, id: str) -> FileRecord:
+        path = file_and_page(self.root / id)[0]
+        if self._last is None or self._last[0] != path:
+            self._last = path, FileRecord.of(path)
+        return self._last[1]
 
     def _read(self, id: str, notices: list[str] | None) -> NDArray[Any] | None:
         try:

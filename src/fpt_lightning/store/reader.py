@@ -30,7 +30,7 @@ FOREIGN = "it belongs to another row or store"
 GONE = "the shard does not hold it"
 TRUNCATED = "the shard is truncated"
 _ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
-_CRC_BYTES = 4
+CRC_BYTES = 4
 _VERSION = ("size", "etag", "e_tag", "mtime", "lastmodified", "last_modified", "updated", "created", "generation")
 
 
@@ -61,8 +61,8 @@ class ShardIndex:
         Where the size is not known, whether a chunk lies within the file is found when it is read.
         """
         chunks = np.full((samples, 2), _ABSENT)
-        if len(tail) == index_bytes(samples) and _checksum(tail[:-_CRC_BYTES]) == tail[-_CRC_BYTES:]:
-            chunks = np.frombuffer(tail[:-_CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
+        if len(tail) == index_bytes(samples) and _checksum(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]:
+            chunks = np.frombuffer(tail[:-CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
         offsets, lengths = chunks.T
         room = np.uint64(2**63 if size is None else max(0, size - len(tail)))
         present = (offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
@@ -71,7 +71,7 @@ class ShardIndex:
 
 def index_bytes(samples: int) -> int:
     """Length of a shard's index."""
-    return 16 * samples + _CRC_BYTES
+    return 16 * samples + CRC_BYTES
 
 
 class Chunk(NamedTuple):
@@ -104,7 +104,7 @@ class Chunk(NamedTuple):
     @property
     def length(self) -> int:
         """In bytes, checksum included."""
-        return self.out.nbytes + _CRC_BYTES
+        return self.out.nbytes + CRC_BYTES
 
     @property
     def raw(self) -> NDArray[np.uint8]:
@@ -145,7 +145,7 @@ class ShardReader:
         try:
             index = self._index(chunk.path, file)
             offset, verify = chunk.offset(index), not index.verified[chunk.position]
-            buffers: list[Any] = [chunk.raw, *([bytearray(_CRC_BYTES)] if verify else [])]
+            buffers: list[Any] = [chunk.raw, *([bytearray(CRC_BYTES)] if verify else [])]
             if os.preadv(file, buffers, offset) != sum(len(buffer) for buffer in buffers):
                 raise ValueError(TRUNCATED)
             if verify:
@@ -251,9 +251,9 @@ def _runs(places: Sequence[tuple[str, int, int]], lengths: Sequence[int]) -> lis
 def _take(chunk: Chunk, content: memoryview) -> ValueError | None:
     if len(content) != chunk.length:
         return ValueError(TRUNCATED)
-    chunk.raw[:] = np.frombuffer(content[:-_CRC_BYTES], np.uint8)
+    chunk.raw[:] = np.frombuffer(content[:-CRC_BYTES], np.uint8)
     try:
-        chunk.verify(bytes(content[-_CRC_BYTES:]))
+        chunk.verify(bytes(content[-CRC_BYTES:]))
     except ValueError as error:
         return error
     return None
@@ -355,4 +355,4 @@ class BufferPool:
 
 
 def _checksum(content: Any) -> bytes:
-    return int(google_crc32c.value(content)).to_bytes(_CRC_BYTES, "little")
+    return int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")

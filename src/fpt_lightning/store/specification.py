@@ -43,7 +43,7 @@ class FeatureSpecification:
         resolution: (height, width) of the encoder's images in pixels.
         mean: of each channel; empty where it is still to be computed.
         std: of each channel; empty where it is still to be computed.
-        statistics: ``given``, or which training images mean and std were computed over.
+        statistics: ``given``, or which training images mean and std were computed over, and how many of them.
         image_size: side of the low-resolution copies in pixels.
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
@@ -56,7 +56,7 @@ class FeatureSpecification:
         value_range: (low, high) of 16-bit pictures that become black and white; empty for the full range, or where it
             is still to be measured.
         range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which training images it was measured
-            over.
+            over, and how many of them.
         format: version of the store's layout.
     """
 
@@ -145,8 +145,8 @@ class FeatureSpecification:
         """How this specification differs from what is asked, field by field, for people.
 
         Mean and std are compared as numbers where they were given, and by the images they were computed over where
-        they are ``auto``; the range of 16-bit pictures likewise, where there are such; the weights' digest only where
-        both have one.
+        they are ``auto``, all or a sample of them; the range of 16-bit pictures likewise, where there are such; the
+        weights' digest only where both have one.
         """
         skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
         by_number = {"none": {"value_range", "range_of"}, "full": {"range_of"}, "given": {"range_of"}}
@@ -158,8 +158,20 @@ class FeatureSpecification:
         return [
             f"{field.name}: {self._shown(field.name)}, asked for {asked._shown(field.name)}"
             for field in fields(self)
-            if field.name not in skip and getattr(self, field.name) != getattr(asked, field.name)
+            if field.name not in skip and self._compared(field.name) != asked._compared(field.name)
         ]
+
+    def _compared(self, name: str) -> object:
+        value = getattr(self, name)
+        return value.partition(_SAMPLE)[0] if name in ("statistics", "range_of") else value
+
+
+_SAMPLE = ", from "
+
+
+def from_sample(images: str, drawn: int, total: int) -> str:
+    """What ``statistics`` or ``range_of`` says of images of which not all may have been drawn."""
+    return images if drawn == total else f"{images}{_SAMPLE}{drawn:,} of {total:,}"
 
 
 _EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full"}

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpt_lightning.errors import DamagedStoreError, StoreError
+from fpt_lightning.files import file_states
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.index import StoreIndex, open_group
 from fpt_lightning.store.layout import SHARD, open_array, row_bytes
 from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.reader import BufferPool, Chunk, RemoteReader, ShardCache, ShardReader
 from fpt_lightning.store.specification import FeatureShape
+from fpt_lightning.store.storage import open_filesystem
 
 
 def sample_arrays(codec: str, shape: FeatureShape, image_size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -110,12 +112,6 @@ class FeatureStore(StoreIndex):
                 whole[rows] = torch.from_numpy(self.read(rows, name))
             self._memory[name] = whole
 
-    def share(self, other: FeatureStore) -> None:
-        """Take over what another instance of the same store holds in memory; nothing if it is another by now."""
-        same = self.specification == other.specification and self.ids == other.ids
-        if same and np.array_equal(self._table, other._table):
-            self._memory = other._memory
-
     def read(self, rows: Sequence[int], name: str) -> NDArray[Any]:
         """Rows of one of ``sample_arrays``, in a buffer that is used again once nobody holds it.
 
@@ -191,6 +187,19 @@ class FeatureStore(StoreIndex):
     def shard_path(self, name: str, shard: int) -> str:
         """Path in the store of a shard's file."""
         return f"{name}/c/{shard}" + "/0" * len(self.sample_arrays[name][0])
+
+    def shard_sizes(self, name: str, shards: Sequence[int]) -> NDArray[np.int64]:
+        """Bytes of the files of shards, (shards,); -1 where there is none, or a storage does not list it."""
+        paths = [self.shard_path(name, shard) for shard in shards]
+        if self._folder is not None:
+            return file_states([f"{self._folder}/{path}" for path in paths])[:, 0]
+        filesystem, root = open_filesystem(self.url)
+        filesystem.invalidate_cache()
+        try:
+            listed = filesystem.find(f"{root}/{name}", detail=True)
+        except Exception:  # of a server that lists nothing, in an error of its own
+            listed = {}
+        return np.array([listed.get(f"{root}/{path}", {}).get("size", -1) for path in paths], np.int64)
 
     def present(self, name: str, shard: int) -> NDArray[np.bool_]:
         """Which of a shard's chunks lie in its file.
