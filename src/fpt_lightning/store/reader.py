@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import threading
 import weakref
 from collections import defaultdict
@@ -29,28 +30,28 @@ from fpt_lightning.store.storage import AT_ONCE, Range, Storage, open_filesystem
 FOREIGN = "it belongs to another row or store"
 GONE = "the shard does not hold it"
 TRUNCATED = "the shard is truncated"
-_ABSENT = np.uint64(2**64 - 1)  # marks a chunk that a shard does not hold
+_ABSENT = 2**64 - 1  # marks a chunk that a shard does not hold
+_UNBOUNDED = 2**63
 CRC_BYTES = 4
 _VERSION = ("size", "etag", "e_tag", "mtime", "lastmodified", "last_modified", "updated", "created", "generation")
 
 
-@dataclass
+@dataclass(slots=True)
 class ShardIndex:
-    """Where the chunks of a shard lie in its file.
+    """Where the chunks of a shard lie in its file; small, as a process keeps one of every shard that it has read.
 
     Attributes:
-        offsets: of each chunk, in bytes.
-        lengths: of each chunk, in bytes, checksum included.
-        present: whether a chunk lies within the file.
+        entries: offset and length in bytes, checksum included, of each chunk, as they lie in the file; none where these
+            are damaged.
+        room: bytes of the file ahead of its index.
         identity: of the file that the index was read from.
-        verified: chunks whose checksum was found right.
+        verified: chunks whose checksum was found right, a bit each.
     """
 
-    offsets: NDArray[np.uint64]
-    lengths: NDArray[np.uint64]
-    present: NDArray[np.bool_]
+    entries: bytes
+    room: int
     identity: tuple[int, int, int]
-    verified: NDArray[np.bool_]
+    verified: int = 0
 
     @classmethod
     def parse(
@@ -60,13 +61,19 @@ class ShardIndex:
 
         Where the size is not known, whether a chunk lies within the file is found when it is read.
         """
-        chunks = np.full((samples, 2), _ABSENT)
-        if len(tail) == index_bytes(samples) and _checksum(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]:
-            chunks = np.frombuffer(tail[:-CRC_BYTES], np.dtype("<u8")).reshape(samples, 2)
-        offsets, lengths = chunks.T
-        room = np.uint64(2**63 if size is None else max(0, size - len(tail)))
-        present = (offsets != _ABSENT) & (lengths <= room) & (offsets <= room - np.minimum(lengths, room))
-        return cls(offsets, lengths, present, identity, np.zeros(samples, bool))
+        whole = len(tail) == index_bytes(samples) and _checksum(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]
+        return cls(tail[:-CRC_BYTES] if whole else b"", _UNBOUNDED if size is None else size - len(tail), identity)
+
+    def place(self, position: int) -> tuple[int, int] | None:
+        """Offset and length of a chunk; None if it does not lie within the file."""
+        if not self.entries:
+            return None
+        offset, length = struct.unpack_from("<QQ", self.entries, 16 * position)
+        return (offset, length) if offset != _ABSENT and offset + length <= self.room else None
+
+    def present(self, samples: int) -> NDArray[np.bool_]:
+        """Which chunks lie within the file, (samples,)."""
+        return np.array([self.place(position) is not None for position in range(samples)])
 
 
 def index_bytes(samples: int) -> int:
@@ -95,11 +102,12 @@ class Chunk(NamedTuple):
         Raises:
             ValueError: it is absent, or another.
         """
-        if not index.present[self.position]:
+        place = index.place(self.position)
+        if place is None:
             raise ValueError(GONE)
-        if index.lengths[self.position] != self.length:
+        if place[1] != self.length:
             raise ValueError(FOREIGN)
-        return int(index.offsets[self.position])
+        return place[0]
 
     @property
     def length(self) -> int:
@@ -144,13 +152,13 @@ class ShardReader:
         file = os.open(chunk.path, os.O_RDONLY)
         try:
             index = self._index(chunk.path, file)
-            offset, verify = chunk.offset(index), not index.verified[chunk.position]
+            offset, verify = chunk.offset(index), not index.verified >> chunk.position & 1
             buffers: list[Any] = [chunk.raw, *([bytearray(CRC_BYTES)] if verify else [])]
             if os.preadv(file, buffers, offset) != sum(len(buffer) for buffer in buffers):
                 raise ValueError(TRUNCATED)
             if verify:
                 chunk.verify(buffers[1])
-            index.verified[chunk.position] = True
+            index.verified |= 1 << chunk.position
         finally:
             os.close(file)
 

@@ -209,8 +209,8 @@ class FeatureStore(StoreIndex):
         """
         path = self.shard_path(name, shard)
         if self._folder is not None:
-            return self._reader.index(f"{self._folder}/{path}").present
-        return self._remote.indices([path])[0].present
+            return self._reader.index(f"{self._folder}/{path}").present(SHARD)
+        return self._remote.indices([path])[0].present(SHARD)
 
     def load_indices(self, shards: Sequence[tuple[str, int]]) -> None:
         """Fetch the indices of shards of arrays that are far away, at once, and keep them for ``present`` and ``read``.
