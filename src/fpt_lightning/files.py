@@ -212,28 +212,23 @@ def keep_beside(path: Path) -> Path | None:
     return kept
 
 
-def lock_file(path: Path) -> IO[bytes] | None:
-    """Hold a lock of the operating system, while the file that is returned is open, or until a crash.
+def take_lock(file: IO[bytes], shared: bool = False) -> bool:
+    """Take the operating system's lock of an open file, or change the one that is held, until it is closed or a crash.
+
+    Args:
+        file: open for writing.
+        shared: whether others may share the lock.
 
     Returns:
-        None where another process holds it.
-
-    Raises:
-        OutputError: the file cannot be made.
+        Whether it was free. A file system without locks only warns.
     """
-    make_folder(path.parent)
     try:
-        file = path.open("ab+")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}. Give another place.") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
-        return None
-    except OSError as error:  # a file system without locks
-        warnings.warn(f"{path} cannot be locked ({error.strerror}): write there from one process.", stacklevel=2)
-    return file
+        return False
+    except OSError as error:
+        warnings.warn(f"{file.name} cannot be locked ({error.strerror}): write there from one process.", stacklevel=3)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

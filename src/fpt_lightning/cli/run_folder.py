@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.errors import ConfigurationError, in_one_line
-from fpt_lightning.files import keep_beside, lock_file, read_rows, whole_file, write_text
+from fpt_lightning.files import keep_beside, make_folder, read_rows, take_lock, whole_file, write_text
 
 
 def is_first_process() -> bool:
@@ -38,8 +38,10 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
         ConfigurationError: another fit is running there, or the folder holds another run.
     """
     check_free(folder, checkpoint)
-    lock = lock_file(folder / ".lock")
-    if lock is None:
+    make_folder(folder)
+    lock = (folder / ".lock").open("ab+")
+    if not take_lock(lock):
+        lock.close()
         raise ConfigurationError(
             f"another fit is running in {folder}: wait for it, or give another --trainer.default_root_dir."
         )

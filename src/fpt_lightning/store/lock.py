@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import IO
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from fpt_lightning.errors import StoreError
+from fpt_lightning.files import take_lock
 from fpt_lightning.store.layout import writing
 from fpt_lightning.store.place import is_local, resolve
 
@@ -38,11 +36,7 @@ def lock_store(url: str, shared: bool = False) -> IO[bytes] | None:
 
 def share_lock(file: IO[bytes], url: str, shared: bool = True) -> None:
     """Take a store's lock, or turn the exclusive one into a shared one."""
-    try:
-        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    if not take_lock(file, shared):
         raise StoreError(
             f"another preload is writing the feature store {url}: wait for it, or stop it, then preload again."
-        ) from error
-    except OSError as error:
-        rank_zero_warn(f"{url} cannot be locked ({error.strerror}): do not run two preloads of it at once.")
+        )
