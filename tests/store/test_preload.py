@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ from torch import Tensor
 from dicom_files import dataset
 from dicom_files import write as write_dicom
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
-from fpt_lightning.data import images, statistics
+from fpt_lightning.data import image_files, images, statistics
+from fpt_lightning.data.image_files import short_digest
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.statistics import channel_statistics
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
@@ -35,7 +37,7 @@ from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError, StaleStoreError, StoreError
 from fpt_lightning.store import preload
 from fpt_lightning.store.codecs import CODECS
-from fpt_lightning.store.damage import check_present
+from fpt_lightning.store.damage import check_present, verify
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.preload import FrozenPass, feature_shape
 from fpt_lightning.store.store import FeatureStore
@@ -798,3 +800,28 @@ def test_a_pass_that_was_stopped_loses_no_notice(
     monkeypatch.setattr(FrozenPass, "predict_step", real)
     with pytest.warns(UserWarning, match="^2 images are not shown as their files ask"):
         data.preload(ENCODER)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_images_that_were_copied_are_read_once(
+    tiny_data: MakeData, image_root: Path, monkeypatch: pytest.MonkeyPatch, mirrored: bool
+) -> None:
+    """They have other times of change, which the store takes over when their content is found to be the same."""
+    read = list[Path]()
+
+    def counted(path: Path) -> int:
+        read.append(path)
+        return short_digest(path)
+
+    tiny_data(mirrored=mirrored).preload(ENCODER)
+    for image in image_root.rglob("*.png"):
+        os.utime(image, (1, 1))
+    monkeypatch.setattr(image_files, "short_digest", counted)
+    store = tiny_data(mirrored=mirrored).preload(ENCODER)
+    assert len(read) == 30
+    assert not store.missing(IDS)
+    tiny_data(mirrored=mirrored).preload(ENCODER)
+    (image_root / IDS[3]).write_bytes((image_root / IDS[4]).read_bytes())
+    tiny_data(mirrored=mirrored, allow_overlap=True).preload(ENCODER)
+    assert len(read) < 35  # that one, and what may be its copy
+    assert verify(FeatureStore.open(store.url, tolerant=True)) == []

@@ -81,6 +81,10 @@ class ImageFiles:
             self._digests[path] = short_digest(path) if path.is_file() else 0
         return self._digests[path]
 
+    def known_digest(self, position: int) -> int | None:
+        """``digest`` of an image's file if it has been read already."""
+        return self._digests.get(self.path(position))
+
     def look_again(self) -> ImageFiles:
         """As the files are now; those that have not changed need not be read again."""
         now = ImageFiles.look(self.root, self.ids)

@@ -232,6 +232,19 @@ class StoreIndex:
                 another[position] = (doubtful[position] & (records[position, :, 3] != digest)).any()
         return [files.ids[position] for position in np.flatnonzero(another)]
 
+    def retime(self, files: ImageFiles) -> list[int]:
+        """Take over the times of change of files that ``changed`` read and found to be those recorded, such as copies.
+
+        Returns:
+            Their rows.
+        """
+        records = self._records_of(files.ids)[:, 0]
+        other = (records[:, 0] != ABSENT) & (records[:, 1] == files.sizes) & (records[:, 2] != files.changed)
+        same = [i for i in np.flatnonzero(other).tolist() if files.known_digest(i) == records[i, 3]]
+        rows = [self.rows[files.ids[i]] + view for i in same for view in range(self.views)]
+        self.records[rows, 2] = np.repeat(files.changed[same], self.views)
+        return rows
+
     def digests(self, files: ImageFiles) -> NDArray[np.int64]:
         """Of the images' files, (images,), as far as they are known without reading; 0 otherwise."""
         records = self._records_of(files.ids)[:, 0]

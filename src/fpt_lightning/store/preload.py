@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.pages import file_and_page
@@ -111,6 +112,8 @@ def preload(
         store.require(specification, rebuild)
         fresh = store.extended and not store.missing(ids) and not store.changed(manifest.files, by_content)
         if fresh and (on_error == "skip" or not store.left_out(ids)):
+            if store.retime(manifest.files):
+                _record_times(url, manifest.files)
             return store
     frozen_pass = FrozenPass(
         manifest,
@@ -142,6 +145,19 @@ def preload(
     _report_notices(url)
     _report_left_out(store, manifest, on_error)
     return store
+
+
+@rank_zero_only
+def _record_times(url: str, files: ImageFiles) -> None:
+    """Spare the next preload reading images whose time of change alone is another, as of a data set that was copied."""
+    try:
+        lock = lock_store(url)
+        WritableStore.open(url).retime(files)
+    except StoreError as error:
+        rank_zero_warn(f"times of change cannot be recorded, so that such images are read at every start: {error}")
+        return
+    if lock is not None:
+        lock.close()
 
 
 @rank_zero_only
@@ -251,6 +267,7 @@ class FrozenPass(L.LightningModule):
                 rank_zero_info(f"repair: {len(forget_damaged(store))} samples of {self.url} are damaged")
             assert self.manifest.files is not None
             store.forget(store.changed(self.manifest.files, self.by_content))
+            store.retime(self.manifest.files)
             if self.on_error == "stop":
                 store.forget(store.left_out(ids))
             _check_space(self.url, len(store.missing(ids)) * size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import StoreError
 from fpt_lightning.store.index import FileRecord, open_group
 from fpt_lightning.store.layout import (
@@ -20,6 +21,7 @@ from fpt_lightning.store.layout import (
     COMPLETE,
     LEFT_OUT,
     RECORDS,
+    SHARD,
     array_documents,
     create_array,
     fingerprint,
@@ -137,6 +139,15 @@ class WritableStore(FeatureStore):
     def leave_out(self, rows: Sequence[int], files: Sequence[FileRecord]) -> None:
         """Record that rows of one shard have no data, as their images cannot be read; see ``write``."""
         self._record(rows, [(LEFT_OUT, *file) for file in files])
+
+    def retime(self, files: ImageFiles) -> list[int]:
+        """Record the times of change of files whose content is known to be what it was."""
+        rows = sorted(super().retime(files))
+        with writing(self.url):
+            for _, shard in groupby(rows, lambda row: row // SHARD):
+                own = list(shard)
+                self._put(RECORDS, own, self._table[own])
+        return rows
 
     def forget(self, ids: Sequence[str]) -> None:
         """Count samples as absent, so that the next preload computes them again."""
