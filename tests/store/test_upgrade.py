@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from zarr.storage import LocalStore
 
 from fpt_lightning.cli import main
 from fpt_lightning.errors import StoreError
-from fpt_lightning.store import lock
 from fpt_lightning.store.damage import verify
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.layout import (
@@ -169,7 +169,7 @@ def test_one_process_upgrades_a_store(made: tuple[str, dict[str, bytes]], monkey
     def held(*_: Any) -> None:
         raise BlockingIOError
 
-    monkeypatch.setattr(lock.fcntl, "lockf", held)
+    monkeypatch.setattr(fcntl, "lockf", held)
     with pytest.raises(StoreError, match="another preload is writing"):
         upgrade(made[0])
 
