@@ -203,9 +203,8 @@ def report(result: Mapping[str, Any]) -> str:
     lines = [
         "# Start-up",
         "",
-        f"From the start of the work to the first batch, by images; {machine['processor']}, {machine['cores']} cores, "
-        "shared with other work, so that wall seconds are long; files in memory. The store is complete. CPU seconds "
-        "(wall seconds). Exponents are of the upper half. Made by `benchmarks/start_up.py`.",
+        f"From the start of the work to the first batch, by images; {machine['processor']}, {machine['cores']} cores. "
+        "The store is complete. CPU seconds (wall seconds). Exponents are of the upper half. Made by `benchmarks/start_up.py`.",
         "",
         f"| step | {heads} | exponent of the CPU time |",
         f"|---|{'---:|' * (len(counts) + 1)}",
