@@ -204,7 +204,8 @@ def report(result: Mapping[str, Any]) -> str:
         "# Start-up",
         "",
         f"From the start of the work to the first batch, by images; {machine['processor']}, {machine['cores']} cores. "
-        "The store is complete. CPU seconds (wall seconds). Exponents are of the upper half. Made by `benchmarks/start_up.py`.",
+        "The store is complete. CPU seconds (wall seconds). Exponents are of the upper half. Made by "
+        "`benchmarks/start_up.py`.",
         "",
         f"| step | {heads} | exponent of the CPU time |",
         f"|---|{'---:|' * (len(counts) + 1)}",
