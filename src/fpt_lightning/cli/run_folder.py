@@ -37,7 +37,6 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
     Raises:
         ConfigurationError: another fit is running there, or the folder holds another run.
     """
-    check_free(folder, checkpoint)
     make_folder(folder)
     lock = (folder / ".lock").open("ab+")
     if not take_lock(lock):
@@ -45,7 +44,7 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
         raise ConfigurationError(
             f"another fit is running in {folder}: wait for it, or give another --trainer.default_root_dir."
         )
-    check_free(folder, checkpoint)  # which the other may have left
+    check_free(folder, checkpoint)  # now that no other can leave a run there
     return lock
 
 

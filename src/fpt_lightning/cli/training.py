@@ -34,7 +34,6 @@ from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
-from fpt_lightning.methods.record import TrainingRecord
 from fpt_lightning.methods.trained import TrainedModule
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
@@ -173,7 +172,7 @@ class CommandLine(LightningCLI):
             TrainedModule.on_load_checkpoint(self.model, self.checkpoint)
             if stage == "fit":
                 self.model.check_optimizer(self.checkpoint)
-                self._check_seed(TrainingRecord.of(self.checkpoint).seed)
+                self._check_seed(self.model._seed)
         self.datamodule.check(stage, self.model)
         if self.checkpoint is not None:
             encoder = getattr(self.model, "encoder_config", None)

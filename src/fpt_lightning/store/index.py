@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from fpt_lightning.store.layout import (
     with_records,
 )
 from fpt_lightning.store.place import resolve
-from fpt_lightning.store.reader import FOREIGN
+from fpt_lightning.store.reader import CRC_BYTES, FOREIGN, checksum_of
 from fpt_lightning.store.specification import FORMAT, FeatureShape, FeatureSpecification
 from fpt_lightning.store.storage import AT_ONCE, Range, Storage
 
@@ -262,8 +261,8 @@ class StoreIndex:
             rows = range(shard * SHARD, min((shard + 1) * SHARD, total))
             if content is None:
                 continue  # none of these rows was ever written
-            data, checksum = content[:-4], content[-4:]
-            if len(data) != 8 * width * SHARD or google_crc32c.value(data).to_bytes(4, "little") != checksum:
+            data, checksum = content[:-CRC_BYTES], content[-CRC_BYTES:]
+            if len(data) != 8 * width * SHARD or checksum_of(data) != checksum:
                 lost |= dict.fromkeys(rows, "the checksum of its chunk is wrong")
             else:
                 table[rows.start : rows.start + SHARD, :width] = np.frombuffer(data, "<i8").reshape(SHARD, width)

@@ -61,7 +61,7 @@ class ShardIndex:
 
         Where the size is not known, whether a chunk lies within the file is found when it is read.
         """
-        whole = len(tail) == index_bytes(samples) and _checksum(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]
+        whole = len(tail) == index_bytes(samples) and checksum_of(tail[:-CRC_BYTES]) == tail[-CRC_BYTES:]
         return cls(tail[:-CRC_BYTES] if whole else b"", _UNBOUNDED if size is None else size - len(tail), identity)
 
     def place(self, position: int) -> tuple[int, int] | None:
@@ -125,7 +125,7 @@ class Chunk(NamedTuple):
         Raises:
             ValueError: it is damaged, or another.
         """
-        if _checksum(self.raw) != bytes(stored):
+        if checksum_of(self.raw) != bytes(stored):
             raise ValueError("its checksum is wrong")
         if self.checksum is not None and int.from_bytes(stored, "little") != self.checksum:
             raise ValueError(FOREIGN)
@@ -362,5 +362,6 @@ class BufferPool:
         return BufferPool, ()  # each process has its own
 
 
-def _checksum(content: Any) -> bytes:
+def checksum_of(content: Any) -> bytes:
+    """The crc32c of bytes, as Zarr writes it behind them."""
     return int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")
