@@ -47,11 +47,10 @@ class WholeFiles(PreloadedFeatureDataModule):
 
 
 class _WholeFileSamples(StoredSamples):
-    def _fetch(self, samples: Sequence[Any], keys: Sequence[tuple[int, int]]) -> Batch:
-        batch = super()._fetch(samples, keys)
+    def __getitems__(self, keys: Sequence[Any]) -> Batch:
         assert self.side_views is not None
-        images = [read_image(self.manifest.path(sample)) for sample in samples]
-        return {**batch, "side_images": self.side_views.draw(images, keys)}
+        images = [read_image(self.manifest.path(self.samples[index])) for _, index in keys]
+        return {**super().__getitems__(keys), "side_images": self.side_views.draw(images, keys)}
 
 
 class NeverFlipped(PreloadedFeatureDataModule):

@@ -411,13 +411,13 @@ def test_test_without_a_store(config: Path, capsys: pytest.CaptureFixture[str], 
     assert "fpt-lightning preload" in message
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_broken_image_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], image_root: Path, tmp_path: Path, workers: int
+    config: Path, capsys: pytest.CaptureFixture[str], image_root: Path, tmp_path: Path, threads: int
 ) -> None:
     broken = image_root / "b" / "004.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    change(config, "data", mean=[0.4], std=[0.2], num_workers=workers)
+    change(config, "data", mean=[0.4], std=[0.2], decoding_threads=threads)
     message = fails(capsys, "fit", "--config", config)
     assert message.startswith("ImageError: 1 of 30 images cannot be read, all others are stored:\n")
     assert f"the image {broken} cannot be read" in message

@@ -644,7 +644,13 @@ def test_dicom_files_are_preloaded_and_fitted(
     dicom_root: Path, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path, fit: str
 ) -> None:
     data = tiny_data(
-        root=str(dicom_root), manifest="labels.csv", mean="auto", std="auto", fit=fit, crop_border=True, num_workers=1
+        root=str(dicom_root),
+        manifest="labels.csv",
+        mean="auto",
+        std="auto",
+        fit=fit,
+        crop_border=True,
+        decoding_threads=2,
     )
     model = tiny_model(num_classes=2)
     store = data.preload(model)

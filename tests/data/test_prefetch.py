@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from fpt_lightning.data.prefetch import PrefetchingLoader
+from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 
 
 class Numbers(Dataset[int]):
@@ -31,9 +31,15 @@ class Numbers(Dataset[int]):
         self.threads.add(threading.current_thread().name)
         return index
 
+    def prepare(self, index: int) -> int:
+        return self[index]
+
+    def gather(self, items: list[int]) -> dict[str, torch.Tensor]:
+        return {"numbers": torch.tensor(items)}
+
 
 def prefetching() -> bool:
-    return any(thread.name == "prefetch" for thread in threading.enumerate())
+    return any(thread.name.startswith(("prefetch", "decoding")) for thread in threading.enumerate())
 
 
 def wait_for(numbers: Numbers, count: int) -> None:
@@ -91,6 +97,73 @@ def test_an_abandoned_loop_stops_the_thread() -> None:
     next(batches)
     del batches
     assert not prefetching()
+
+
+def test_threads_prepare_items_ahead_but_not_far() -> None:
+    numbers = Numbers(40)
+    batches = iter(PrefetchingLoader(numbers, threads=3, batch_size=4))
+    assert next(batches)["numbers"].tolist() == [0, 1, 2, 3]
+    wait_for(numbers, 19)  # two batches in the queue, one in the thread's hand, and one item a thread
+    time.sleep(0.2)
+    assert sorted(numbers.asked) == list(range(19))
+    assert all(name.startswith("decoding") for name in numbers.threads)
+    assert [batch["numbers"].tolist() for batch in batches] == [list(range(i, i + 4)) for i in range(4, 40, 4)]
+    assert not prefetching()
+
+
+def test_threads_prepare_items_at_once() -> None:
+    """Each waits for the others."""
+    together = threading.Barrier(3)
+
+    class Waiting(Numbers):
+        def prepare(self, index: int) -> int:
+            together.wait(10)
+            return index
+
+    loader = PrefetchingLoader(Waiting(9), threads=3, batch_size=2)
+    assert [batch["numbers"].tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+def test_pytorch_starts_no_threads_in_those_of_the_loader() -> None:
+    class Threads(Numbers):
+        def prepare(self, index: int) -> int:
+            return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = iter(PrefetchingLoader(Threads(8), threads=2, batch_size=4))
+        assert next(batches)["numbers"].tolist() == [1] * 4
+        found = [torch.get_num_threads()]
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == [3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_error_of_an_item_is_raised_where_its_batch_would_be() -> None:
+    batches = iter(PrefetchingLoader(Numbers(10, fails_at=5), threads=4, batch_size=2))
+    assert [next(batches)["numbers"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(KeyError, match="the bad one"):
+        next(batches)
+    assert not prefetching()
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_leaving_early_stops_all_threads(batch_size: int) -> None:
+    for _ in PrefetchingLoader(Numbers(1000), threads=3, batch_size=batch_size):
+        break
+    assert not prefetching()
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "expected"), [(None, 1, 32), (None, 4, 10), (None, 100, 1), (3, 4, 3), (64, 1, 64)]
+)
+def test_how_many_threads(asked: int | None, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(40)), raising=False)
+    assert usable_threads(asked, processes) == expected
 
 
 def test_lightning_takes_it_as_any_loader() -> None:

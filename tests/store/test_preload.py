@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -170,9 +171,9 @@ def test_a_codec_codes_what_single_precision_has(tiny_data: MakeData, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("settings", "precision"), [({"num_workers": 2}, "32-true"), ({}, "bf16-mixed")], ids=["workers", "autocast"]
+    ("settings", "precision"), [({"decoding_threads": 3}, "32-true"), ({}, "bf16-mixed")], ids=["threads", "autocast"]
 )
-def test_workers_and_precision_change_nothing(
+def test_threads_and_precision_change_nothing(
     tiny_data: MakeData, tmp_path: Path, settings: dict[str, Any], precision: str, reference: dict[str, np.ndarray]
 ) -> None:
     data = tiny_data(**settings)
@@ -213,20 +214,20 @@ def test_many_training_images_are_measured_by_a_sample(
 # What stopped it does not matter
 
 
-@pytest.mark.parametrize(("broken", "workers"), [([0], 0), ([2, 9, 29], 0), ([16, 29], 1), (range(8, 12), 0)])
+@pytest.mark.parametrize(("broken", "threads"), [([0], 1), ([2, 9, 29], 2), ([16, 29], 3), (range(8, 12), 2)])
 def test_broken_images_are_listed_and_nothing_is_computed_twice(
     image_root: Path,
     tiny_data: MakeData,
     reads: Counter[str],
     reference: dict[str, np.ndarray],
     broken: Sequence[int],
-    workers: int,
+    threads: int,
 ) -> None:
     paths = [image_root / IDS[row] for row in broken]
     contents = [path.read_bytes() for path in paths]
     for length, path in enumerate(paths, 100):
         path.write_bytes(contents[0][:length])
-    data = tiny_data(num_workers=workers)
+    data = tiny_data(decoding_threads=threads)
     with pytest.raises(ImageError) as error:
         data.preload(ENCODER)
     assert f"{len(paths)} of 30 images cannot be read" in str(error.value)
@@ -595,12 +596,12 @@ def test_durations(seconds: float, text: str) -> None:
 def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_size: int) -> None:
     write_images(image_root, {"a": 25, "b": 25})
     data = tiny_data()
-    arguments = (data.read_manifest(), ENCODER, replace(data.asked(ENCODER), codec="fp16"), data.url, 5, 0)
+    arguments = (data.read_manifest(), ENCODER, replace(data.asked(ENCODER), codec="fp16"), data.url, 5)
     FrozenPass(*arguments).prepare_data()
     shares = []
     for rank in range(world_size):
         frozen_pass = FrozenPass(*arguments)
-        frozen_pass.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        frozen_pass.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=1)  # type: ignore[assignment]
         frozen_pass.setup("predict")
         batches = [batch.rows for batch in frozen_pass.predict_dataloader()]
         assert all(len(batch) <= 5 and len({row // SHARD for row in batch}) == 1 for batch in batches)
@@ -612,7 +613,62 @@ def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_siz
     assert max(len(share) for share in shards) == -(-4 // world_size)
 
 
-# The benchmark
+# Writing
+
+
+def test_a_shard_is_written_beside_the_next_batches(tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is not done before the encoder has had an image of the second."""
+    write, step, second = WritableStore.write, FrozenPass.predict_step, threading.Event()
+
+    def waiting(self: WritableStore, rows: Sequence[int], *given: Any) -> None:
+        assert rows[0] or second.wait(30)
+        write(self, rows, *given)
+
+    def noticed(self: FrozenPass, batch: Any, batch_idx: int) -> Any:
+        if batch.rows[0] > SHARD:
+            second.set()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(WritableStore, "write", waiting)
+    monkeypatch.setattr(FrozenPass, "predict_step", noticed)
+    assert not tiny_data().preload(ENCODER).missing(IDS)
+
+
+def test_an_error_in_writing_ends_the_pass_and_nothing_is_written_after_it(
+    tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(self: WritableStore, rows: Sequence[int], *given: Any) -> None:
+        tried.append(rows[0])
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(WritableStore, "write", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        tiny_data().preload(ENCODER)
+    assert tried == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("writing", "decoding"))]
+
+
+# The benchmarks
+
+
+def test_the_decoding_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = importlib.import_module("decoding")
+    for name, value in {
+        "RESULTS": tmp_path,
+        "SIZE": (320, 320),
+        "DRAWN": 1,
+        "RESOLUTION": 64,
+        "ENCODER": "test_vit",
+    }.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr("environment.RESULTS", tmp_path)
+    benchmark.main(["--out", str(tmp_path / "run"), "--images", "30", "--turns", "1", "--threads", "2"])
+    result = json.loads((tmp_path / "decoding.json").read_text())
+    assert [row["threads"] for row in result["rows"]] == [2]
+    assert all(row[way] > 0 for row in result["rows"] for way in ("loader", "processes", "pass"))
+    assert (tmp_path / "decoding.md").read_text().count("\n| ") == 2
 
 
 def test_the_frozen_pass_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,7 +824,7 @@ def test_images_that_are_not_shown_as_they_ask_are_counted_and_listed(
 
     def preloaded(count: int) -> list[dict[str, str]]:
         with pytest.warns(UserWarning, match=rf"^{count} images are not shown as their files ask: {listed}"):
-            tiny_data(num_workers=1).preload(ENCODER)
+            tiny_data(decoding_threads=2).preload(ENCODER)
         return list(csv.DictReader(listed.open(newline="")))
 
     rows = preloaded(2)

@@ -1,28 +1,97 @@
-"""A data loader that runs ahead in a thread, where worker processes would cost more than they save."""
+"""A data loader that runs ahead in threads, where worker processes would cost more than they save."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 _AHEAD = 2  # batches
+_MOST = 32  # threads, which share Python's lock
+
+
+def usable_threads(asked: int | None, processes: int) -> int:
+    """How many threads decode images in one of the processes of this machine.
+
+    Args:
+        asked: for each process; None for its share of the cores that this process may use, of which 32 at most.
+        processes: that decode side by side.
+    """
+    if asked is not None:
+        return asked
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST, usable // processes))
 
 
 class PrefetchingLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose ``num_workers=0`` prepares the next batches in one thread of this process.
+    """A ``DataLoader`` whose ``num_workers=0`` prepares the next batches in threads of this process.
 
     Reading, decoding, resizing and augmenting release Python's lock for most of their time, and batches of features
-    are too large to be moved between processes. Whatever stops the loop stops the thread. Arguments as for
-    ``torch.utils.data.DataLoader``.
+    are too large to be moved between processes. Whatever stops the loop stops the threads.
+
+    Args:
+        dataset: with several threads it has ``prepare(key)``, which any of them calls, for one item, and
+            ``gather(items)``, for a batch of what that gave (a dict, where memory is pinned).
+        threads: that prepare items; one prepares whole batches.
+        **kwargs: as of ``torch.utils.data.DataLoader``.
     """
 
+    def __init__(self, dataset: Dataset[Any], threads: int = 1, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.threads = threads
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
-        return batches if self.num_workers else _ahead(batches)
+        if self.num_workers:
+            return super().__iter__()
+        return _ahead(super().__iter__() if self.threads == 1 else self._by_items())
+
+    def _by_items(self) -> Iterator[Any]:
+        dataset: Any = self.dataset
+        batches = self.sampler if self.batch_sampler is None else self.batch_sampler
+        for batch in _in_threads(dataset.prepare, batches, self.threads):
+            gathered = dataset.gather(batch)
+            if self.pin_memory:
+                gathered = {n: part.pin_memory() if isinstance(part, Tensor) else part for n, part in gathered.items()}
+            yield gathered
+
+
+def _in_threads(prepare: Callable[[Any], Any], batches: Iterable[Sequence[Any]], threads: int) -> Iterator[list[Any]]:
+    """Prepared items in batches, in their order; beside those of the batch that is asked for, one a thread is ahead."""
+    given = [list(batch) for batch in batches]
+    ahead, pending = chain.from_iterable(given), deque[Future[Any]]()
+    pool = _pool(threads)
+    try:
+        for batch in given:
+            pending += [pool.submit(prepare, key) for key in islice(ahead, max(0, len(batch) + threads - len(pending)))]
+            yield [pending.popleft().result() for _ in batch]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch's operations start no others; everywhere else they do as before."""
+    everywhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread that has not asked takes the number of all others when it first computes
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "decoding", start)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(everywhere)  # which the threads above have changed for those that start later
+    return pool
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -42,6 +111,9 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
                 put((next(batches), None))
         except BaseException as error:  # the consumer raises it, StopIteration included
             put((None, error))
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # and with it its threads
 
     thread = threading.Thread(target=run, name="prefetch", daemon=True)
     thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -74,7 +75,7 @@ class ViewTransform:
             raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.size = (size, size) if isinstance(size, int) else size
         self.augmentation, self.mirror = augmentation, mirror
-        self._compose: dict[int, Any] = {}  # by interpolation
+        self._compose = threading.local()  # of each thread, as it is seeded for each view: by interpolation
 
     def __call__(self, image: NDArray[np.uint8] | NDArray[np.uint16], seed: int) -> Tensor:
         """One view of an image.
@@ -89,17 +90,18 @@ class ViewTransform:
         if self.augmentation == "none":
             return unit_pixels(image, self.size)
         interpolation = _shrinking(image.shape, self.size)
-        if interpolation not in self._compose:
-            self._compose[interpolation] = _albumentations(self.size, self.augmentation, self.mirror, interpolation)
-        compose = self._compose[interpolation]
+        composed: dict[Any, Any] = self._compose.__dict__
+        if interpolation not in composed:
+            composed[interpolation] = _albumentations(self.size, self.augmentation, self.mirror, interpolation)
+        compose = composed[interpolation]
         compose.set_random_seed(seed)
         deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
         view = compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
         pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         return pixels if deep else pixels / 255
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_compose": {}}  # each worker process builds its own
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.size, self.augmentation, self.mirror)  # each worker process builds its own steps
 
 
 def _shrinking(shape: tuple[int, ...], size: tuple[int, int]) -> int:

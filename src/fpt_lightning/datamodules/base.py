@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError
 from fpt_lightning.data.manifest import Kind, Manifest
-from fpt_lightning.data.prefetch import PrefetchingLoader
+from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 from fpt_lightning.data.sources import Fill, read_manifest
-from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, labels_of, start_worker
+from fpt_lightning.datamodules.samples import EpochSampler, ImageSamples, Samples, collated, labels_of, start_worker
 from fpt_lightning.errors import DataError, check_at_least
 
 
@@ -42,7 +42,9 @@ class ManifestDataModule(L.LightningDataModule):
         external: whether all images are test images of a model that was trained on others.
         allow_overlap: whether groups and identical files may be in several splits, with a warning.
         batch_size: of every stage.
-        num_workers: processes that prepare batches.
+        num_workers: processes that prepare batches; with none, threads do (``decoding_threads``).
+        decoding_threads: threads that read, decode and resize images: in the frozen pass, in predict, and for a method
+            that trains on images (``fpt_lightning.data.prefetch.usable_threads``).
         on_error: of images that cannot be read: ``stop``, or ``skip`` to leave them out of every stage, with a warning
             and a list: ``left_out.csv`` in the run's folder, for which all images are read once before the first batch;
             of a store ``{store}.left_out.csv``.
@@ -72,11 +74,14 @@ class ManifestDataModule(L.LightningDataModule):
         allow_overlap: bool = False,
         batch_size: int = 16,
         num_workers: int = 0,
+        decoding_threads: int | None = None,
         on_error: OnError = "stop",
     ) -> None:
         super().__init__()
         check_at_least("data.batch_size", batch_size, 1)
         check_at_least("data.num_workers", num_workers, 0)
+        if decoding_threads is not None:
+            check_at_least("data.decoding_threads", decoding_threads, 1)
         self.root, self.table = root, manifest
         self.reading: dict[str, Any] = {  # arguments of ``read_manifest``
             "image_column": image_column,
@@ -95,7 +100,7 @@ class ManifestDataModule(L.LightningDataModule):
             "allow_overlap": allow_overlap,
         }
         self.external = external
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.decoding_threads = batch_size, num_workers, decoding_threads
         self.on_error: OnError = on_error
         self.model: Any = None  # that is met without a trainer; else the trainer's
         self.seed: int | None = None
@@ -174,8 +179,10 @@ class ManifestDataModule(L.LightningDataModule):
         sampler.set_epoch(epoch)
         if shuffle and self.trainer is None:
             self._sampler = sampler
+        processes = 1 if self.trainer is None else self.trainer.num_devices
         return PrefetchingLoader(
             dataset,
+            threads=usable_threads(self.decoding_threads, processes) if isinstance(dataset, ImageSamples) else 1,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -120,7 +120,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
             self.url,
             store=before,
             batch_size=self.preload_batch_size,
-            num_workers=self.num_workers,
+            decoding_threads=self.decoding_threads,
             trainer=trainer,
             overwrite=overwrite,
             repair=repair,

@@ -113,19 +113,12 @@ class Samples(Dataset[Batch], ABC):
         """A batch of one."""
         return self.__getitems__([key])
 
-    def __getitems__(self, given: Sequence[tuple[int, int] | int]) -> Batch:
-        """A batch; an index alone, as Lightning's ``overfit_batches`` draws them, is of epoch 0."""
-        keys = [(0, key) if isinstance(key, int) else key for key in given]
-        samples = [self.samples[index] for _, index in keys]
-        return {
-            "ids": [sample.id for sample in samples],
-            "labels": labels_of(self.manifest, samples),
-            **self._fetch(samples, keys),
-        }
-
     @abstractmethod
-    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        """The inputs of the samples, drawn for their (epoch, index)."""
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
+        """A batch; an index alone, as Lightning's ``overfit_batches`` draws them, is of epoch 0."""
+
+    def _labelled(self, samples: Sequence[Sample]) -> Batch:
+        return {"ids": [sample.id for sample in samples], "labels": labels_of(self.manifest, samples)}
 
 
 class ImageSamples(Samples):
@@ -143,14 +136,25 @@ class ImageSamples(Samples):
         super().__init__(manifest, samples, side_views)
         self.views, self.reader, self.image_size = views, reader, image_size
 
-    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        images = [self.reader(self.manifest.path(sample)) for sample in samples]
-        batch: Batch = {}
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
+        return self.gather([self.prepare(key) for key in keys])
+
+    def prepare(self, key: tuple[int, int] | int) -> tuple[Sample, dict[str, Tensor]]:
+        """A sample with its views (1, 3, height, width), in any thread."""
+        drawn_for = _with_epoch(key)
+        sample = self.samples[drawn_for[1]]
+        image, views = self.reader(self.manifest.path(sample)), {}
         if self.views is not None:
-            batch["images"] = self.views.draw(images, keys)
+            views["images"] = self.views.draw([image], [drawn_for])
         if self.side_views is not None:
-            batch["side_images"] = self.side_views.draw([stored_copy(i, self.image_size) for i in images], keys)
-        return batch
+            views["side_images"] = self.side_views.draw([stored_copy(image, self.image_size)], [drawn_for])
+        return sample, views
+
+    def gather(self, prepared: Sequence[tuple[Sample, dict[str, Tensor]]]) -> Batch:
+        """A batch of what ``prepare`` gave."""
+        samples, views = zip(*prepared, strict=True)
+        inputs = {name: torch.cat([each[name] for each in views]) for name in views[0]}
+        return cast(Batch, {**self._labelled(samples), **inputs})
 
 
 class StoredSamples(Samples):
@@ -169,8 +173,12 @@ class StoredSamples(Samples):
         super().__init__(manifest, samples, side_views)
         self.store, self.arrays, self.mirror_seed, self.both = store, arrays, mirror_seed, both
 
-    def _fetch(self, samples: Sequence[Sample], keys: Sequence[tuple[int, int]]) -> Batch:
-        rows = [self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, keys, strict=True)]
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
+        drawn_for = [_with_epoch(key) for key in keys]
+        samples = [self.samples[index] for _, index in drawn_for]
+        rows = [
+            self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, drawn_for, strict=True)
+        ]
         images = [] if self.side_views is None else ["images"]
         read = self.store.read_all(rows, [*self.arrays, *images])
         batch: dict[str, Any] = {name: torch.from_numpy(read[name]) for name in self.arrays}
@@ -178,14 +186,18 @@ class StoredSamples(Samples):
             mirrored = self.store.read_all([row + 1 for row in rows], self.arrays)
             batch["mirrored"] = {name: torch.from_numpy(block) for name, block in mirrored.items()}
         if self.side_views is not None:
-            batch["side_images"] = self.side_views.draw(read["images"], keys)
-        return cast(Batch, batch)
+            batch["side_images"] = self.side_views.draw(read["images"], drawn_for)
+        return cast(Batch, {**self._labelled(samples), **batch})
 
     def _mirrored(self, key: tuple[int, int]) -> bool:
         """Whether the mirror image is drawn."""
         if self.mirror_seed is None:
             return False
         return bool(np.random.SeedSequence([self.mirror_seed, *key, 1]).generate_state(1)[0] & 1)
+
+
+def _with_epoch(key: tuple[int, int] | int) -> tuple[int, int]:
+    return (0, key) if isinstance(key, int) else key
 
 
 def labels_of(manifest: Manifest, samples: Sequence[Sample]) -> Tensor:

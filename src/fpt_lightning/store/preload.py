@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +26,7 @@ from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.pages import file_and_page
-from fpt_lightning.data.prefetch import PrefetchingLoader
+from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
@@ -41,6 +43,10 @@ from fpt_lightning.store.place import is_local, resolve
 from fpt_lightning.store.specification import FeatureShape, FeatureSpecification, from_sample
 from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
+
+Rows = tuple[int, ...]
+"""Of one sample: of its image, of its mirror image, or of both."""
+_FILES = 64  # whose records are remembered, as more of their pages may follow
 
 
 def feature_shape(encoder: EncoderConfig, resolution: tuple[int, int]) -> FeatureShape:
@@ -62,7 +68,7 @@ def preload(
     *,
     store: FeatureStore | None = None,
     batch_size: int = 4,
-    num_workers: int = 0,
+    decoding_threads: int | None = None,
     trainer: L.Trainer | None = None,
     overwrite: bool = False,
     repair: bool = False,
@@ -84,7 +90,7 @@ def preload(
         url: of the store, which is made where there is none.
         store: the same, if it is open already.
         batch_size: images encoded at once.
-        num_workers: processes that read images ahead.
+        decoding_threads: threads of each process that read images (``fpt_lightning.data.prefetch.usable_threads``).
         trainer: whose devices do it; one device, chosen by Lightning, by default.
         overwrite: remove the store that is there, and start anew.
         repair: read the whole store first, and compute again what is damaged.
@@ -121,7 +127,7 @@ def preload(
         specification,
         url,
         batch_size,
-        num_workers,
+        decoding_threads,
         overwrite,
         repair,
         on_error,
@@ -225,7 +231,7 @@ class FrozenPass(L.LightningModule):
         specification: FeatureSpecification,
         url: str,
         batch_size: int,
-        num_workers: int,
+        decoding_threads: int | None = None,
         overwrite: bool = False,
         repair: bool = False,
         on_error: OnError = "stop",
@@ -238,7 +244,7 @@ class FrozenPass(L.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards to do than processes
         self.manifest, self.config, self.url, self.rebuild = manifest, encoder, resolve(url), rebuild
         self.specification = specification
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.decoding_threads = batch_size, decoding_threads
         self.overwrite, self.repair, self.on_error = overwrite, repair, on_error
         self.encoder: FrozenEncoder | None = None
         self.store: WritableStore | None = None
@@ -313,10 +319,18 @@ class FrozenPass(L.LightningModule):
         shards = [list(shard) for _, shard in groupby(rows, lambda row: row // SHARD)]
         mine = shards[self.trainer.global_rank :: self.trainer.world_size]
         batches = [
-            shard[start : start + self.batch_size] for shard in mine for start in range(0, len(shard), self.batch_size)
+            self._by_sample(shard[start : start + self.batch_size])
+            for shard in mine
+            for start in range(0, len(shard), self.batch_size)
         ]
         images = _PreloadImages(self.manifest, self.store, self.specification, self.max_pixels)
-        return PrefetchingLoader(images, batch_size=None, sampler=_ShardBatches(batches), num_workers=self.num_workers)
+        threads = usable_threads(self.decoding_threads, self.trainer.num_devices)
+        return PrefetchingLoader(images, threads, batch_size=None, sampler=_ShardBatches(batches))
+
+    def _by_sample(self, rows: Sequence[int]) -> list[Rows]:
+        assert self.store is not None
+        views = self.store.views
+        return [tuple(own) for _, own in groupby(rows, lambda row: row // views)]
 
     def on_predict_start(self) -> None:
         """Say what is about to be done: images, bytes and time."""
@@ -346,13 +360,13 @@ class FrozenPass(L.LightningModule):
         return encoded
 
 
-class _ShardBatches(DistributedSampler[list[int]]):
-    """This process's batches of rows; as a distributed sampler, it is left alone by Lightning."""
+class _ShardBatches(DistributedSampler[list[Rows]]):
+    """This process's batches; as a distributed sampler, it is left alone by Lightning."""
 
-    def __init__(self, batches: Sequence[list[int]]) -> None:
+    def __init__(self, batches: Sequence[list[Rows]]) -> None:
         self.batches = batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Rows]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -379,8 +393,19 @@ class _PreloadBatch(NamedTuple):
     notices: dict[str, str]
 
 
+class _Decoded(NamedTuple):
+    """An image for its rows, of which the second is its mirror image; without pixels where it cannot be read."""
+
+    rows: Rows
+    id: str
+    file: FileRecord
+    notices: list[str]
+    pixels: list[Tensor]
+    copies: list[NDArray[np.uint8]]
+
+
 class _PreloadImages(Dataset[_PreloadBatch]):
-    """Batches by their rows."""
+    """Batches by the rows of their images."""
 
     def __init__(
         self,
@@ -392,33 +417,33 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         self.root, self.source, self.specification = manifest.root, store.source, specification
         self.reader = replace(specification.reader, max_pixels=max_pixels)
         self.local = is_local(store.url)
-        self._last: tuple[Path, FileRecord] | None = None  # file, of which more pages may follow
+        self._record = lru_cache(_FILES)(FileRecord.of)
 
-    def __getitem__(self, rows: list[int]) -> _PreloadBatch:
-        spec = self.specification
-        sources = {row: self.source(row) for row in rows}
-        files = {id: self._record(id) for id, _ in sources.values()}  # before it is read
-        notices: dict[str, list[str]] = {id: [] for id in files}
-        read = {id: self._read(id, notices[id] if self.local else None) for id in files}  # else warned of at once
-        images = {
-            row: image[:, ::-1] if mirrored else image
-            for row, (id, mirrored) in sources.items()
-            if (image := read[id]) is not None
-        }
+    def __getitem__(self, batch: list[Rows]) -> _PreloadBatch:
+        return self.gather([self.prepare(rows) for rows in batch])
+
+    def prepare(self, rows: Rows) -> _Decoded:
+        """Read, resize and normalise one image, in any thread."""
+        spec, notices = self.specification, list[str]()
+        sources = [self.source(row) for row in rows]
+        id = sources[0][0]
+        file = self._record(file_and_page(self.root / id)[0])  # before it is read
+        read = self._read(id, notices if self.local else None)  # else warned of at once
+        views = [] if read is None else [read[:, ::-1] if mirrored else read for _, mirrored in sources]
+        pixels = [normalise(unit_pixels(view, spec.resolution), spec.mean, spec.std) for view in views]
+        return _Decoded(rows, id, file, notices, pixels, [stored_copy(view, spec.image_size) for view in views])
+
+    def gather(self, decoded: Sequence[_Decoded]) -> _PreloadBatch:
+        """A batch of what ``prepare`` gave."""
+        pixels = [each for image in decoded for each in image.pixels]
         return _PreloadBatch(
-            list(images),
-            normalise(_stack([unit_pixels(image, spec.resolution) for image in images.values()]), spec.mean, spec.std),
-            np.array([stored_copy(image, spec.image_size) for image in images.values()], np.uint8),
-            [row for row in rows if row not in images],
-            {row: files[id] for row, (id, _) in sources.items()},
-            {id: " ".join(said) for id, said in notices.items() if said},
+            [row for image in decoded if image.pixels for row in image.rows],
+            torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
+            np.array([copy for image in decoded for copy in image.copies], np.uint8),
+            [row for image in decoded if not image.pixels for row in image.rows],
+            {row: image.file for image in decoded for row in image.rows},
+            {image.id: " ".join(image.notices) for image in decoded if image.notices},
         )
-
-    def _record(self, id: str) -> FileRecord:
-        path = file_and_page(self.root / id)[0]
-        if self._last is None or self._last[0] != path:
-            self._last = path, FileRecord.of(path)
-        return self._last[1]
 
     def _read(self, id: str, notices: list[str] | None) -> NDArray[Any] | None:
         try:
@@ -428,16 +453,17 @@ class _PreloadImages(Dataset[_PreloadBatch]):
             return None
 
 
-def _stack(pixels: list[Tensor]) -> Tensor:
-    return torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0)
-
-
 class _StoreWriter(L.Callback):
-    """Collects a shard's samples and writes them together; what was computed is written whatever stops the pass."""
+    """Collects a shard's samples and writes them together, in a thread beside the next batches.
+
+    What was computed is written whatever stops the pass.
+    """
 
     def __init__(self) -> None:
         self.pending: list[tuple[int, dict[str, NDArray[Any]], FileRecord]] = []  # row, its arrays, its image's file
         self.notices: dict[str, str] = {}
+        self._thread = ThreadPoolExecutor(1, "writing")
+        self._writing: Future[None] | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the list of a pass that was stopped: what it stored is not read again."""
@@ -451,7 +477,7 @@ class _StoreWriter(L.Callback):
         assert isinstance(pl_module, FrozenPass)
         assert pl_module.store is not None
         if batch.broken:
-            pl_module.store.leave_out(batch.broken, [batch.files[row] for row in batch.broken])
+            self._beside(pl_module.store.leave_out, batch.broken, [batch.files[row] for row in batch.broken])
         if not batch.rows:
             return
         if self.pending and self.pending[0][0] // SHARD != batch.rows[0] // SHARD:
@@ -468,23 +494,47 @@ class _StoreWriter(L.Callback):
         self.pending += zip(batch.rows, samples, [batch.files[row] for row in batch.rows], strict=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._flush_module(pl_module)
+        self._finish(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._flush_module(pl_module)
+        self._finish(pl_module)
 
-    def _flush_module(self, pl_module: L.LightningModule) -> None:
+    def _finish(self, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FrozenPass)
-        if pl_module.store is not None:
-            self._flush(pl_module.store)
+        try:
+            if pl_module.store is not None:
+                self._flush(pl_module.store)
+            self._wait()
+        finally:
+            self._thread.shutdown()
 
     def _flush(self, store: WritableStore) -> None:
         if self.pending:
-            rows, samples, files = zip(*self.pending, strict=True)
-            self.pending = []  # before writing, which is not tried again after an error
-            if self.notices:
-                write_rows(self.listed, [["image", "notice"], *self.notices.items()])
-            store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
+            self._beside(_write, store, self.pending, self.listed, dict(self.notices))
+            self.pending = []
+
+    def _beside(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write in the thread, after what it writes now, so that no more than two shards are held."""
+        self._wait()
+        self._writing = self._thread.submit(write, *arguments)
+
+    def _wait(self) -> None:
+        error, self._writing = None if self._writing is None else self._writing.exception(), None
+        if error is not None:
+            self.pending = []  # which is not tried after an error
+            raise error
+
+
+def _write(
+    store: WritableStore,
+    pending: Sequence[tuple[int, dict[str, NDArray[Any]], FileRecord]],
+    listed: Path,
+    notices: Mapping[str, str],
+) -> None:
+    rows, samples, files = zip(*pending, strict=True)
+    if notices:
+        write_rows(listed, [["image", "notice"], *notices.items()])
+    store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
 
 
 def _made_with() -> dict[str, str]:
