@@ -1,4 +1,4 @@
-"""Sessions: tests (default), slow, lint, types, quickstart, benchmarks, docs, build."""
+"""Sessions: tests (default), slow, gpu, lint, types, quickstart, benchmarks, docs, build."""
 
 import shutil
 
@@ -52,6 +52,13 @@ def quickstart(session: nox.Session) -> None:
     install(session)
     shutil.rmtree("runs/quickstart", ignore_errors=True)
     session.run("fpt-lightning", "fit", "--config", "examples/quickstart.yaml", env=ENV)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Everything that a CPU cannot prove, in half an hour; arguments go to benchmarks/gpu_check.py."""
+    install(session, "dev")
+    session.run("python", "benchmarks/gpu_check.py", "--out", "runs/gpu_check", *session.posargs, env=ENV)
 
 
 @nox.session

@@ -126,7 +126,8 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
     _check(0, seed, size)
     parameters = {"version": _VERSION, "classes": list(CLASSES), "count": count, "seed": seed, "size": size}
     labels = {f"{CLASSES[i % len(CLASSES)]}/{i // len(CLASSES):04d}.png": i for i in range(count)}
-    missing = {name: labels[name] for name in labels if name not in _present(root, parameters, set(labels))}
+    present = _present(root, parameters, set(labels))
+    missing = {name: index for name, index in labels.items() if name not in present}
     if not missing:
         return
     write_json(root / _MARKER, parameters)
