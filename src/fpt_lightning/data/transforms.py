@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -51,7 +52,7 @@ def stored_copy(image: NDArray[np.uint8] | NDArray[np.uint16], size: int) -> NDA
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``(pixels - mean) / std`` for each channel of (..., 3, height, width) in [0, 1]."""
     shape = (3, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
+    return (pixels - pixels.new_tensor(mean).view(shape)).div_(pixels.new_tensor(std).view(shape))
 
 
 class ViewTransform:
@@ -75,7 +76,7 @@ class ViewTransform:
             raise ConfigurationError(f"augmentation is {augmentation!r}: choose one of {', '.join(AUGMENTATIONS)}.")
         self.size = (size, size) if isinstance(size, int) else size
         self.augmentation, self.mirror = augmentation, mirror
-        self._compose = threading.local()  # of each thread, as it is seeded for each view: by interpolation
+        self._steps = threading.local()  # of each thread, as they are seeded for each view: by interpolation
 
     def __call__(self, image: NDArray[np.uint8] | NDArray[np.uint16], seed: int) -> Tensor:
         """One view of an image.
@@ -87,18 +88,27 @@ class ViewTransform:
         Returns:
             (3, height, width), fp32 in [0, 1].
         """
+        return self.draw([image], [seed])[0]
+
+    def draw(self, images: Iterable[NDArray[Any]], seeds: Sequence[int]) -> Tensor:
+        """One view of each of B images: (B, 3, height, width), fp32 in [0, 1]."""
         if self.augmentation == "none":
-            return unit_pixels(image, self.size)
-        interpolation = _shrinking(image.shape, self.size)
-        composed: dict[Any, Any] = self._compose.__dict__
-        if interpolation not in composed:
-            composed[interpolation] = _albumentations(self.size, self.augmentation, self.mirror, interpolation)
-        compose = composed[interpolation]
-        compose.set_random_seed(seed)
-        deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
-        view = compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
-        pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels if deep else pixels / 255
+            return torch.stack([unit_pixels(image, self.size) for image in images])
+        views = np.empty((len(seeds), *self.size, 3), np.float32)
+        for view, image, seed in zip(views, images, seeds, strict=True):
+            draw = self._drawing(image.shape)
+            if image.dtype == np.uint8:
+                np.divide(draw(image, seed), 255, out=view, dtype=np.float32)
+            else:  # albumentations takes uint8, or fp32 in [0, 1]
+                view[:] = draw(image.astype(np.float32) / np.iinfo(image.dtype).max, seed)
+        return torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()
+
+    def _drawing(self, shape: tuple[int, ...]) -> _Steps:
+        interpolation = _shrinking(shape, self.size)
+        known: dict[Any, _Steps] = self._steps.__dict__
+        if interpolation not in known:
+            known[interpolation] = _Steps(_albumentations(self.size, self.augmentation, self.mirror, interpolation))
+        return known[interpolation]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.size, self.augmentation, self.mirror)  # each worker process builds its own steps
@@ -115,7 +125,24 @@ def _shrinking(shape: tuple[int, ...], size: tuple[int, int]) -> int:
     return int(cv2.INTER_LINEAR if halved else cv2.INTER_AREA)
 
 
-def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, interpolation: int) -> Any:
+class _Steps:
+    """Albumentations' transforms one after the other; its ``Compose`` does the same in three times the time."""
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.steps, self.random, self.generator = steps, random.Random(), np.random.Generator(np.random.PCG64())
+        for step in steps:
+            step.set_random_state(self.generator, self.random)
+
+    def __call__(self, image: NDArray[Any], seed: int) -> NDArray[Any]:
+        """The view of an image (height, width, 3) that the seed draws."""
+        self.random.seed(seed)
+        self.generator.bit_generator.state = np.random.PCG64(seed).state
+        for step in self.steps:
+            image = step(image=image)["image"]
+        return image
+
+
+def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, interpolation: int) -> list[Any]:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for a newer version
     import albumentations as A
     import cv2
@@ -131,4 +158,4 @@ def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, inte
             A.GaussianBlur(sigma_limit=(0.1, 1.5), p=0.3),
         ]
     steps.append(A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(1, 1), hue=(0, 0), p=1.0))
-    return A.Compose(steps)
+    return steps

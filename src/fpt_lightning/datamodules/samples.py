@@ -96,8 +96,7 @@ class Views:
     def draw(self, images: Iterable[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
         """(B, 3, height, width), fp32, from B images (height, width, 3) and their (epoch, index)."""
         seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
-        views = [self.transform(image, seed) for image, seed in zip(images, seeds, strict=True)]
-        return normalise(torch.stack(views), self.mean, self.std)
+        return normalise(self.transform.draw(images, seeds), self.mean, self.std)
 
 
 class Samples(Dataset[Batch], ABC):
