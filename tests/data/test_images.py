@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from fpt_lightning.data.images import FULL_RANGE, ImageReader, bright_box, read_
 from fpt_lightning.data.statistics import SAMPLED, channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import ViewTransform, normalise, resize, stored_copy, unit_pixels
 from fpt_lightning.errors import ConfigurationError, ImageError
+from threads import at_once
 
 
 def noise(height: int = 24, width: int = 32, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
@@ -646,6 +649,23 @@ def test_a_16_bit_view_is_the_8_bit_one_in_finer_steps(augmentation: str) -> Non
     assert fine.shape == (3, 48, 32)
     torch.testing.assert_close(coarse, fine, rtol=0, atol=3 / 255)
     assert len(fine.unique()) > 2 * len(coarse.unique())
+
+
+def test_two_loops_over_one_loader_draw_each_its_own_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its own thread, with one transform between them, whose seed the other sets before a view is drawn."""
+    transform, image = ViewTransform(24), smooth()
+    expected = [transform(image, seed) for seed in (1, 2)]
+    (compose,) = transform._compose.values()
+    seed_alone, seeded = compose.set_random_seed, threading.Barrier(2)
+
+    def seed_and_wait(seed: int) -> None:
+        seed_alone(seed)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            seeded.wait(0.2)
+
+    monkeypatch.setattr(compose, "set_random_seed", seed_and_wait)
+    found = at_once(lambda seed: transform(image, seed), [1, 2])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_views_do_not_depend_on_or_change_global_generators() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -290,6 +293,29 @@ def test_a_checkpoint_of_another_method_is_refused(data: DataMaker, tmp_path: Pa
     other = make("lora")
     with pytest.raises(CheckpointError, match="method: 'BitFitModule' in the checkpoint, 'LoRAModule' here"):
         trainer.test(other, data(other), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+
+
+@every_method
+def test_copies_of_a_module_that_has_run(name: str) -> None:
+    """As weight averaging, ``ddp_spawn`` and ``torch.save`` make them."""
+    module = built(name)
+    randomise(module)
+    batch = {**batch_for(module.eval()), "images": torch.randn(4, 3, 64, 64)}
+    for stored in ("features", "pooled"):  # so that the encoder runs
+        batch.pop(stored, None)
+    with torch.no_grad():
+        expected = module(batch)
+        saved = io.BytesIO()
+        torch.save(module, saved)
+        saved.seek(0)
+        copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)
+        for other in copies:
+            assert torch.equal(other(batch), expected)
+            assert learnable(other) == learnable(module)
+            assert not {id(p) for p in other.parameters()} & {id(p) for p in module.parameters()}
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert torch.equal(module(batch), expected)
 
 
 # precision, and learning

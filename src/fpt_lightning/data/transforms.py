@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from fpt_lightning.errors import ConfigurationError
 
 Augmentation = Literal["default", "strong", "none"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+_DRAWING = threading.Lock()  # albumentations keeps the seed of a view; two loops over one loader share it
 
 
 def resize(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, int]) -> Tensor:
@@ -92,11 +94,13 @@ class ViewTransform:
         if interpolation not in self._compose:
             self._compose[interpolation] = _albumentations(self.size, self.augmentation, self.mirror, interpolation)
         compose = self._compose[interpolation]
-        compose.set_random_seed(seed)
         deep = image.dtype != np.uint8  # albumentations takes uint8, or fp32 in [0, 1]
-        view = compose(image=image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image)["image"]
-        pixels = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels if deep else pixels / 255
+        pixels = image.astype(np.float32) / np.iinfo(image.dtype).max if deep else image
+        with _DRAWING:
+            compose.set_random_seed(seed)
+            view = compose(image=pixels)["image"]
+        drawn = torch.from_numpy(view).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        return drawn if deep else drawn / 255
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_compose": {}}  # each worker process builds its own
