@@ -17,6 +17,8 @@ import yaml
 from PIL import Image
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from commands import fails, run
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule, cli
@@ -170,6 +172,38 @@ def test_side_tokens_share_their_attention_between_prompts_and_themselves(fused:
         torch.testing.assert_close(found[:, layer], whole[..., 10:])
         torch.testing.assert_close(found[:, layer].sum(-1) + whole[..., :10].sum(-1), torch.ones(IMAGES, HEADS, 10))
     assert torch.equal(side(images, prompts), logits)
+
+
+class SinglePrecision(TorchDispatchMode):
+    """Fails where an operation gives double precision, which ``mps`` does not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert all(leaf.dtype != torch.float64 for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), func
+        return out
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "ordinal", "regression"])
+def test_no_stage_asks_the_device_for_double_precision(task: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"a": 8, "b": 8, "c": 8})
+    ids = [f"{name}/{i:03d}.png" for name in "abc" for i in range(8)]
+    splits = ("train", "val", "test")
+    rows = [f"{id},{i % 4 // 2},{i % 2},{splits[i % 3]}" for i, id in enumerate(ids)]
+    (tmp_path / "images" / "list.csv").write_text("\n".join(["image,one,other,split", *rows]))
+    several = task == "multilabel"
+    classes, column = 1 if task == "regression" else 2, ["one", "other"] if several else "one"
+    model = tiny_model(num_classes=classes, task=task, temperature_scaling=task != "regression")
+    settings: dict[str, Any] = {"resolution": 64, "mean": [0.4], "std": [0.2], "image_size": 48}
+    settings |= {"manifest": "list.csv", "label_column": column}
+    data = PreloadedFeatureDataModule(str(tmp_path / "images"), str(tmp_path / "store.zarr"), **settings)
+    with SinglePrecision():
+        data.preload(model, quiet_trainer(tmp_path))
+        trainer = quiet_trainer(tmp_path)
+        trainer.fit(model, data)
+        trainer.test(model, data, verbose=False)
+        trainer.callbacks.append(ExplanationWriter(tmp_path / "out", model, images=1))
+        trainer.predict(model, data)
+    assert (tmp_path / "out" / "explanation.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------- deletion
