@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import fsdp
 
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
-from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter, write_confusion
+from fpt_lightning.cli.callbacks import (
+    EpochSeconds,
+    LearnableParameters,
+    PeakMemory,
+    ResultsWriter,
+    ShardedEncoder,
+    write_confusion,
+)
+from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.evaluation.predictions import Predictions
 from small import quiet_trainer, tiny_model
 
@@ -51,6 +63,57 @@ def test_a_live_encoder_counts(tiny_data: DataMaker, image_root: Path, tmp_path:
     (encoder,) = module.encoders
     weights = 4 * sum(p.numel() for p in encoder.parameters()) / 2**20
     assert peaks[1] > peaks[0] + weights
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of one, in which an encoder is divided as among several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="PyTorch 2.6 is the first with fully_shard")
+@pytest.mark.usefixtures("one_process")
+def test_every_block_of_a_divided_encoder_is_divided_again_after_use() -> None:
+    from torch.distributed.tensor import DTensor
+
+    images = torch.randn(2, 3, 64, 64)
+    expected = FrozenEncoder(EncoderConfig("test_vit", False, (1, 3)), (64, 64))(images)
+    module = tiny_model(layers=[1, 3])
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(resolution=(64, 64)), world_size=1, strategy=strategy)
+    ShardedEncoder().setup(trainer, module, "predict")
+    assert all(torch.equal(a, b) for a, b in zip(module.encode(images), expected, strict=True))
+    (encoder,) = module.encoders
+    assert [all(isinstance(p, DTensor) for p in block.parameters()) for block in encoder.model.blocks] == [True] * 4
+
+
+@pytest.mark.parametrize("stage", ["validation", "test", "predict"])
+def test_a_process_with_fewer_batches_runs_a_divided_encoder_as_often(stage: str) -> None:
+    """Here twice a batch, as with mirror images: 2 batches, where another process has 5."""
+    module, batches, passes = tiny_model(), [2], list[int]()
+    trainer: Any = SimpleNamespace(
+        datamodule=SimpleNamespace(resolution=(64, 64)),
+        strategy=SimpleNamespace(reduce=lambda own, reduce_op: {"max": own + 3}[reduce_op]),
+        sanity_checking=False,
+        num_val_batches=batches,
+        num_test_batches=batches,
+        num_predict_batches=batches,
+    )
+    module.use_encoder(FrozenEncoder(module.encoder_config, (64, 64)))
+    callback = ShardedEncoder()
+    callback.setup(trainer, module, stage)
+    module.encoders[0].register_forward_hook(lambda m, images, out: passes.append(len(images[0])))
+    for _ in range(2):  # epochs
+        passes.clear()
+        getattr(callback, f"on_{stage}_start")(trainer, module)
+        for batch_idx in range(2):
+            assert len(passes) == 2 * batch_idx
+            module.encode(torch.zeros(4, 3, 64, 64))
+            module.encode(torch.zeros(4, 3, 64, 64))
+            getattr(callback, f"on_{stage}_batch_end")(trainer, module, None, None, batch_idx)
+        assert passes == [4] * 4 + [1] * 6
 
 
 def test_an_epochs_seconds_leave_out_its_validation(tiny_data: DataMaker, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from fpt_lightning.data.images import FULL_RANGE, ImageReader, bright_box, read_
 from fpt_lightning.data.statistics import SAMPLED, channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import ViewTransform, normalise, resize, stored_copy, unit_pixels
 from fpt_lightning.errors import ConfigurationError, ImageError
+from threads import at_once
 
 
 def noise(height: int = 24, width: int = 32, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
@@ -649,6 +650,15 @@ def test_a_16_bit_view_is_the_8_bit_one_in_finer_steps(augmentation: str) -> Non
     assert fine.shape == (3, 48, 32)
     torch.testing.assert_close(coarse, fine, rtol=0, atol=3 / 255)
     assert len(fine.unique()) > 2 * len(coarse.unique())
+
+
+def test_each_thread_draws_from_generators_of_its_own() -> None:
+    """As the seed of a view is kept in them."""
+    transform = ViewTransform(24)
+    first, second = at_once(lambda _: transform._drawing((64, 64, 3)), [1, 2])
+    assert first is not second
+    assert first.random is not second.random
+    assert not {id(step) for step in first.steps} & {id(step) for step in second.steps}
 
 
 def test_views_do_not_depend_on_or_change_global_generators() -> None:

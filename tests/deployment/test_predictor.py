@@ -23,6 +23,7 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods import METHODS, FPTPlusModule
 from miniatures import reads_dicom, write_dicom
 from small import quiet_trainer, save_trained, tiny_model, write_images
+from threads import at_once, in_lockstep
 
 TINY = {"encoder": "test_vit", "side_resolution": 32, "prompts": 4}
 
@@ -150,6 +151,18 @@ def test_the_encoder_is_loaded_once(image_root: Path, tmp_path: Path, monkeypatc
     predictor = Predictor(checkpoint(tmp_path))
     monkeypatch.setattr("fpt_lightning.encoder.frozen.build_encoder", None)
     assert len(predictor(image_root).ids) == 30
+
+
+@pytest.mark.parametrize("method", ["fpt_plus", "prompt"])
+def test_threads_share_a_predictor(method: str, image_root: Path, tmp_path: Path) -> None:
+    path = save_trained(METHODS[method], tmp_path / "best.ckpt", (64, 96), encoder="test_vit", prompts=4)
+    predictor = Predictor(path)
+    images: list[Any] = sorted(image_root.rglob("*.png"))[8:11]
+    alone = [predictor(image).scores for image in images]
+    assert not np.allclose(alone[0], alone[1], atol=1e-4)
+    module: Any = predictor.module
+    in_lockstep(module.vit.blocks if method == "prompt" else module.encoders[0].model.blocks, len(images))
+    np.testing.assert_array_equal([found.scores for found in at_once(predictor, images)], alone)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
+import io
 import json
+import pickle
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,9 +26,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fpt_lightning.encoder import selection
+from fpt_lightning.encoder import execution, selection
 from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
-from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.encoder.frozen import FrozenEncoder, build_encoder
 from fpt_lightning.encoder.selection import (
     attention_with_importance,
     class_token_importance,
@@ -33,6 +38,7 @@ from fpt_lightning.encoder.selection import (
 from fpt_lightning.errors import ConfigurationError, EncoderError
 from reference import FAMILIES, NaiveFeatures, assert_close, images_for, naive_encode, randomise
 from small import write_images
+from threads import at_once, in_lockstep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,9 +92,12 @@ def build(config: EncoderConfig, resolution: tuple[int, int]) -> FrozenEncoder:
 
 
 def plain_model(encoder: FrozenEncoder) -> nn.Module:
-    """timm's model of the same weights, without the tap."""
+    """timm's model of the same weights, without the tap, and with random ones in what follows the last tapped block."""
     model: nn.Module = timm.create_model(encoder.config.name, img_size=encoder.resolution, num_classes=0)
-    model.load_state_dict(encoder.model.state_dict())
+    missing, unknown = model.load_state_dict(encoder.model.state_dict(), strict=False)
+    last = encoder.config.tapped_layers[-1]
+    assert not unknown
+    assert all(re.match(r"norm\.|attn_pool\.|fc_norm\.", n) or int(n.split(".")[1]) > last for n in missing)
     return model.eval()
 
 
@@ -231,6 +240,8 @@ def test_nothing_after_the_last_tapped_block_runs(criterion: str) -> None:
     encoder = FrozenEncoder(EncoderConfig("test_vit", False, layers=(1, 3), criterion=criterion), (64, 64))
     called: list[str] = []
     for name, module in encoder.model.named_modules():
+        if isinstance(module, nn.Identity):
+            continue
         module.register_forward_pre_hook(lambda module, args, name=name: called.append(name))
     encoder(images_for((64, 64)))
     assert {"blocks.2.mlp", "blocks.1.attn.proj", "blocks.3.mlp"} <= set(called)
@@ -277,8 +288,10 @@ def test_frozen_stays_frozen() -> None:
     assert not any(part.requires_grad for part in encoder(images_for((64, 64)).requires_grad_()))
 
 
-def test_building_leaves_random_states_alone() -> None:
+def test_building_leaves_random_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder_shape.cache_clear()
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        monkeypatch.setattr(device, "manual_seed" if device is torch.mps else "manual_seed_all", None)  # not callable
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     FrozenEncoder(EncoderConfig("test_vit", False), (64, 64))
     assert torch.equal(before[0], torch.get_rng_state())
@@ -374,10 +387,54 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
     assert all(torch.equal(a, b) for a, b in zip(encoder(images_for((64, 64))), expected, strict=True))
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov3", "beit"])
+def test_threads_share_an_encoder(family: str) -> None:
+    encoder = build(EncoderConfig(FAMILIES[family], False, LAYERS), (96, 96))
+    images = list(images_for((96, 96), batch=3).split(1))
+    alone = [encoder(image) for image in images]
+    in_lockstep(encoder.model.blocks, len(images))
+    for found, expected in zip(at_once(encoder, images), alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_memory_estimate_does_not_cut_short_the_pass_of_another_thread() -> None:
+    with execution.sketched():
+        assert list(execution.to_do("abc")) == ["a"]
+        assert at_once(lambda pieces: list(execution.to_do(pieces)), ["abc"]) == [["a", "b", "c"]]
+
+
+def test_threads_build_the_same_random_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would draw from the one global generator in turn."""
+    expected = FrozenEncoder(EncoderConfig("test_vit", False), (64, 64)).digest
+    create, seeded = timm.create_model, threading.Barrier(2)
+
+    def create_together(*args: Any, **kwargs: Any) -> nn.Module:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            seeded.wait(0.2)
+        model: nn.Module = create(*args, **kwargs)
+        return model
+
+    monkeypatch.setattr("fpt_lightning.encoder.frozen.timm.create_model", create_together)
+    built = at_once(lambda config: FrozenEncoder(config, (64, 64)), [EncoderConfig("test_vit", False)] * 2)
+    assert [encoder.digest for encoder in built] == [expected] * 2
+
+
+def test_copies_of_an_encoder_that_has_run() -> None:
+    encoder = build(EncoderConfig("test_vit", False), (64, 64))
+    expected = encoder(images_for((64, 64)))
+    saved = io.BytesIO()
+    torch.save(encoder, saved)
+    saved.seek(0)
+    copies = copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder)), torch.load(saved, weights_only=False)
+    randomise(encoder, seed=1)
+    for other in copies:
+        assert all(torch.equal(a, b) for a, b in zip(other(images_for((64, 64))), expected, strict=True))
+
+
 @every_family
 def test_shape_is_known_without_weights(family: str) -> None:
     shape = encoder_shape(FAMILIES[family])
-    model = small_run(family, "native").encoder.model
+    model: Any = build_encoder(EncoderConfig(FAMILIES[family], False), resolution_of(FAMILIES[family], "native"))
     assert (shape.width, shape.depth) == (model.embed_dim, len(model.blocks))
     assert shape.heads == model.blocks[0].attn.num_heads
     assert shape.class_token == (getattr(model, "cls_token", None) is not None)
@@ -534,5 +591,5 @@ def test_images_of_another_size() -> None:
 def test_a_block_without_the_attention_call() -> None:
     encoder = FrozenEncoder(EncoderConfig("test_vit", False), (64, 64))
     encoder.model.blocks[4].attn.fused_attn = False
-    with pytest.raises(EncoderError, match="block 4 of test_vit did not call scaled_dot_product_attention"):
+    with pytest.raises(EncoderError, match="6 blocks of test_vit called scaled_dot_product_attention 5 times"):
         encoder(torch.zeros(1, 3, 64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -14,7 +15,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from commands import fails, run
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule, cli
@@ -30,6 +34,7 @@ from fpt_lightning.methods.side import SideViT
 from fpt_lightning.store.codecs import CODECS, Features
 from reference import FAMILIES, naive_fusion, randomise
 from small import quiet_trainer, tiny_model, write_images
+from threads import at_once, in_lockstep
 
 IMAGES, LAYERS, HEADS, WIDTH, SIDE_WIDTH, PROMPTS, SELECTED = 2, 3, 4, 32, 16, 5, 7
 FUSIONS = [FineGrainedFusion, ProjectedFusion]
@@ -146,18 +151,20 @@ def test_the_overlay_averages_prompts_and_heads_where_tokens_lie() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_side_tokens_share_their_attention_between_prompts_and_themselves(fused: bool) -> None:
+    set_fused_attn(fused)
     side = SideViT(SIDE_WIDTH, HEADS, LAYERS, (8, 16), (24, 48), 3)
+    set_fused_attn(True)
     randomise(side, seed=1)
     blocks: list[Any] = list(side.blocks)
-    for block in blocks:
-        block.attn.fused_attn = fused
     images, prompts = torch.randn(IMAGES, 3, 24, 48), list(torch.randn(LAYERS, IMAGES, PROMPTS, SIDE_WIDTH))
     sequences: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda module, args: sequences.append(args[0])) for block in blocks]
     logits = side(images, prompts)
     for hook in hooks:
         hook.remove()
-    found = explain.side_attention(side, images, prompts)
+    shared = copy.deepcopy(side)
+    in_lockstep(shared.blocks, 2)
+    found, _ = at_once(lambda given: explain.side_attention(shared, given, prompts), [images, images.flip(0)])
     assert found.shape == (IMAGES, LAYERS, HEADS, 10, PROMPTS)
     for layer, (block, x) in enumerate(zip(blocks, sequences, strict=True)):
         query, key, _ = block.attn.qkv(block.norm1(x)).view(IMAGES, 15, 3, HEADS, 4).permute(2, 0, 3, 1, 4)
@@ -165,7 +172,38 @@ def test_side_tokens_share_their_attention_between_prompts_and_themselves(fused:
         torch.testing.assert_close(found[:, layer], whole[..., 10:])
         torch.testing.assert_close(found[:, layer].sum(-1) + whole[..., :10].sum(-1), torch.ones(IMAGES, HEADS, 10))
     assert torch.equal(side(images, prompts), logits)
-    assert all(block.attn.fused_attn == fused and not block.attn.attn_drop._forward_pre_hooks for block in blocks)
+
+
+class SinglePrecision(TorchDispatchMode):
+    """Fails where an operation gives double precision, which ``mps`` does not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert all(leaf.dtype != torch.float64 for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), func
+        return out
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "ordinal", "regression"])
+def test_no_stage_asks_the_device_for_double_precision(task: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"a": 8, "b": 8, "c": 8})
+    ids = [f"{name}/{i:03d}.png" for name in "abc" for i in range(8)]
+    splits = ("train", "val", "test")
+    rows = [f"{id},{i % 4 // 2},{i % 2},{splits[i % 3]}" for i, id in enumerate(ids)]
+    (tmp_path / "images" / "list.csv").write_text("\n".join(["image,one,other,split", *rows]))
+    several = task == "multilabel"
+    classes, column = 1 if task == "regression" else 2, ["one", "other"] if several else "one"
+    model = tiny_model(num_classes=classes, task=task, temperature_scaling=task != "regression")
+    settings: dict[str, Any] = {"resolution": 64, "mean": [0.4], "std": [0.2], "image_size": 48}
+    settings |= {"manifest": "list.csv", "label_column": column}
+    data = PreloadedFeatureDataModule(str(tmp_path / "images"), str(tmp_path / "store.zarr"), **settings)
+    with SinglePrecision():
+        data.preload(model, quiet_trainer(tmp_path))
+        trainer = quiet_trainer(tmp_path)
+        trainer.fit(model, data)
+        trainer.test(model, data, verbose=False)
+        trainer.callbacks.append(ExplanationWriter(tmp_path / "out", model, images=1))
+        trainer.predict(model, data)
+    assert (tmp_path / "out" / "explanation.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------- deletion

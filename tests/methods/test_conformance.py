@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from cases import CASES, STORED, TUNING, make
@@ -292,6 +297,29 @@ def test_a_checkpoint_of_another_method_is_refused(data: DataMaker, tmp_path: Pa
         trainer.test(other, data(other), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
 
 
+@every_method
+def test_copies_of_a_module_that_has_run(name: str) -> None:
+    """As weight averaging, ``ddp_spawn`` and ``torch.save`` make them."""
+    module = built(name)
+    randomise(module)
+    batch = {**batch_for(module.eval()), "images": torch.randn(4, 3, 64, 64)}
+    for stored in ("features", "pooled"):  # so that the encoder runs
+        batch.pop(stored, None)
+    with torch.no_grad():
+        expected = module(batch)
+        saved = io.BytesIO()
+        torch.save(module, saved)
+        saved.seek(0)
+        copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)
+        for other in copies:
+            assert torch.equal(other(batch), expected)
+            assert learnable(other) == learnable(module)
+            assert not {id(p) for p in other.parameters()} & {id(p) for p in module.parameters()}
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert torch.equal(module(batch), expected)
+
+
 # precision, and learning
 
 
@@ -523,10 +551,43 @@ def test_the_ranks_of_adalora_fall_to_the_budget(data: DataMaker, tmp_path: Path
     assert len(set(module.ranks.values())) > 1, "all updates kept the same rank"
 
 
+def test_steps_that_overflow_do_not_keep_the_ranks_of_adalora_up(data: DataMaker, tmp_path: Path) -> None:
+    """As in ``16-mixed``, whose scaler leaves such steps out: here the first ones, and others as its scale grows."""
+    L.seed_everything(0)
+    module = make("adalora")
+    assert isinstance(module, AdaLoRAModule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_factor=2.0**8, growth_interval=8)
+    overflowed: list[bool] = []
+
+    class Overflows(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            overflowed.append(not all(gradient.isfinite().all() for gradient in gradients))
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = quiet_trainer(tmp_path, max_epochs=14, callbacks=[Overflows()], plugins=[precision])
+    trainer.fit(module, data(module))
+    half = len(overflowed) // 2
+    assert any(overflowed[:half])
+    assert not all(overflowed[:half])
+    assert sum(module.ranks.values()) == 2 * 2 * module.encoder_shape.depth
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_the_importance_of_a_checkpoint_follows_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = built("adalora")
+    assert isinstance(module, AdaLoRAModule)
+    for table in module._importance:
+        table["as loaded"] = torch.ones(2)
+    module.to("meta")
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10, global_step=0)  # type: ignore[assignment]
+    monkeypatch.setattr(ClassificationModule, "on_train_start", lambda self: None)
+    module.on_train_start()
+    assert {tensor.device.type for table in module._importance for tensor in table.values()} == {"meta"}
+
+
 def test_the_orthogonal_loss_is_pefts() -> None:
     """peft adds it itself where a model's output has a loss."""
-    from types import SimpleNamespace
-
     module = built("adalora", orthogonality=0.3)
     assert isinstance(module, AdaLoRAModule)
     (tuner,) = module._tuner

@@ -419,3 +419,18 @@ def test_in_a_foreign_module_and_trainer(data: PreloadedFeatureDataModule, tmp_p
     before = state(module)
     quiet_trainer(tmp_path, limit_val_batches=0).fit(module, data)
     assert not equal(before, state(module))
+
+
+def test_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``mps`` before PyTorch 2.5, which refuses even to switch it off."""
+    module = tiny_model()
+    batch = {"images": torch.randn(2, 3, 64, 64), "side_images": torch.randn(2, 3, 32, 32)}
+    expected = module.eval()(batch)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: False)
+    for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+        monkeypatch.setattr(torch, name, None)  # not callable
+    logits = module(batch)
+    assert torch.equal(logits, expected)
+    logits.sum().backward()
+    with pytest.raises(ConfigurationError, match=r"no autocast to bfloat16 on 'cpu': use fp32 \(model\.encoder_prec"):
+        tiny_model(encoder_precision="bf16")(batch)

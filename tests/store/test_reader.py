@@ -44,6 +44,16 @@ def test_a_buffer_is_never_used_again_while_a_tensor_or_view_holds_it() -> None:
         assert (np.asarray(held) == number).all()
 
 
+def test_a_buffer_that_another_thread_takes_first() -> None:
+    class TakenMeanwhile(list[np.ndarray]):
+        def __len__(self) -> int:
+            return 1
+
+    pool = BufferPool()
+    pool._free[SHAPE, DTYPE.str] = TakenMeanwhile()
+    assert pool.take(SHAPE, DTYPE).shape == SHAPE
+
+
 def test_each_process_has_a_pool_of_its_own() -> None:
     pool = BufferPool()
     pool.take(SHAPE, DTYPE)

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,15 @@ class ShardedEncoder(L.Callback):
     Each process keeps its part of every block and gathers a block when it runs (``fully_shard``, PyTorch 2.6 or newer);
     what learns is trained by ``ddp`` as ever. Every process builds the whole encoder in its host's memory first.
 
+    As a block is gathered from all processes, all run the encoder equally often: in validation, test and prediction, of
+    which each image is in one process alone, those with fewer batches run it on images of zeros too.
+
     Raises:
         ConfigurationError: the method or the data module has no encoder that runs live.
     """
+
+    def __init__(self) -> None:
+        self._batches = self._most = self._passes = 0  # of this process, and of the one that has most batches
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -169,15 +175,61 @@ class ShardedEncoder(L.Callback):
                 f"ShardedEncoder is for methods on stored features that run without a store, with data modules of "
                 f"fpt-lightning; {type(pl_module).__name__} trains the encoder itself, or the data have no resolution."
             )
-        if any(encoder.resolution == resolution for encoder in pl_module.encoders):
+        known = {encoder.resolution: encoder for encoder in pl_module.encoders}
+        if resolution in known:
+            self._encoder = known[resolution]
             return
-        encoder = FrozenEncoder(pl_module.encoder_config, resolution)
+        self._encoder = encoder = FrozenEncoder(pl_module.encoder_config, resolution)
         mesh = init_device_mesh(trainer.strategy.root_device.type, (trainer.world_size,))
         for block in encoder.model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(encoder, mesh=mesh)
         pl_module.use_encoder(encoder)
         rank_zero_info(f"the frozen encoder is divided among {trainer.world_size} processes")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        sanity = trainer.sanity_checking
+        self._start(trainer, pl_module, trainer.num_sanity_val_batches if sanity else trainer.num_val_batches)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start(trainer, pl_module, trainer.num_predict_batches)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._end_batch(pl_module, batch_idx)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._end_batch(pl_module, batch_idx)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._end_batch(pl_module, batch_idx)
+
+    def _start(self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[int | float]) -> None:
+        self._batches, self._passes = int(sum(batches)), 0
+        most = trainer.strategy.reduce(torch.tensor(self._batches, device=module.device), reduce_op="max")
+        self._most = int(most)
+        self._counting = self._encoder.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self._passes += 1
+
+    def _end_batch(self, module: L.LightningModule, batch_idx: int) -> None:
+        """After the last batch, and before metrics are gathered, catch up with the process that has most."""
+        if batch_idx + 1 < self._batches:
+            return
+        assert isinstance(module, FeatureModule)
+        self._counting.remove()
+        images = torch.zeros(1, 3, *self._encoder.resolution, device=module.device)
+        for _ in range(self._passes // self._batches * (self._most - self._batches)):
+            module.encode(images)
 
 
 class ResultsWriter(L.Callback):

@@ -39,7 +39,8 @@ class Predictor:
     For research only. This is not a medical device: do not diagnose or treat anyone by what it predicts.
 
     Images are read, cropped, padded, resized and normalised as in training, which the checkpoint says; the numbers are
-    those of ``fpt-lightning predict``. The encoder's weights are loaded once, and are those of training.
+    those of ``fpt-lightning predict``. The encoder's weights are loaded once, and are those of training. Threads may
+    share a predictor: it holds nothing of a call.
 
     Args:
         checkpoint: written by ``fpt-lightning fit`` or by a trainer with a data module of this package.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -14,16 +14,18 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fpt_lightning.encoder.config import EncoderConfig, is_in_a_repository
+from fpt_lightning.encoder.execution import autocast, use_fused_attention
 from fpt_lightning.encoder.selection import (
     attention_with_importance,
     class_token_importance,
-    exporting,
     number_of_tokens,
     select_tokens,
 )
 from fpt_lightning.encoder.weight_files import existing_weights
 from fpt_lightning.encoder.weights import fit_weights, load_weights, weights_digest
 from fpt_lightning.errors import ConfigurationError, EncoderError
+
+_SEEDING = threading.Lock()  # timm draws from the global generator
 
 
 class Encoded(NamedTuple):
@@ -46,8 +48,9 @@ class FrozenEncoder(nn.Module):
 
     The keys and values are taken where the attention itself uses them: the call of
     ``scaled_dot_product_attention`` inside every tapped block is intercepted, after biases, query/key norms and rotary
-    embeddings, which makes one mechanism for every family of timm. Blocks after the last tapped one are not computed,
-    and of that one, where there is a class token, only what it becomes.
+    embeddings, which makes one mechanism for every family of timm. What follows the last tapped block is left out of
+    the model, and of that block, where there is a class token, only what it becomes is computed. Threads may share an
+    encoder: it holds nothing of a call.
 
     Args:
         config: the encoder and what to select.
@@ -67,17 +70,14 @@ class FrozenEncoder(nn.Module):
         self.selected = number_of_tokens(self.tokens, config.token_ratio)
         self.model = build_encoder(config, resolution)
         self.digest = "" if next(self.model.parameters()).is_meta else weights_digest(self.model)
-        cast(Any, self.model).reset_classifier(0)  # of 21,843 classes, it would be a fifth of a ViT-B
+        vit, last = cast(Any, self.model), config.tapped_layers[-1]
+        vit.reset_classifier(0)  # of 21,843 classes, it would be a fifth of a ViT-B
+        vit.blocks, vit.norm = vit.blocks[: last + 1], nn.Identity()
+        if self.shape.class_token:
+            for part in (vit.blocks[last].attn.proj, vit.blocks[last].mlp):
+                part.register_forward_pre_hook(_class_token_alone)
         self.requires_grad_(False)
         self.eval()
-        self._tap = _AttentionTap(config, self.selected)
-        for index, block in enumerate(cast(nn.ModuleList, self.model.blocks)):
-            block.register_forward_pre_hook(self._tap.enter(index))
-            block.register_forward_hook(self._tap.leave)
-        if self.shape.class_token:
-            last = cast(Any, self.model).blocks[config.tapped_layers[-1]]
-            for part in (last.attn.proj, last.mlp):
-                part.register_forward_pre_hook(_class_token_alone)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stay in evaluation mode, whatever is asked."""
@@ -92,17 +92,19 @@ class FrozenEncoder(nn.Module):
 
         Raises:
             ConfigurationError: images of another size than the resolution.
-            EncoderError: a tapped block whose attention cannot be intercepted.
+            EncoderError: attention that cannot be intercepted.
         """
         if images.shape[-2:] != self.resolution:
             raise ConfigurationError(
                 f"the images are {images.shape[-2]} x {images.shape[-1]} pixels, but the encoder was built for the "
                 f"resolution {self.resolution[0]} x {self.resolution[1]}."
             )
-        bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        with bf16, self._tap, contextlib.suppress(_LastTap):
-            cast(Any, self.model).forward_features(images.float())
-        return self._tap.collect()
+        tap = _AttentionTap(self.config, self.selected)
+        with autocast(images.device, torch.bfloat16 if self.config.precision == "bf16" else None), tap:
+            output: Tensor = cast(Any, self.model).forward_features(images.float())
+        features, indices = tap.collect()
+        pooled = output[:, 0] if self.shape.class_token else output[:, self.shape.prefix_tokens :].mean(1)
+        return Encoded(features, indices, pooled.float())
 
 
 def _class_token_alone(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -110,59 +112,39 @@ def _class_token_alone(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[T
     return (inputs[0][:, :1],)
 
 
-class _LastTap(Exception):  # noqa: N818 - a signal, not an error
-    """Raised after the last tapped block: nothing after it is needed."""
-
-
 class _AttentionTap(TorchFunctionMode):
-    """Intercepts the attention call of the tapped blocks and keeps the keys and values of the selected tokens."""
+    """Intercepts the attention calls of one pass, one a block, and keeps keys and values of tapped blocks' tokens."""
 
     def __init__(self, config: EncoderConfig, selected: int) -> None:
         super().__init__()
         self.config, self.selected = config, selected
-        self.layers = config.tapped_layers
-        self.block: int | None = None
+        self.calls = 0
         self.keys_values: list[Tensor] = []
         self.indices: list[Tensor] = []
-        self.pooled: Tensor | None = None
 
-    def enter(self, index: int) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            self.block = index if index in self.layers else None
-            if index == 0:
-                self.keys_values, self.indices = [], []
-
-        return hook
-
-    def leave(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if self.block is not None and len(self.keys_values) <= self.layers.index(self.block):
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """``features`` and ``indices`` as ``Encoded`` has them."""
+        blocks = self.config.tapped_layers[-1] + 1
+        if self.calls != blocks:
             raise EncoderError(
-                f"block {self.block} of {self.config.name} did not call scaled_dot_product_attention, so its keys and "
-                "values cannot be taken; unset TIMM_FUSED_ATTN if it is 0."
+                f"{blocks} blocks of {self.config.name} called scaled_dot_product_attention {self.calls} times, so "
+                "their keys and values cannot be taken; unset TIMM_FUSED_ATTN if it is 0."
             )
-        if self.block == self.layers[-1]:
-            prefix = self.config.shape.prefix_tokens
-            self.pooled = output[:, 0] if self.config.shape.class_token else output[:, prefix:].mean(1)
-            if not exporting():  # the graph of an export leaves out by itself what nothing needs
-                raise _LastTap
-        self.block = None
-
-    def collect(self) -> Encoded:
-        assert self.pooled is not None
-        features, indices = torch.stack(self.keys_values, 2).float(), torch.stack(self.indices, 1)
-        encoded = Encoded(features, indices, self.pooled.float())
-        self.block, self.keys_values, self.indices, self.pooled = None, [], [], None
-        return encoded
+        return torch.stack(self.keys_values, 2).float(), torch.stack(self.indices, 1)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention or self.block is None:
+        if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self._attention(func, *args, **(kwargs or {}))
+        block, self.calls = self.calls, self.calls + 1
+        if block not in self.config.tapped_layers:
+            return func(*args, **(kwargs or {}))
+        return self._attention(block, func, *args, **(kwargs or {}))
 
     def _attention(
         self,
+        block: int,
         func: Any,
         query: Tensor,
         key: Tensor,
@@ -174,9 +156,8 @@ class _AttentionTap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        position = self.layers.index(cast(int, self.block))
-        if len(self.keys_values) > position or is_causal or enable_gqa or query.shape != key.shape:
-            raise EncoderError(f"block {self.block} of {self.config.name} has no plain self-attention to tap.")
+        if is_causal or enable_gqa or query.shape != key.shape:
+            raise EncoderError(f"block {block} of {self.config.name} has no plain self-attention to tap.")
         if self.config.criterion == "global":
             output, importance = attention_with_importance(query, key, value, bias=attn_mask, scale=scale)
         else:
@@ -189,7 +170,10 @@ class _AttentionTap(TorchFunctionMode):
 
 
 def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: bool = False) -> nn.Module:
-    """timm's model at a resolution; a random initialisation is the same every time and leaves the global RNG alone.
+    """timm's model at a resolution, on the CPU or on "meta"; a random initialisation is the same every time.
+
+    It leaves the random generators of all devices as they were. Threads build one after the other, but what another
+    thread draws from PyTorch's global generator meanwhile is seeded too.
 
     Args:
         config: its name and weights.
@@ -199,13 +183,26 @@ def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: b
     Raises:
         EncoderError: weights that are out of reach or do not fit.
     """
+    device = torch.empty(0).device  # that a context asks for, such as Lightning's around ``configure_model``
+    with device if device.type == "meta" else torch.device("cpu"):
+        model, tensors = _created(config, resolution)
+        if tensors is not None:  # not by timm, which may leave out what does not fit
+            fit_weights(model, tensors, f"the weights file of {config.name}", pooling)
+        if config.weights_path is not None:
+            load_weights(model, existing_weights(config.weights_path), pooling)
+    use_fused_attention(model)
+    return model
+
+
+def _created(config: EncoderConfig, resolution: tuple[int, int]) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """timm's model, and the weights of a repository that are still to be loaded."""
     remote = config.pretrained is True and config.weights_path is None
     hub = config.name.removeprefix("hf-hub:") if remote and is_in_a_repository(config.name) else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the generators of all devices
         try:
             model: nn.Module = timm.create_model(config.name, pretrained=remote and hub is None, img_size=resolution)
-            tensors = None if hub is None else load_state_dict_from_hf(hub, weights_only=True)
+            return model, None if hub is None else load_state_dict_from_hf(hub, weights_only=True)
         except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
             if not remote:
                 raise
@@ -213,11 +210,3 @@ def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: b
                 f"timm cannot load the published weights of {config.name} ({type(error).__name__}: {error}). Without a "
                 "network, give a local file as model.pretrained."
             ) from error
-    if tensors is not None:  # not by timm, which may leave out what does not fit
-        fit_weights(model, tensors, f"the weights file of {config.name}", pooling)
-    if config.weights_path is not None:
-        load_weights(model, existing_weights(config.weights_path), pooling)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            cast(Any, module).fused_attn = True  # TIMM_FUSED_ATTN=0 would hide the call that the tap needs
-    return model

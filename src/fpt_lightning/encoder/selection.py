@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fpt_lightning.encoder.execution import autocast, exporting, to_do
 from fpt_lightning.errors import ConfigurationError
 
 Criterion = Literal["global", "class_token"]
@@ -66,11 +67,11 @@ def attention_with_importance(
     importance = torch.zeros(batch, heads, tokens, device=query.device)
     some_heads, rows = piece_of_maps(heads, tokens, query.device)
     memory = torch.empty(some_heads * rows * tokens, device=query.device)
-    with torch.autocast(query.device.type, enabled=False):
-        for image, some in product(range(batch), parts(heads, some_heads)):
+    with autocast(query.device, None):
+        for image, some in to_do(product(range(batch), parts(heads, some_heads))):
             own = image, some
             keys, values = key[own].float().transpose(1, 2), value[own].float()
-            for some_rows in parts(tokens, rows):
+            for some_rows in to_do(parts(tokens, rows)):
                 piece = *own, some_rows
                 queries = scores_query[piece]
                 attention = memory[: queries.shape[:2].numel() * tokens].view(*queries.shape[:2], tokens)
@@ -83,12 +84,6 @@ def attention_with_importance(
                 importance[own] += attention.sum(1)
                 output[piece] = attention @ values
     return output, importance / tokens
-
-
-def exporting() -> bool:
-    """Whether ``torch.export`` traces this call: a graph for any batch holds no loop over its images."""
-    known = getattr(torch.compiler, "is_exporting", None)  # torch 2.7 and later
-    return known is not None and bool(known())
 
 
 def _attention_in_one_piece(
@@ -130,7 +125,7 @@ def class_token_importance(
         The importance (B, H, N), fp32.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast(query.device, None):
         scores = (query[:, :, :1].float() * scale) @ key.float().transpose(-1, -2)
     if bias is not None:
         row = bias.expand(*bias.shape[:-2], query.shape[-2], key.shape[-2])[..., :1, :]

@@ -7,18 +7,19 @@ sections 4.5 (Fig. 5) and 4.7 (Fig. 9).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.integrate import trapezoid
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fpt_lightning.encoder.config import EncoderShape
-from fpt_lightning.encoder.selection import exporting
+from fpt_lightning.encoder.execution import exporting
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.resampling import interval, resample
@@ -120,7 +121,7 @@ def overlay(attention: Tensor, indices: Tensor, shape: EncoderShape, resolution:
 def side_attention(side: SideViT, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """The attention that the side network's n tokens pay to the prompts.
 
-    Each block computes it as it always does; for this pass alone without its fused kernel, which gives no attention.
+    It is computed once more from the queries and keys of each block's fused kernel, which gives no attention.
 
     Args:
         side: the network.
@@ -131,20 +132,27 @@ def side_attention(side: SideViT, images: Tensor, prompts: Sequence[Tensor]) -> 
         (B, L, H, n, M), class token first. A token's attention to the prompts and to the n tokens sums to 1; summed
         over M and averaged over H and n, it is what Fig. 5 shows.
     """
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        count = prompts[0].shape[1]
-        found.append(inputs[0][:, :, :-count, -count:])
-
-    with ExitStack() as undo:
-        for block in side.blocks:
-            attention = cast(Any, block).attn
-            undo.callback(attention.attn_drop.register_forward_pre_hook(keep).remove)
-            undo.callback(setattr, attention, "fused_attn", attention.fused_attn)
-            attention.fused_attn = False
+    tap = _AttentionToLast(prompts[0].shape[1])
+    with tap:
         side(images, prompts)
-    return torch.stack(found, 1)
+    return torch.stack(tap.found, 1)
+
+
+class _AttentionToLast(TorchFunctionMode):
+    """Keeps the attention that every attention's call pays from all tokens but the last to these last."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.found = count, list[Tensor]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            attention = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
+            self.found.append(attention[:, :, : -self.count, -self.count :])
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

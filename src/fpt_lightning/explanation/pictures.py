@@ -186,7 +186,7 @@ def _heat(axes: Axes, pixels: NDArray[np.float32], values: Floats, title: str, s
     _background(axes, pixels.mean(-1), title)
     size = pixels.shape[:2]
     mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest-exact"}
-    heat = F.interpolate(torch.from_numpy(values)[None, None], size, **mode)[0, 0].numpy()
+    heat = F.interpolate(torch.from_numpy(values.astype(np.float32))[None, None], size, **mode)[0, 0].numpy()
     largest = float(heat.max()) or 1.0
     drawn = axes.imshow(heat, cmap=_HEAT, vmin=0, vmax=largest, alpha=np.sqrt(heat / largest) * 0.8)
     colours = cast(Figure, axes.get_figure()).colorbar(

@@ -105,7 +105,7 @@ class ExplanationWriter(L.Callback):
         features, scores = as_features(batch), outputs["scores"]
         attention = looking.prompt_attention(pl_module.fusion, features)
         side = looking.side_attention(pl_module.side, batch["side_images"], pl_module.fusion(features))
-        shares = side.sum(-1).mean((2, 3)).double().cpu().numpy()
+        shares = _numbers(side.sum(-1).mean((2, 3)))
         curves: Floats = np.empty((len(shares), 0, 0))
         if pl_module.task.KIND != "regression":
             predicted = scores.argmax(-1, keepdim=True)
@@ -116,7 +116,7 @@ class ExplanationWriter(L.Callback):
 
             seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
             found = looking.deletion_curves(score, features, attention, seeds)
-            curves = torch.stack([*found.values()], 1).double().cpu().numpy()
+            curves = _numbers(torch.stack([*found.values()], 1))
         self._found += zip(batch["ids"], curves, shares, strict=True)
         for i, id in enumerate(batch["ids"]):
             if id in self._drawn:
@@ -163,8 +163,8 @@ class ExplanationWriter(L.Callback):
                 pixels=shrunk(data.reader(data.predicted.path(sample))),
                 selected=selected.patches.sum(0).cpu().numpy(),
                 heads=len(selected.patches),
-                attention=attended.patches.double().cpu().numpy(),
-                overlay=everywhere.double().cpu().numpy(),
+                attention=_numbers(attended.patches),
+                overlay=_numbers(everywhere),
                 caption=_caption(module, data.predicted, sample, scores.tolist()),
                 where=f"block {self.layer}, " + ("all heads" if self.head is None else f"head {self.head}"),
                 prefix=prefix,
@@ -197,6 +197,11 @@ class ExplanationWriter(L.Callback):
             "scores": {name: [asdict(mean) for mean in of] for name, of in means.items()},
             "areas": {name: asdict(estimate) for name, estimate in estimates.items()},
         }
+
+
+def _numbers(tensor: Tensor) -> Floats:
+    """In float64, which not every device has."""
+    return tensor.float().cpu().numpy().astype(np.float64)
 
 
 def _image_data(trainer: L.Trainer) -> ImageDataModule:

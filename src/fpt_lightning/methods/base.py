@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
-from fpt_lightning.encoder.selection import exporting
+from fpt_lightning.encoder.execution import exporting
 from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
 from fpt_lightning.evaluation.calibration import fit_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds

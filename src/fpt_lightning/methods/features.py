@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +16,8 @@ from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.record import check_tensors
 from fpt_lightning.store.codecs import Features, as_features
+
+_LOADING = threading.Lock()  # of encoders by threads that share a module; of no object, which could not be pickled
 
 
 class FeatureModule(ClassificationModule):
@@ -87,9 +90,11 @@ class FeatureModule(ClassificationModule):
             CheckpointError: other weights than those this model was trained with.
         """
         resolution = (images.shape[-2], images.shape[-1])
-        if resolution not in self._frozen:
-            self.use_encoder(FrozenEncoder(self.encoder_config, resolution))
-        encoded: Encoded = self._frozen[resolution].to(images.device)(images)
+        with _LOADING:
+            if resolution not in self._frozen:
+                self.use_encoder(FrozenEncoder(self.encoder_config, resolution))
+            encoder = self._frozen[resolution].to(images.device)
+        encoded: Encoded = encoder(images)
         return encoded
 
     def use_encoder(self, encoder: FrozenEncoder) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fpt_lightning.encoder.selection import exporting
+from fpt_lightning.encoder.execution import autocast, autocast_dtype, exporting, to_do
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.store.codecs import Coded, Features
 
@@ -166,8 +166,7 @@ def cross_attention(queries: Tensor, keys: Coded, values: Coded) -> Tensor:
     if exporting():
         query = queries.expand(keys.data.shape[0], -1, -1, -1)
         return F.scaled_dot_product_attention(query, keys.widened(queries.dtype), values.widened(queries.dtype))
-    device = queries.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+    dtype = autocast_dtype(queries.device) or queries.dtype
     attended: Tensor = _CrossAttention.apply(queries, dtype, *keys, *values)
     return attended
 
@@ -180,9 +179,9 @@ class _CrossAttention(torch.autograd.Function):
         ctx.save_for_backward(queries, *coded)
         ctx.dtype = dtype
         attended = queries.new_empty(len(cast(Tensor, coded[0])), *queries.shape, dtype=dtype)
-        with torch.autocast(queries.device.type, enabled=False):
+        with autocast(queries.device, None):
             query = queries.to(dtype)
-            for images, keys, values in pieces(query, coded):
+            for images, keys, values in to_do(pieces(query, coded)):
                 attended[images] = F.scaled_dot_product_attention(query.expand(len(keys), -1, -1, -1), keys, values)
         return attended
 
@@ -193,8 +192,8 @@ class _CrossAttention(torch.autograd.Function):
         scale = queries.shape[-1] ** -0.5
         query = queries.to(ctx.dtype) * scale
         total = torch.zeros_like(queries)
-        with torch.autocast(queries.device.type, enabled=False):
-            for images, keys, values in pieces(query, coded):
+        with autocast(queries.device, None):
+            for images, keys, values in to_do(pieces(query, coded)):
                 attention = (query @ keys.transpose(-1, -2)).softmax(-1)
                 scores = gradient[images] @ values.transpose(-1, -2)
                 scores = attention * (scores - (attention * scores).sum(-1, keepdim=True))

@@ -124,8 +124,10 @@ class AdaLoRAModule(EncoderTuningModule):
         return super().training_step(batch, batch_idx) + self.orthogonal_loss()
 
     def on_train_start(self) -> None:
-        """Lay out the schedule of ranks over the steps to come."""
+        """Lay out the schedule of ranks over the steps to come; a checkpoint's importance follows to the device."""
         super().on_train_start()
+        for table in self._importance:
+            table.update({name: tensor.to(self.device) for name, tensor in table.items()})
         config = self._tuner[0].peft_config[_ADAPTER]
         config.total_step = int(self.trainer.estimated_stepping_batches)
         config.tinit, config.tfinal = config.total_step // 10, config.total_step // 2
@@ -135,15 +137,40 @@ class AdaLoRAModule(EncoderTuningModule):
         """After every step of the optimiser, while its gradients are there: allocate the ranks."""
         if self.trainer.global_step > self._steps:
             self._steps = self.trainer.global_step
-            self._tuner[0].update_and_allocate(self._steps)
+            self._allocate(self._steps)
+
+    @property
+    def _importance(self) -> list[dict[str, Tensor]]:
+        """peft's tables: of the last step, its mean and its spread over the steps, by parameter."""
+        allocator = self._tuner[0].rankallocator
+        return [allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc]
+
+    def _allocate(self, step: int) -> None:
+        """peft's ``update_and_allocate``, but that gradients which overflowed, as in ``16-mixed``, tell no importance.
+
+        The scaler leaves their steps out; one would make the means NaN for good, and no rank would fall.
+        """
+        allocator, config = self._tuner[0].rankallocator, self._tuner[0].peft_config[_ADAPTER]
+        last = config.total_step - config.tfinal  # at which the ranks are fixed
+        if step > last:
+            if config.rank_pattern:
+                allocator.mask_using_rank_pattern(self.vit, config.rank_pattern)
+            return
+        finite = [parameter.grad.isfinite().all() for parameter in self.parameters() if parameter.grad is not None]
+        if step < last and torch.stack(finite).all():
+            allocator.update_ipt(self.vit)
+        budget, due = allocator.budget_schedule(step)
+        if (due or step == last) and allocator.ipt:
+            config.rank_pattern = allocator.mask_to_budget(self.vit, budget)
+        if step == last:
+            allocator.reset_ipt()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint to go on from keeps what the ranks' importance has been so far."""
         super().on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
-            allocator = self._tuner[0].rankallocator
             checkpoint["adalora"] = {
-                "importance": [allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc],
+                "importance": self._importance,
                 "rank_pattern": self._tuner[0].peft_config[_ADAPTER].rank_pattern,
             }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fpt_lightning.encoder.selection import exporting
+from fpt_lightning.encoder.execution import exporting
 from fpt_lightning.errors import ConfigurationError, EncoderError
 from fpt_lightning.methods.tuning import EncoderTuningModule
 

@@ -11,6 +11,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fpt_lightning.encoder.execution import use_fused_attention
+
 
 class SideViT(nn.Module):
     """A pre-norm ViT whose block l also attends to the fused prompts of tapped layer l.
@@ -46,6 +48,7 @@ class SideViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=4, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, outputs)
+        use_fused_attention(self.blocks)  # which the explanation intercepts
         self.apply(_initialise)
         nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)

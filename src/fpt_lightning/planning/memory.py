@@ -7,9 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any, Literal, TypeVar, cast
-from unittest import mock
 
 import numpy as np
 import torch
@@ -21,11 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from fpt_lightning.datamodules.samples import STORED
 from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.execution import autocast, sketched
 from fpt_lightning.encoder.frozen import FrozenEncoder
-from fpt_lightning.encoder.selection import parts
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.methods.fusion import pieces
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.codecs import CODECS, check_codec
 from fpt_lightning.store.preload import feature_shape
@@ -143,8 +140,8 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        device = next(self.module.parameters()).device.type
-        bf16 = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        device = next(self.module.parameters()).device
+        bf16 = autocast(device, torch.bfloat16 if self.precision == "bf16-mixed" else None)
         eager = sdpa_kernel(SDPBackend.MATH) if self.attention == "eager" else contextlib.nullcontext()
         with bf16, eager, warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*self.log.*")  # there is no trainer to log to
@@ -237,9 +234,7 @@ def predict_encoding_memory(encoder: EncoderConfig, resolution: tuple[int, int],
 @contextlib.contextmanager
 def _fake() -> Iterator[None]:
     """Fake tensors; of what is done piece by piece in the same memory (attention maps, fusion), the first alone."""
-    maps = mock.patch("fpt_lightning.encoder.selection.parts", lambda count, size: parts(count, size)[:1])
-    fusion = mock.patch("fpt_lightning.methods.fusion.pieces", lambda query, coded: islice(pieces(query, coded), 1))
-    with maps, fusion, FakeTensorMode(allow_non_fake_inputs=True):  # shapes of the tensors on "meta"
+    with sketched(), FakeTensorMode(allow_non_fake_inputs=True):  # shapes of the tensors on "meta"
         yield
 
 

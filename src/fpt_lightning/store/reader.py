@@ -12,7 +12,6 @@ import os
 import struct
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -212,18 +211,19 @@ class RemoteReader:
         wrong = self._try(chunks)
         again = [i for i, error in enumerate(wrong) if error is not None and chunks[i].path in known]
         for path in {chunks[i].path for i in again}:  # the shard may have been written again since
-            del self._indices[path]
+            self._indices.pop(path, None)
         for i, error in zip(again, self._try([chunks[i] for i in again]), strict=True):
             wrong[i] = error
         return wrong
 
     def indices(self, paths: Sequence[str]) -> list[ShardIndex]:
         """Those of some shards, which are kept."""
-        unknown = sorted({path for path in paths if path not in self._indices})
+        known = dict(self._indices)  # another thread may forget some
+        unknown = sorted({path for path in paths if path not in known})
         length = index_bytes(self.samples)
         for path, tail in zip(unknown, self.storage.read([Range(path, -length) for path in unknown]), strict=True):
-            self._indices[path] = ShardIndex.parse(tail or b"", None, self.samples)
-        return [self._indices[path] for path in paths]
+            known[path] = self._indices[path] = ShardIndex.parse(tail or b"", None, self.samples)
+        return [known[path] for path in paths]
 
     def _try(self, chunks: Sequence[Chunk]) -> list[ValueError | None]:
         wrong: list[ValueError | None] = [None] * len(chunks)
@@ -312,7 +312,8 @@ class ShardCache:
 
     def discard(self, shard: str) -> None:
         """Remove a copy that is damaged."""
-        self._copies.pop(shard).unlink(missing_ok=True)
+        if (copy := self._copies.pop(shard, None)) is not None:
+            copy.unlink(missing_ok=True)
 
     def _copy(self, opened: tuple[Any, str], shard: str) -> Path:
         try:
@@ -348,12 +349,15 @@ class BufferPool:
     """Arrays that are used again once nobody holds them: fresh memory costs as much as reading into it."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = defaultdict(list)
+        self._free: dict[tuple[tuple[int, ...], str], list[NDArray[Any]]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array of undefined content; it returns by itself when it and all tensors and views over it are gone."""
-        free = self._free[shape, dtype.str]
-        buffer = free.pop() if free else np.empty(shape, dtype)
+        free = self._free.setdefault((shape, dtype.str), [])
+        try:
+            buffer = free.pop()
+        except IndexError:  # asked first, another thread could take the last one
+            buffer = np.empty(shape, dtype)
         lent = np.frombuffer(buffer.data, dtype).reshape(shape)
         weakref.finalize(lent.base, free.append, buffer)
         return lent
