@@ -26,7 +26,7 @@ from fpt_lightning.encoder.frozen import FrozenEncoder, build_encoder
 from fpt_lightning.encoder.weights import weights_digest
 from fpt_lightning.errors import EncoderError
 from reference import FAMILIES, assert_close, images_for, randomise
-from weight_files import Tensors, assert_encodes_like, prefixed, save, source_model, without_head
+from weight_files import Tensors, assert_encodes_like, kept, prefixed, save, source_model
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_family_reads_back_its_own_weights(tmp_path: Path, family: str) ->
     model = source_model(name, (6 * patch, 6 * patch))
     config = EncoderConfig(name, pretrained=save(model.state_dict(), tmp_path / "weights.safetensors"))
     native = FrozenEncoder(config, (6 * patch, 6 * patch))
-    assert all(torch.equal(v, native.model.state_dict()[k]) for k, v in without_head(model).items())
+    assert all(torch.equal(v, native.model.state_dict()[k]) for k, v in kept(model).items())
     other = FrozenEncoder(config, (9 * patch, 5 * patch))
     assert other(images_for(other.resolution))[1].max() < other.tokens
     assert native.digest == other.digest
@@ -130,7 +130,7 @@ def test_published_layout_of_dinov2(tmp_path: Path) -> None:
     published["cls_token"] = published["cls_token"] - extra
     published["mask_token"] = torch.zeros(1, 64)
     encoder = FrozenEncoder(EncoderConfig(name, save(published, tmp_path / "dinov2.pth")), (56, 56))
-    for key, tensor in without_head(model).items():
+    for key, tensor in kept(model).items():
         assert_close(encoder.model.state_dict()[key], tensor)
 
 
@@ -480,7 +480,7 @@ def repository(tmp_path: Path) -> tuple[nn.Module, Path]:
 def assert_has_weights_of(encoder: FrozenEncoder, model: nn.Module) -> None:
     assert encoder.shape.depth == 3
     own = encoder.model.state_dict()
-    assert all(torch.equal(own[name], tensor) for name, tensor in without_head(model).items())
+    assert all(torch.equal(own[name], tensor) for name, tensor in kept(model).items())
 
 
 def test_an_encoder_in_a_folder(repository: tuple[nn.Module, Path]) -> None:

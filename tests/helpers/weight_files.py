@@ -35,9 +35,9 @@ def save(content: Any, path: Path) -> str:
     return str(path)
 
 
-def without_head(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights as the frozen encoder keeps them."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head")}
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights as a frozen encoder that taps its last block keeps them."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("head", "norm."))}
 
 
 def assert_encodes_like(path: str, model: nn.Module, name: str = "test_vit") -> None:
@@ -46,5 +46,5 @@ def assert_encodes_like(path: str, model: nn.Module, name: str = "test_vit") -> 
     expected = FrozenEncoder(EncoderConfig(name, pretrained=False), (64, 64))
     images = images_for((64, 64))
     assert not torch.equal(loaded(images)[0], expected(images)[0])
-    expected.model.load_state_dict(without_head(model))
+    expected.model.load_state_dict(kept(model))
     assert all(torch.equal(a, b) for a, b in zip(loaded(images), expected(images), strict=True))
