@@ -389,6 +389,19 @@ def rates(bench: Bench) -> dict[str, Any]:
     }
 
 
+def compiled(bench: Bench) -> dict[str, Any]:
+    """Images a second of training steps, and of those with ``torch.compile`` of the side network; no input."""
+    module, data = bench.model(), bench.data()
+    data.preload(module, bench.trainer())
+    data.model = module
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    eager = _steps(module.to(device()), batch)
+    assert isinstance(module, FPTPlusModule)
+    module.side.compile()
+    return {"eager": eager, "compiled": _steps(module, batch)}
+
+
 class _Clock(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -430,6 +443,7 @@ CHECKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
         resuming,
         pinned_memory,
         rates,
+        compiled,
         precisions,
         small_gpu,
     )

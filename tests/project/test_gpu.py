@@ -91,6 +91,7 @@ def test_the_checks_of_a_gpu_run_without_one(tmp_path: Path, monkeypatch: pytest
     """As far as they can, on tiny sizes; what fails or is left out is said, and stops no other."""
     checks = importlib.import_module("gpu_check")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # which takes a minute
 
     def broken(bench: Any) -> dict[str, Any]:
         raise ValueError("broken")
