@@ -71,6 +71,8 @@ def refused(root: Path, *words: str, **arguments: Any) -> None:
         ("train", "Val", "test"),
         ("Training", "dev", "Testing"),
         ("TRAIN", "Development", "TEST"),
+        ("chest_train", "chest_val", "chest_test"),
+        ("01 Training images", "02 Validation images", "03 Testing images"),
     ],
 )
 def test_split_folders(tmp_path: Path, train: str, val: str, test: str) -> None:
@@ -366,6 +368,19 @@ def test_an_empty_class_folder_within_a_split(tmp_path: Path) -> None:
 def test_other_folders_than_the_three_splits(tmp_path: Path, given: tuple[str, ...]) -> None:
     root = folders(tmp_path, {f"{split}/{name}": 1 for split in given for name in "ab"})
     refused(root, str(root), *given, "train, val and test", "data.manifest")
+
+
+@pytest.mark.parametrize("upper", [("set1", "set2"), ("positive_test", "negative_test"), ("train set", "other")])
+def test_folders_that_hold_the_same_folders(tmp_path: Path, upper: tuple[str, str]) -> None:
+    """Either could be the classes, and nobody is asked after a frozen pass."""
+    root = folders(tmp_path, {f"{above}/{name}": 10 for above in upper for name in ("sick", "well")})
+    refused(root, str(root), *upper, "sick", "well", "which are the classes", "data.manifest")
+
+
+def test_folders_below_classes_that_differ_or_are_one_are_of_the_class(tmp_path: Path) -> None:
+    several = folders(tmp_path / "several", {"a/p1": 10, "a/p2": 10, "b/p1": 10, "b/p3": 10})
+    one = folders(tmp_path / "one", {"a/images": 20, "b/images": 20})
+    assert [read_manifest(root).classes for root in (several, one)] == [("a", "b")] * 2
 
 
 def test_one_class_only(tmp_path: Path) -> None:

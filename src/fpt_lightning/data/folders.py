@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -99,14 +100,16 @@ def labelled_folders(root: Path, kind: Kind) -> tuple[list[tuple[Sample, str]], 
     """Images with the names of their classes, from ``{split}/{class}`` or ``{class}``, and notes on what is ignored.
 
     Raises:
-        DataError: other folders, or a class without an image.
+        DataError: other folders, a class without an image, or folders which hold the same folders, so that either
+            could be the classes.
     """
     if kind != "single-label":
         raise DataError(f"a {kind} data set needs a CSV manifest (data.manifest): folders name one class an image.")
     folders = _folders(root)
-    splits = {p: SPLIT_NAMES[p.name.lower()] for p in folders if p.name.lower() in SPLIT_NAMES}
+    splits = _splits(folders)
     ignored: list[str] = []
     if not splits:
+        _check_one_level(root, folders)
         return _from_classes(root, root, "", ignored), Found([], ignored).notes()
     others = [p.name for p in folders if p not in splits]
     if others or not {"train", "test"} <= set(splits.values()) or len(splits) != len(set(splits.values())):
@@ -119,6 +122,33 @@ def labelled_folders(root: Path, kind: Kind) -> tuple[list[tuple[Sample, str]], 
         labelled for folder, split in splits.items() for labelled in _from_classes(folder, root, split, ignored)
     ]
     return labelled, Found([], ignored).notes()
+
+
+def _splits(folders: Sequence[Path]) -> dict[Path, str]:
+    """What the folders are called as splits: by their whole names, or all by a word, as ``chest_train``."""
+    whole = {path: SPLIT_NAMES[path.name.lower()] for path in folders if path.name.lower() in SPLIT_NAMES}
+    if whole:
+        return whole
+    words = {path: {SPLIT_NAMES[w] for w in _words(path.name) if w in SPLIT_NAMES} for path in folders}
+    named = {path: splits.pop() for path, splits in words.items() if len(splits) == 1}
+    if len(named) < len(folders) or sorted(named.values()) not in (["test", "train"], ["test", "train", "val"]):
+        return {}
+    return named
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
+
+
+def _check_one_level(root: Path, folders: Sequence[Path]) -> None:
+    """Refuse what may be two levels of classes: several folders, each of which holds the same ones."""
+    below = [{path.name for path in _folders(folder)} for folder in folders]
+    if len(below) > 1 and len(below[0]) > 1 and all(names == below[0] for names in below):
+        raise DataError(
+            f"each folder of the data root {root} ({a_few([p.name for p in folders], 3)}) holds the folders "
+            f"{a_few(sorted(below[0]), 3)}: which are the classes? Call the upper ones train, val and test if they are "
+            "splits; else name every image's class in a CSV manifest (data.manifest)."
+        )
 
 
 def _folders(folder: Path) -> list[Path]:
