@@ -166,6 +166,16 @@ def test_how_many_threads(asked: int | None, processes: int, expected: int, monk
     assert usable_threads(asked, processes) == expected
 
 
+def test_the_thread_is_on_the_device_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a thread starts on the first GPU, and pins memory there."""
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: chosen.append((threading.current_thread().name, to)))
+    assert len(list(PrefetchingLoader(Numbers(4), batch_size=2))) == 2
+    assert chosen == [("prefetch", 1)]
+
+
 def test_lightning_takes_it_as_any_loader() -> None:
     class Sums(L.LightningModule):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:

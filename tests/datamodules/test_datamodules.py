@@ -100,6 +100,19 @@ def attach(data: ImageDataModule, rank: int = 0, world_size: int = 1, **declared
     return data
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:1", None])
+def test_memory_is_pinned_for_the_trainers_device(
+    live: Maker, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not because there is a GPU."""
+    data = ready(live(side_resolution=32))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if device is not None:
+        attach(data)
+        monkeypatch.setattr(type(data.trainer.strategy), "root_device", torch.device(device))
+    assert data.test_dataloader().pin_memory == (device == "cuda:1")
+
+
 def epoch(loader: DataLoader[Any], number: int = 0) -> Batches:
     loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
     return list(loader)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder.frozen import FrozenEncoder
@@ -330,6 +334,34 @@ def test_fp16_arithmetic_is_close_to_fp32(data: PreloadedFeatureDataModule) -> N
         torch.testing.assert_close(half, module(batch), rtol=0.05, atol=0.02)
 
 
+class Waits(TorchDispatchMode):
+    """Keeps where an operation waits for the device, except in PyTorch's optimisers, whose counts are the host's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[list[str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_stack()]
+            if not any("/torch/optim/" in frame for frame in frames):
+                self.places.append(frames)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_training_step_waits_for_the_device(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
+    """Up to the progress bar and the logger, but for the steps that the logger writes (``log_every_n_steps``)."""
+    trainer = quiet_trainer(tmp_path, max_epochs=2, enable_progress_bar=True, logger=CSVLogger(tmp_path))
+    with Waits() as waits:
+        trainer.fit(tiny_model(), data)
+    step = re.compile(r".*training_epoch_loop\.py:\d+ (advance|on_advance_end)$")
+    in_steps = [frames for frames in waits.places if any(step.match(frame) for frame in frames)]
+    assert not [frames for frames in in_steps if not any("evaluation_loop.py" in frame for frame in frames)]
+    assert waits.places  # of the validation
+    assert {"train_loss_step", "train_loss_epoch", "val_loss"} <= trainer.callback_metrics.keys()
+    assert "train_loss_epoch" in trainer.progress_bar_metrics
+
+
 def test_it_learns(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
     L.seed_everything(0)
     module = tiny_model(learning_rate=3e-3)
@@ -434,3 +466,25 @@ def test_a_device_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     logits.sum().backward()
     with pytest.raises(ConfigurationError, match=r"no autocast to bfloat16 on 'cpu': use fp32 \(model\.encoder_prec"):
         tiny_model(encoder_precision="bf16")(batch)
+
+
+def test_a_live_encoder_leaves_the_device_with_the_module(
+    image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a trainer ends, by an error too."""
+    left: list[FrozenEncoder] = []
+    monkeypatch.setattr(FrozenEncoder, "cpu", lambda self: left.append(self))
+    live = ImageDataModule(str(image_root), resolution=64, mean=[0.4], std=[0.2], image_size=48)
+    module = tiny_model()
+
+    class Interrupt(L.Callback):
+        def on_test_end(self, *_: Any) -> None:
+            raise RuntimeError("a failure")
+
+    trainer = quiet_trainer(tmp_path, callbacks=[Interrupt()])
+    trainer.fit(module, live)
+    assert left == module.encoders
+    trainer.predict(module, live)
+    with pytest.raises(RuntimeError, match="a failure"):
+        trainer.test(module, live, verbose=False)
+    assert left == module.encoders * 3

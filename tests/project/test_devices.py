@@ -126,14 +126,14 @@ def test_one_process_writes_and_leaves_the_same_files(runs: dict[int, Path]) -> 
 def test_a_live_encoder_divided_among_processes_trains_as_a_whole_one(tmp_path: Path) -> None:
     """``ShardedEncoder`` on two processes against one process: the recipe of docs/devices.md.
 
-    7 images are 4 batches of one process and 3 of the other.
+    9 images are 2 batches of one process and 1 of the other.
     """
-    for seed, (split, counts) in enumerate({"train": (8, 8, 8), "val": (3, 2, 2), "test": (3, 2, 2)}.items()):
-        write_images(tmp_path / "images" / split, dict(zip("abc", counts, strict=True)), seed=seed)
+    for seed, (split, count) in enumerate({"train": 8, "val": 3, "test": 3}.items()):
+        write_images(tmp_path / "images" / split, dict.fromkeys("abc", count), seed=seed)
     found = {}
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        config = configuration(tmp_path / "images", folder, devices, global_batch=2)
+        config = configuration(tmp_path / "images", folder, devices)
         config["data"]["class_path"] = "ImageDataModule"
         del config["data"]["init_args"]["store"]
         if devices == 2:

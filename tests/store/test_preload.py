@@ -133,6 +133,17 @@ def test_features_are_those_of_the_encoder(image_root: Path, tiny_data: MakeData
     assert store.made_with.keys() >= {"torch", "timm", "fpt-lightning", "device"}
 
 
+def test_a_store_names_the_device_that_made_it(
+    tiny_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not every GPU that is there."""
+    trainer = quiet_trainer(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert tiny_data().preload(ENCODER, trainer).made_with["device"] == "cpu"
+    assert preload._made_with(torch.device("cuda", 1))["device"] == "GPU cuda:1"
+
+
 def test_the_size_of_every_image_file_is_stored(image_root: Path, reference: dict[str, np.ndarray]) -> None:
     assert reference["row_records"][:, :2].tolist() == [[1, (image_root / id).stat().st_size] for id in IDS]
 
@@ -593,11 +604,13 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, world_size: int) -> None:
+def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, tmp_path: Path, world_size: int) -> None:
     write_images(image_root, {"a": 25, "b": 25})
     data = tiny_data()
     arguments = (data.read_manifest(), ENCODER, replace(data.asked(ENCODER), codec="fp16"), data.url, 5)
-    FrozenPass(*arguments).prepare_data()
+    first = FrozenPass(*arguments)
+    first.trainer = quiet_trainer(tmp_path)
+    first.prepare_data()
     shares = []
     for rank in range(world_size):
         frozen_pass = FrozenPass(*arguments)

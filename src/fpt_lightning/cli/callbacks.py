@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
 from fpt_lightning.data.manifest import SPLITS, Manifest
+from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.measures import confusion_matrix
@@ -397,7 +398,7 @@ def _about(module: ClassificationModule) -> dict[str, str]:
         **fitted,
         **{name: version(name) for name in names},
         "Python": platform.python_version(),
-        "device": torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else module.device.type,
+        "device": device_name(module.device),
     }
 
 

@@ -95,6 +95,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_AHEAD)
     stopped = threading.Event()
 
@@ -107,6 +108,8 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
 
     def run() -> None:
         try:
+            if device is not None:  # a thread starts on the first, where memory would be pinned for all processes
+                torch.cuda.set_device(device)
             while not stopped.is_set():
                 put((next(batches), None))
         except BaseException as error:  # the consumer raises it, StopIteration included

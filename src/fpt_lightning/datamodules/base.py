@@ -187,7 +187,7 @@ class ManifestDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collated,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
             worker_init_fn=start_worker,
             generator=torch.Generator().manual_seed(0),  # else each loader draws from, and so changes, the global RNG

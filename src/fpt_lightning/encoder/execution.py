@@ -49,6 +49,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def device_name(device: torch.device) -> str:
+    """Of a GPU its model; else the type of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def use_fused_attention(model: nn.Module) -> None:
     """Let timm's attentions call ``scaled_dot_product_attention``, to be intercepted, whatever TIMM_FUSED_ATTN."""
     for module in model.modules():

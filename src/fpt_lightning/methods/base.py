@@ -157,7 +157,8 @@ class ClassificationModule(TrainedModule, ABC):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss = self.task.loss(self(batch).float(), batch["labels"])
         size = len(batch["labels"])
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=size, sync_dist=True)
+        self.log("train_loss_step", loss, batch_size=size)  # of this process; on the bar, every step would wait for it
+        self.log("train_loss_epoch", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:

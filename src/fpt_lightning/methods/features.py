@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +96,12 @@ class FeatureModule(ClassificationModule):
             encoder = self._frozen[resolution].to(images.device)
         encoded: Encoded = encoder(images)
         return encoded
+
+    def cpu(self) -> Self:
+        """Move the live encoders too, as a trainer does when it ends: they would stay on its GPU."""
+        for encoder in self.encoders:
+            encoder.cpu()
+        return super().cpu()
 
     def use_encoder(self, encoder: FrozenEncoder) -> None:
         """Encode images of the encoder's resolution with it from now on.

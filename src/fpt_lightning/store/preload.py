@@ -30,6 +30,7 @@ from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.encoder.selection import number_of_tokens
 from fpt_lightning.errors import ImageError, StoreError
@@ -279,7 +280,8 @@ class FrozenPass(L.LightningModule):
             _check_space(self.url, len(store.missing(ids)) * size)
         else:
             _check_space(self.url, len(ids) * size)
-            store = WritableStore.create(self.url, self._measured(asked), shape, _made_with())
+            made_with = _made_with(self.trainer.strategy.root_device)
+            store = WritableStore.create(self.url, self._measured(asked), shape, made_with)
         store.extend(ids)
         if self._lock is not None:
             share_lock(self._lock, self.url)
@@ -537,9 +539,9 @@ def _write(
     store.write(rows, {name: np.stack([s[name] for s in samples]) for name in samples[0]}, files)
 
 
-def _made_with() -> dict[str, str]:
+def _made_with(device: torch.device) -> dict[str, str]:
     versions = {name: version(name) for name in ("torch", "timm", "zarr", "pillow", "fpt-lightning")}
-    return {**versions, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    return {**versions, "device": device_name(device)}
 
 
 def _check_space(url: str, needed: int) -> None:
