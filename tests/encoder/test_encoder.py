@@ -22,6 +22,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -296,6 +297,20 @@ def test_building_leaves_random_states_alone(monkeypatch: pytest.MonkeyPatch) ->
     FrozenEncoder(EncoderConfig("test_vit", False), (64, 64))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("cuda", "cpu"), ("meta", "meta")])
+def test_where_a_random_build_draws(asked: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning builds models within the context of a GPU, whose generator would give other weights."""
+
+    def create(*_: Any, **__: Any) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr("fpt_lightning.encoder.frozen.timm.create_model", create)
+    config = EncoderConfig("test_vit", False)
+    with FakeTensorMode(), torch.device(asked):
+        assert torch.empty(0).device.type == asked
+        assert {p.device.type for p in build_encoder(config, (64, 64)).parameters()} == {expected}
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov3", "eva02-separate", "beit"])
