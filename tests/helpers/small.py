@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fpt_lightning import FPTPlusModule
+from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.tuning import EncoderModule
@@ -36,6 +38,9 @@ SPECIFICATION = FeatureSpecification(
 )
 """Of a store that no encoder made."""
 
+CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regression": 1}
+"""``num_classes`` of each task on the images of ``write_images``, by their folder (``table``)."""
+
 TINY = {"encoder": "test_vit", "pretrained": False, "side_resolution": 32, "prompts": 4}
 """timm's ``test_vit``: width 64, 6 blocks, 2 heads, patch 16."""
 
@@ -50,6 +55,43 @@ def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (80
             pixels[..., label % 3] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:03d}.png")
     return root
+
+
+def table(root: Path, task: str, name: str = "labels.csv") -> Path:
+    """Labels by the folder of an image: a, b or c, whose images differ in colour."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(root.rglob("*.png")):
+        label = "abc".index(path.parent.name)
+        row: dict[str, Any] = {"image": path.relative_to(root).as_posix()}
+        if task == "multilabel":
+            row |= {
+                "red": int(label == 0),
+                "green": int(label == 1),
+                "bright": -1 if path.stem == "003" else 1 - label % 2,
+            }
+            row["bright"] = "" if path.stem == "004" else row["bright"]
+        elif task == "regression":
+            row["label"] = 40 + 10 * label + int(path.stem) / 10
+        else:
+            row["label"] = ("low", "mid", "high")[label]
+        rows.append(row)
+    with (root / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return root / name
+
+
+def data_for(
+    task: str, tiny_data: Callable[..., PreloadedFeatureDataModule], image_root: Path, **changes: Any
+) -> PreloadedFeatureDataModule:
+    """Of a task on ``image_root``, by the fixture ``tiny_data``."""
+    settings: dict[str, Any] = {"manifest": str(table(image_root, task))}
+    if task == "multilabel":
+        settings["label_column"] = ["red", "green", "bright"]
+    elif task in ("ordinal", "coral", "multiclass"):
+        settings["classes"] = ["low", "mid", "high"]
+    return tiny_data(**{**settings, **changes})
 
 
 def tiny_model(**changes: Any) -> FPTPlusModule:

@@ -28,9 +28,8 @@ from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import TASKS, Coral, make_task
 from fpt_lightning.methods.tuning import EncoderModule, build_on_meta
 from fpt_lightning.planning.memory import TrainingStep, example_batch
-from small import TINY, quiet_trainer
+from small import CLASSES, TINY, data_for, quiet_trainer, table
 
-CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regression": 1}
 DataMaker = Callable[..., PreloadedFeatureDataModule]
 
 
@@ -230,40 +229,6 @@ def test_the_published_number_of_parameters_stays() -> None:
 
 
 # From a manifest to a checkpoint and back
-
-
-def table(root: Path, task: str, name: str = "labels.csv") -> Path:
-    """Labels by the folder of an image: a, b or c, whose images differ in colour."""
-    rows: list[dict[str, Any]] = []
-    for path in sorted(root.rglob("*.png")):
-        label = "abc".index(path.parent.name)
-        row: dict[str, Any] = {"image": path.relative_to(root).as_posix()}
-        if task == "multilabel":
-            row |= {
-                "red": int(label == 0),
-                "green": int(label == 1),
-                "bright": -1 if path.stem == "003" else 1 - label % 2,
-            }
-            row["bright"] = "" if path.stem == "004" else row["bright"]
-        elif task == "regression":
-            row["label"] = 40 + 10 * label + int(path.stem) / 10
-        else:
-            row["label"] = ("low", "mid", "high")[label]
-        rows.append(row)
-    with (root / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return root / name
-
-
-def data_for(task: str, tiny_data: DataMaker, image_root: Path, **changes: Any) -> PreloadedFeatureDataModule:
-    settings: dict[str, Any] = {"manifest": str(table(image_root, task))}
-    if task == "multilabel":
-        settings["label_column"] = ["red", "green", "bright"]
-    elif task in ("ordinal", "coral", "multiclass"):
-        settings["classes"] = ["low", "mid", "high"]
-    return tiny_data(**{**settings, **changes})
 
 
 def model_for(task: str, **changes: Any) -> FPTPlusModule:

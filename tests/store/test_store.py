@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import ConfigurationError, StaleStoreError, StoreError
-from fpt_lightning.store.codecs import CODECS, check_codec, encode
+from fpt_lightning.store.codecs import CODECS, Features, check_codec, encode, relative_error
 from fpt_lightning.store.damage import check_present
 from fpt_lightning.store.index import FileRecord, open_group
 from fpt_lightning.store.layout import SHARD
@@ -603,6 +603,22 @@ def features_of(values: Sequence[float]) -> torch.Tensor:
     features = torch.zeros(len(values), 2, 3, 3, 4, 6)
     features[:, -1, -1, -1, -1, -1] = torch.tensor(values)
     return features
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 64])
+def test_the_error_is_relative_to_the_median_channel_to_the_bit(channels: int) -> None:
+    """That of ``nanmedian``, which a GPU refuses where it must be deterministic; degenerate channels included."""
+    generator = torch.Generator().manual_seed(channels)
+    features = torch.randn(50, 2, 2, 2, 3, channels, generator=generator)
+    odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, 1e-20, 1.0, 1.0])
+    features[20:] = odd[torch.randint(7, (30, 2, 2, 2, 1, channels), generator=generator)]
+    features[13:20] = odd.view(-1, 1, 1, 1, 1, 1)
+    squares = features.square().mean(-2)
+    typical = squares.where(squares != 0, torch.nan).nanmedian(-1).values
+    error = features.square().mean((-2, -1))
+    expected = error.where(error == 0, error / typical).sqrt()
+    found = relative_error(features, Features(torch.zeros_like(features)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fpt_lightning.errors import ConfigurationError, EncoderError
 from fpt_lightning.methods.tuning import EncoderTuningModule
@@ -161,7 +163,8 @@ class AdaLoRAModule(EncoderTuningModule):
             allocator.update_ipt(self.vit)
         budget, due = allocator.budget_schedule(step)
         if (due or step == last) and allocator.ipt:
-            config.rank_pattern = allocator.mask_to_budget(self.vit, budget)
+            with _SortedKthValue():
+                config.rank_pattern = allocator.mask_to_budget(self.vit, budget)
         if step == last:
             allocator.reset_ipt()
 
@@ -181,6 +184,20 @@ class AdaLoRAModule(EncoderTuningModule):
             allocator = self._tuner[0].rankallocator
             allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = checkpoint["adalora"]["importance"]
             self._tuner[0].peft_config[_ADAPTER].rank_pattern = checkpoint["adalora"]["rank_pattern"]
+
+
+class _SortedKthValue(TorchFunctionMode):
+    """``torch.kthvalue(x, k)`` of x (N,) by a sort: of torch 2.4, it has no deterministic form on a GPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _kth_value(*args, **(kwargs or {})) if func is torch.kthvalue else func(*args, **(kwargs or {}))
+
+
+def _kth_value(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = x.sort()
+    return values[k - 1], indices[k - 1]
 
 
 class SplitProjection(nn.Module):

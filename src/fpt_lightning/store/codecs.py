@@ -152,9 +152,18 @@ def relative_error(features: Tensor, coded: Features) -> Tensor:
     layers = range(features.shape[2])
     wide = [torch.stack([part.widened(torch.float32) for part in coded.layer(i)], 1) for i in layers]
     error = (torch.stack(wide, 2) - features).square().mean((-2, -1))
-    channels = features.square().mean(-2)
-    typical = channels.where(channels != 0, torch.nan).nanmedian(-1).values
+    typical = _median_of_nonzero(features.square().mean(-2))
     return torch.where(error == 0, error, error / typical).sqrt()
+
+
+def _median_of_nonzero(x: Tensor) -> Tensor:
+    """Over the last dimension, of what is neither zero nor NaN, the lower of two in the middle; NaN of nothing.
+
+    ``nanmedian`` has no deterministic form on a GPU.
+    """
+    known = x.where(x != 0, torch.nan).sort(-1).values  # NaN last
+    middle = (~known.isnan()).sum(-1, keepdim=True).sub(1).clamp(min=0) // 2
+    return known.gather(-1, middle)[..., 0]
 
 
 def encode(features: Tensor, specification: FeatureSpecification, names: Sequence[str]) -> dict[str, NDArray[Any]]:
