@@ -378,7 +378,7 @@ def test_the_precision_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_precision() -> None:
-    with pytest.raises(ConfigurationError, match="encoder_precision is 'fp8': choose one of fp32, bf16"):
+    with pytest.raises(ConfigurationError, match="encoder_precision is 'fp8': choose one of fp32, bf16, fp16"):
         EncoderConfig("test_vit", False, precision="fp8")
 
 

@@ -180,7 +180,8 @@ class ShardedEncoder(L.Callback):
         if resolution in known:
             self._encoder = known[resolution]
             return
-        self._encoder = encoder = FrozenEncoder(pl_module.encoder_config, resolution)
+        encoder = FrozenEncoder(pl_module.encoder_config, resolution).float()  # whole blocks of one dtype, for FSDP
+        self._encoder = encoder
         mesh = init_device_mesh(trainer.strategy.root_device.type, (trainer.world_size,))
         for block in encoder.model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)

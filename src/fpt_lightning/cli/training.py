@@ -31,6 +31,7 @@ from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.deployment.checkpoints import read_checkpoint
+from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
@@ -166,6 +167,7 @@ class CommandLine(LightningCLI):
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
         """
+        check_precision(self.trainer)
         if stage == "fit":
             self.model.check_trainer(self.trainer)
         if self.checkpoint is not None:

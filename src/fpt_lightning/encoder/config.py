@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import timm
 import torch
 from torch import nn
 
+from fpt_lightning.encoder.precision import PRECISIONS
 from fpt_lightning.encoder.selection import CRITERIA, number_of_tokens
 from fpt_lightning.encoder.weight_files import WEIGHT_SUFFIXES, are_weights, existing_weights, weights_file_digest
 from fpt_lightning.errors import ConfigurationError, EncoderError, in_one_line
 
-Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 _HUB, _FOLDER = "hf-hub:", "local-dir:"
 
 
@@ -159,8 +158,8 @@ class EncoderConfig:
         layers: tapped blocks, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper: 0.2).
         criterion: ``global`` (attention column mean over all tokens, the paper's) or ``class_token``.
-        precision: of the encoder's linear layers: ``fp32``, or ``bf16`` (autocast). Attention maps, their means and
-            norms are fp32 in both.
+        precision: of the encoder's linear layers: ``fp32`` (never TF32), or ``bf16`` or ``fp16`` (autocast). Attention
+            maps, their means and norms are fp32 in all.
 
     Raises:
         ConfigurationError: a layer, ratio, criterion or precision that does not exist.

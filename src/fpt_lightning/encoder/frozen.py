@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fpt_lightning.encoder.config import EncoderConfig, is_in_a_repository
 from fpt_lightning.encoder.execution import autocast, use_fused_attention
+from fpt_lightning.encoder.precision import HALF, full_precision, halve_linear_layers
 from fpt_lightning.encoder.selection import (
     attention_with_importance,
     class_token_importance,
@@ -61,6 +62,7 @@ class FrozenEncoder(nn.Module):
         EncoderError: weights that do not fit.
     """
 
+    @full_precision()
     def __init__(self, config: EncoderConfig, resolution: tuple[int, int]) -> None:
         super().__init__()
         self.config = config
@@ -78,6 +80,8 @@ class FrozenEncoder(nn.Module):
                 part.register_forward_pre_hook(_class_token_alone)
         self.requires_grad_(False)
         self.eval()
+        if config.precision in HALF:
+            halve_linear_layers(self.model, config.precision)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stay in evaluation mode, whatever is asked."""
@@ -85,7 +89,7 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Encoded:
-        """The frozen pass, in the configuration's precision whatever autocast says.
+        """The frozen pass, in the configuration's precision whatever autocast and PyTorch's settings say.
 
         Args:
             images: (B, 3, height, width), normalised, at this encoder's resolution.
@@ -100,7 +104,7 @@ class FrozenEncoder(nn.Module):
                 f"resolution {self.resolution[0]} x {self.resolution[1]}."
             )
         tap = _AttentionTap(self.config, self.selected)
-        with autocast(images.device, torch.bfloat16 if self.config.precision == "bf16" else None), tap:
+        with full_precision(), autocast(images.device, HALF.get(self.config.precision)), tap:
             output: Tensor = cast(Any, self.model).forward_features(images.float())
         features, indices = tap.collect()
         pooled = output[:, 0] if self.shape.class_token else output[:, self.shape.prefix_tokens :].mean(1)
@@ -169,6 +173,32 @@ class _AttentionTap(TorchFunctionMode):
         return output
 
 
+def check_finite(encoded: Encoded, names: Sequence[str], config: EncoderConfig) -> None:
+    """Refuse what an encoder gave that is not finite.
+
+    Args:
+        encoded: of B images.
+        names: of these.
+        config: of the encoder.
+
+    Raises:
+        EncoderError: naming the first such image.
+    """
+    finite = [part.flatten(1).isfinite().all(1) for part in (encoded.features, encoded.pooled)]
+    sound = torch.stack(finite).all(0).tolist()
+    if all(sound):
+        return
+    if config.precision == "fp16":
+        remedy = "the largest number of fp16 is 65504: use model.encoder_precision bf16 or fp32"
+    else:
+        remedy = "its weights are damaged, or do not suit it: give others as model.pretrained"
+    raise EncoderError(
+        f"the features of {names[sound.index(False)]} that {config.name} gives in {config.precision} are not finite; "
+        f"{remedy}."
+    )
+
+
+@full_precision()
 def build_encoder(config: EncoderConfig, resolution: tuple[int, int], pooling: bool = False) -> nn.Module:
     """timm's model at a resolution, on the CPU or on "meta"; a random initialisation is the same every time.
 

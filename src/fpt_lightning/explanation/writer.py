@@ -95,7 +95,7 @@ class ExplanationWriter(L.Callback):
     ) -> None:
         if "features" not in batch:
             assert isinstance(pl_module, FPTPlusModule)
-            encoded = pl_module.encode(batch["images"])
+            encoded = pl_module.encode(batch["images"], batch["ids"])
             batch |= {"features": encoded.features, "indices": encoded.indices}  # once, for prediction too
 
     def on_predict_batch_end(

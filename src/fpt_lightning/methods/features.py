@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fpt_lightning.encoder.config import EncoderConfig, Precision, encoder_shape
-from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
-from fpt_lightning.encoder.selection import Criterion
+from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder, check_finite
+from fpt_lightning.encoder.precision import Precision
+from fpt_lightning.encoder.selection import Criterion, exporting
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.record import check_tensors
@@ -31,7 +32,7 @@ class FeatureModule(ClassificationModule):
         layers: tapped blocks of the encoder, counted from 0; the upper half by default (paper, section 4.5).
         token_ratio: share of the tokens kept in every head (paper, section 3.5).
         criterion: of a token's importance: ``global`` (the paper's) or ``class_token``.
-        encoder_precision: of the frozen encoder's linear layers: ``fp32`` or ``bf16``.
+        encoder_precision: of the frozen encoder's linear layers: ``fp32``, ``bf16`` or ``fp16``.
         **kwargs: see ``ClassificationModule``.
 
     Raises:
@@ -78,16 +79,18 @@ class FeatureModule(ClassificationModule):
         """The frozen encoders that have run, one a resolution; none where features came from a store."""
         return list(self._frozen.values())
 
-    def encode(self, images: Tensor) -> Encoded:
+    def encode(self, images: Tensor, names: Sequence[str] | None = None) -> Encoded:
         """Run the frozen encoder, whose weights are loaded the first time.
 
         It is neither a submodule nor learnable: no optimiser, checkpoint or ``train()`` ever reaches it.
 
         Args:
             images: (B, 3, height, width), fp32, normalised.
+            names: of the images, for errors.
 
         Raises:
             CheckpointError: other weights than those this model was trained with.
+            EncoderError: in fp16, features that are not finite, naming the image.
         """
         resolution = (images.shape[-2], images.shape[-1])
         with _LOADING:
@@ -95,7 +98,13 @@ class FeatureModule(ClassificationModule):
                 self.use_encoder(FrozenEncoder(self.encoder_config, resolution))
             encoder = self._frozen[resolution].to(images.device)
         encoded: Encoded = encoder(images)
+        if self.encoder_config.precision == "fp16" and not exporting():
+            numbered = [f"image {place} of the batch" for place in range(len(images))]
+            check_finite(encoded, names or numbered, self.encoder_config)
         return encoded
+
+    def _encoded(self, batch: Mapping[str, Any]) -> Encoded:
+        return self.encode(batch["images"], batch.get("ids"))
 
     def cpu(self) -> Self:
         """Move the live encoders too, as a trainer does when it ends: they would stay on its GPU."""
@@ -127,7 +136,7 @@ class FeatureModule(ClassificationModule):
         Raises:
             ConfigurationError: features of another encoder or of other layers.
         """
-        features = as_features(batch) if "features" in batch else Features(self.encode(batch["images"]).features)
+        features = as_features(batch) if "features" in batch else Features(self._encoded(batch).features)
         layers, shape = len(self.encoder_config.tapped_layers), self.encoder_shape
         if (features.features.shape[1:4], features.head_dim) != ((2, layers, shape.heads), shape.head_dim):
             raise ConfigurationError(
@@ -143,7 +152,7 @@ class FeatureModule(ClassificationModule):
         Raises:
             ConfigurationError: features of another encoder.
         """
-        pooled: Tensor = batch["pooled"] if "pooled" in batch else self.encode(batch["images"]).pooled
+        pooled: Tensor = batch["pooled"] if "pooled" in batch else self._encoded(batch).pooled
         if pooled.shape[1:] != torch.Size([self.encoder_shape.width]):
             raise ConfigurationError(
                 f"the pooled features have the shape {tuple(pooled.shape)}, but {self.encoder_shape.name} gives "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, a_few
 from fpt_lightning.methods.record import KEY, TrainingRecord, check_resumable
 from fpt_lightning.methods.saved_files import keep_own_files
@@ -86,6 +87,10 @@ class TrainedModule(L.LightningModule):
         own = labels.new_full((len(labels), self.num_classes), torch.nan)
         own[:, self._columns] = labels
         return own
+
+    def setup(self, stage: str) -> None:
+        """Refuse a trainer that changes labels and features (``fpt_lightning.encoder.precision.check_precision``)."""
+        check_precision(self.trainer)
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn != "fit":

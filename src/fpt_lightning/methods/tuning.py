@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
 from fpt_lightning.encoder.frozen import build_encoder
+from fpt_lightning.encoder.precision import full_precision
 from fpt_lightning.encoder.weights import weights_digest
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
 from fpt_lightning.methods.base import ClassificationModule, initialise_head
@@ -53,6 +54,7 @@ class EncoderModule(ClassificationModule):
     def adapt(self, vit: Any) -> None:
         """Let learn what shall learn of timm's ViT, whose parameters are frozen; the head learns in any case."""
 
+    @full_precision()
     def build(self, resolution: tuple[int, int]) -> None:
         """Build the encoder with its new head, frozen but for what learns.
 

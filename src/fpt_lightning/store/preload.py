@@ -31,7 +31,8 @@ from fpt_lightning.data.statistics import channel_statistics, deep_pictures, dra
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.execution import device_name
-from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder, check_finite
+from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.encoder.selection import number_of_tokens
 from fpt_lightning.errors import ImageError, StoreError
 from fpt_lightning.files import read_rows, write_rows
@@ -105,11 +106,15 @@ def preload(
         The complete store.
 
     Raises:
+        ConfigurationError: a trainer whose precision changes images.
         StaleStoreError: the store there was made with other settings.
         ImageError: images that cannot be read; all others are stored.
+        EncoderError: features that are not finite, naming the image.
         StoreError: another preload is writing it, too little disk space, a place that cannot be written, or features
             that do not fit the codec, naming the image.
     """
+    if trainer is not None:
+        check_precision(trainer)
     url = resolve(url)
     ids = [sample.id for sample in manifest.samples]
     manifest = manifest if manifest.files is not None else manifest.look()
@@ -486,6 +491,7 @@ class _StoreWriter(L.Callback):
             self._flush(pl_module.store)
         self.notices |= batch.notices
         names = [str(pl_module.manifest.root / pl_module.store.source(row)[0]) for row in batch.rows]
+        check_finite(outputs, names, pl_module.config)
         content = {
             **encode(outputs.features, pl_module.specification, names),
             "indices": outputs.indices.to("cpu", torch.int32).numpy(),
