@@ -1,4 +1,4 @@
-"""Sessions: tests (default), slow, gpu, lint, types, quickstart, benchmarks, docs, build."""
+"""Sessions: tests (default), floors, slow, gpu, lint, types, quickstart, benchmarks, docs, build."""
 
 import shutil
 
@@ -23,6 +23,13 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite; arguments go to pytest."""
     install(session, "dev")
+    session.run("pytest", "-n", "2", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(venv_backend="uv", python=["3.11", "3.12", "3.13"])
+def floors(session: nox.Session) -> None:
+    """The default suite, less exports, on the oldest versions that pyproject.toml allows; arguments go to pytest."""
+    session.install("--resolution", "lowest-direct", ".[tests]")
     session.run("pytest", "-n", "2", *session.posargs, env=TEST_ENV)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from commands import fails, run, write_config
+from fpt_lightning import FPTPlusModule
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.errors import CheckpointError, NonFiniteError
 from small import write_images
@@ -101,3 +102,12 @@ def test_what_lightning_restores(
         "--trainer.default_root_dir", root, "--trainer.max_epochs", 1,
     )  # fmt: skip
     assert message.startswith("CheckpointError: the checkpoint is damaged")
+
+
+def test_a_callable_that_a_checkpoint_names_is_not_called(folder: Path, tmp_path: Path) -> None:
+    """By Lightning, from its version 2.6.6 on."""
+    content = torch.load(folder / "run" / "best.ckpt", weights_only=True)
+    content["hyper_parameters"]["_instantiator"] = "os.mkdir"
+    torch.save(content, tmp_path / "hostile.ckpt")
+    with pytest.raises(ValueError, match=r"'os\.mkdir' from the checkpoint is not in the allowlist"):
+        FPTPlusModule.load_from_checkpoint(tmp_path / "hostile.ckpt", weights_only=True)
