@@ -39,8 +39,9 @@ from environment import environment
 from fpt_lightning import PreloadedFeatureDataModule, cli
 from fpt_lightning.cli.run_folder import logged
 from fpt_lightning.datamodules.synthetic import write_fundus_images
-from fpt_lightning.encoder.config import PRECISIONS, EncoderConfig
+from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.encoder.precision import PRECISIONS
 from fpt_lightning.methods import METHODS, ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
 

@@ -25,7 +25,7 @@ ALWAYS = frozenset(
     )
 )
 """Whatever their arguments are: the union of what the documentation of ``torch.use_deterministic_algorithms`` lists in
-torch 2.4 and in 2.14, as the operations that a dispatch mode sees. ``NLLLoss`` there is that of pictures."""
+torch 2.6 and in 2.14, as the operations that a dispatch mode sees. ``NLLLoss`` there is that of pictures."""
 
 
 Given = Mapping[str, Any]

@@ -81,7 +81,7 @@ DOCUMENTED: dict[str, Callable[[], Any]] = {
     "cumsum": lambda: torch.rand(4).cumsum(0),
     "scatter_reduce": lambda: torch.ones(3).scatter_reduce(0, torch.tensor([0]), torch.ones(1), "prod"),
 }
-"""Of the documentation in torch 2.4 and 2.14, all but quantised tensors."""
+"""Of the documentation in torch 2.6 and 2.14, all but quantised tensors."""
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -153,7 +153,7 @@ class PeakMemory(L.Callback):
 class ShardedEncoder(L.Callback):
     """Divides a frozen encoder that is too large for one device among the processes of ``ddp``, where it runs live.
 
-    Each process keeps its part of every block and gathers a block when it runs (``fully_shard``, PyTorch 2.6 or newer);
+    Each process keeps its part of every block and gathers a block when it runs (``fully_shard``);
     what learns is trained by ``ddp`` as ever. Every process builds the whole encoder in its host's memory first.
 
     As a block is gathered from all processes, all run the encoder equally often: in validation, test and prediction, of

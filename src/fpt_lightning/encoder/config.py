@@ -32,6 +32,7 @@ class EncoderShape:
         class_token: whether token 0 is a class token.
         parameters: number of parameters at the native resolution with a 1000-class head, as published learnable ratios
             count them.
+        any_size: whether timm fits its position embedding to the images in every call.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EncoderShape:
     prefix_tokens: int
     class_token: bool
     parameters: int
+    any_size: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -142,6 +144,7 @@ def _shape_of(name: str, model: nn.Module) -> EncoderShape:
         prefix_tokens=cast(int, model.num_prefix_tokens),
         class_token=getattr(model, "cls_token", None) is not None,
         parameters=sum(p.numel() for p in model.parameters()),
+        any_size=bool(getattr(model, "dynamic_img_size", False)),
     )
 
 

@@ -228,10 +228,13 @@ def _created(config: EncoderConfig, resolution: tuple[int, int]) -> tuple[nn.Mod
     """timm's model, and the weights of a repository that are still to be loaded."""
     remote = config.pretrained is True and config.weights_path is None
     hub = config.name.removeprefix("hf-hub:") if remote and is_in_a_repository(config.name) else None
+    fixed: dict[str, Any] = {"dynamic_img_size": False} if config.shape.any_size else {}  # else resized in each call
     with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the generators of all devices
         try:
-            model: nn.Module = timm.create_model(config.name, pretrained=remote and hub is None, img_size=resolution)
+            model: nn.Module = timm.create_model(
+                config.name, pretrained=remote and hub is None, img_size=resolution, **fixed
+            )
             return model, None if hub is None else load_state_dict_from_hf(hub, weights_only=True)
         except Exception as error:  # a hub that is out of reach, or has no such weights, fails in many ways
             if not remote:

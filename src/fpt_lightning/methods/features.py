@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
+from fpt_lightning.encoder.execution import exporting
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder, check_finite
 from fpt_lightning.encoder.precision import Precision
-from fpt_lightning.encoder.selection import Criterion, exporting
+from fpt_lightning.encoder.selection import Criterion
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.record import check_tensors

@@ -187,7 +187,7 @@ class AdaLoRAModule(EncoderTuningModule):
 
 
 class _SortedKthValue(TorchFunctionMode):
-    """``torch.kthvalue(x, k)`` of x (N,) by a sort: of torch 2.4, it has no deterministic form on a GPU."""
+    """``torch.kthvalue(x, k)`` of x (N,) by a sort: of torch 2.6, it has no deterministic form on a GPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -141,7 +141,7 @@ class Coral(Task):
     def above(self, logits: Tensor) -> Tensor:
         """Logits (B, C - 1) of a grade above 0, 1, ..., C - 2."""
         steps = F.softplus(self.steps)
-        risen = steps.expand(len(steps), -1).tril().sum(1)  # of torch 2.4, cumsum has no deterministic form on a GPU
+        risen = steps.expand(len(steps), -1).tril().sum(1)  # of torch 2.6, cumsum has no deterministic form on a GPU
         return logits - torch.cat([self.first, self.first + risen])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
