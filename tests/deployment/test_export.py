@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -25,6 +23,9 @@ from fpt_lightning.errors import CheckpointError, ConfigurationError, ExportErro
 from fpt_lightning.methods import METHODS
 from reference import FAMILIES, small
 from small import save_trained
+
+onnx = pytest.importorskip("onnx", reason="comes with a torch that exports")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 RESOLUTION = (64, 96)
 SHALLOW = {
