@@ -488,3 +488,28 @@ def test_a_live_encoder_leaves_the_device_with_the_module(
     with pytest.raises(RuntimeError, match="a failure"):
         trainer.test(module, live, verbose=False)
     assert left == module.encoders * 3
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_gradients_are_gone_before_the_next_forward_pass(
+    data: PreloadedFeatureDataModule, tmp_path: Path, accumulated: int
+) -> None:
+    """Once the optimiser has stepped; until then they add up. Callbacks still see them when a batch ends."""
+    before, after = [], []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            before.append(pl_module.fusion.prompts.grad is not None)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            after.append(pl_module.fusion.prompts.grad is not None)
+
+    data.batch_size = 4
+    quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=accumulated, callbacks=[Look()]).fit(
+        tiny_model(), data
+    )
+    assert before[:4] == ([False] * 4 if accumulated == 1 else [False, True] * 2)
+    assert all(after)

@@ -125,6 +125,7 @@ class ClassificationModule(TrainedModule, ABC):
                 "model.temperature_scaling is true, which is for probabilities, not for regression."
             )
         self.temperature_scaling, self.test_time_mirroring = temperature_scaling, test_time_mirroring
+        self._steps = 0  # that the optimiser had taken when the last batch ended
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()  # over images, of however many processes
@@ -278,6 +279,19 @@ class ClassificationModule(TrainedModule, ABC):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step > self._steps:
+            self._steps = self.trainer.global_step
+            self.after_step(self._steps)
+
+    def after_step(self, step: int) -> None:
+        """Free the gradients, which Lightning would keep until the next forward pass has run.
+
+        Args:
+            step: number of steps that the optimiser has taken.
+        """
+        self.zero_grad()
+
     # One seed, one run: whatever was drawn before, an epoch's dropout depends on the seed and the epoch alone
 
     def on_train_epoch_start(self) -> None:
@@ -289,6 +303,7 @@ class ClassificationModule(TrainedModule, ABC):
 
         The optimizer's state holds the learning rate of the schedule to the last step that was asked for then.
         """
+        self._steps = self.trainer.global_step
         schedule = self.lr_schedulers()
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) or self.trainer.ckpt_path is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class FPTPlusModule(FeatureModule):
             logits are added to those of the side network, whose own head then starts from zero, so that training starts
             from the prompts alone. Not in the paper.
         gradient_checkpointing: whether the side network's blocks are computed again in the backward pass: less memory
-            for more time.
+            for more time. On a GPU the stored tokens are widened in as small pieces as on a CPU, likewise.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
 
     Raises:
@@ -69,7 +69,7 @@ class FPTPlusModule(FeatureModule):
             )
         self.side_resolution = side_resolution
         depth = len(self.encoder_config.tapped_layers)
-        self.fusion = self.FUSION(depth, shape.heads, shape.width, width, prompts, dropout)
+        self.fusion = self.FUSION(depth, shape.heads, shape.width, width, prompts, dropout, gradient_checkpointing)
         self.side = SideViT(
             width,
             shape.heads,
@@ -92,9 +92,12 @@ class FPTPlusModule(FeatureModule):
         Raises:
             ConfigurationError: features of another encoder or of other layers.
         """
-        prompts = self.fusion(self.features(batch))
-        logits: Tensor = self.side(batch["side_images"], prompts)
-        return logits if self.prompt_head is None else logits + self.prompt_head(prompts)
+        features = self.features(batch)
+        if self.prompt_head is None:
+            logits: Tensor = self.side(batch["side_images"], self.fusion.by_layer(features))
+            return logits
+        prompts = self.fusion(features)
+        return cast(Tensor, self.side(batch["side_images"], prompts) + self.prompt_head(prompts))
 
 
 class FPTModule(FPTPlusModule):

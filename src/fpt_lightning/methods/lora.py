@@ -87,7 +87,6 @@ class AdaLoRAModule(EncoderTuningModule):
             raise ConfigurationError(f"rank is {rank}, initial_rank {initial_rank}: give 1 <= rank < initial_rank.")
         self.rank, self.initial_rank, self.alpha, self.orthogonality = rank, initial_rank, alpha, orthogonality
         self._tuner: tuple[Any, ...] = ()  # a tuple, so that it is no submodule: it holds the encoder
-        self._steps = 0  # optimiser's steps whose gradients have been seen
 
     def adapt(self, vit: Any) -> None:
         """Add the updates.
@@ -133,13 +132,11 @@ class AdaLoRAModule(EncoderTuningModule):
         config = self._tuner[0].peft_config[_ADAPTER]
         config.total_step = int(self.trainer.estimated_stepping_batches)
         config.tinit, config.tfinal = config.total_step // 10, config.total_step // 2
-        self._steps = self.trainer.global_step
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After every step of the optimiser, while its gradients are there: allocate the ranks."""
-        if self.trainer.global_step > self._steps:
-            self._steps = self.trainer.global_step
-            self._allocate(self._steps)
+    def after_step(self, step: int) -> None:
+        """Allocate the ranks, while the gradients are there."""
+        self._allocate(step)
+        super().after_step(step)
 
     @property
     def _importance(self) -> list[dict[str, Tensor]]:

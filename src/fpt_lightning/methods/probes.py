@@ -71,9 +71,10 @@ class AttentiveProbingModule(FeatureModule):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
-        attended = cross_attention(self.queries, *self.features(batch).layer(-1))  # (B, H, queries, head_dim)
-        parts = attended.view(*attended.shape[:3], self.queries.shape[1], -1)  # (B, H, queries, queries, channels)
-        gathered = parts.diagonal(dim1=2, dim2=3)  # (B, H, channels, queries)
+        attended = cross_attention(self.queries, *self.features(batch).layer(-1))  # (B, queries, D)
+        heads, queries = self.queries.shape[:2]
+        parts = attended.view(len(attended), queries, heads, queries, -1)  # (B, queries, H, queries, channels)
+        gathered = parts.diagonal(dim1=1, dim2=3)  # (B, H, channels, queries)
         logits: Tensor = self.head(self.norm(gathered.transpose(-1, -2).flatten(1)))
         return logits
 

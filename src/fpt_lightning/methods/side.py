@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -53,12 +53,12 @@ class SideViT(nn.Module):
         nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
 
-    def forward(self, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def forward(self, images: Tensor, prompts: Iterable[Tensor]) -> Tensor:
         """Classify.
 
         Args:
             images: (B, 3, height, width), normalised and augmented.
-            prompts: one (B, M, d) for each block.
+            prompts: one (B, M, d) for each block, asked for when the block runs.
 
         Returns:
             Logits (B, classes).
@@ -68,7 +68,8 @@ class SideViT(nn.Module):
         length = x.shape[1]
         for block, prompt in zip(self.blocks, prompts, strict=True):
             sequence = torch.cat([x, prompt.to(x.dtype)], 1)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            again = self.gradient_checkpointing and block is not self.blocks[-1]  # whose backward pass is the next
+            if again and torch.is_grad_enabled():
                 sequence = checkpoint(block, sequence, use_reentrant=False, preserve_rng_state=False)
             else:
                 sequence = block(sequence)

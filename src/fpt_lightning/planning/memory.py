@@ -108,7 +108,7 @@ def example_batch(
 
 
 class TrainingStep:
-    """A training step as Lightning's loop runs it, without the loop: forward, clear, backward, clip to 1, AdamW.
+    """A training step as Lightning's loop runs it, without the loop: forward, backward, clip to 1, AdamW, clear.
 
     Args:
         module: the method, built.
@@ -133,10 +133,10 @@ class TrainingStep:
     def __call__(self) -> None:
         with self._context():
             loss = self.module.training_step(self.batch, 0)
-        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.learnable, 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
