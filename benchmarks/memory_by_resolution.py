@@ -38,8 +38,8 @@ METHODS = {kind.LABEL: kind for kind in methods.METHODS.values()}
 MIB = 2**20
 
 PREDICTED = """In MiB: peak live tensor bytes of a training step (parameters, gradients, AdamW state, batch and
-activations), predicted on fake tensors; the tests hold such predictions to real steps within 1% and to real runs within
-5%. A GPU adds its context and the allocator's reserve, some 0.5 to 2 GB. **No GPU was used.**"""
+activations) on a CPU, predicted on fake tensors; the tests hold such predictions to real steps within 1% and to real
+runs within 5%. A GPU adds its context and the allocator's reserve, some 0.5 to 2 GB. **No GPU was used.**"""
 MEASURED = """In MiB: allocated / reserved by PyTorch / used on the device (its context and others included), at the
 peak of three training steps after two of warm-up."""
 SETTING = f"""Batch {BATCH_SIZE}, {CLASSES} classes, AdamW. FPT+ with side images of 128 pixels, 16 prompts, token ratio

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
+from fpt_lightning.data.prefetch import AHEAD, PrefetchingLoader, usable_threads
 
 
 class Numbers(Dataset[int]):
@@ -61,9 +62,9 @@ def test_the_thread_is_ahead_but_not_far() -> None:
     numbers = Numbers(20)
     batches = iter(PrefetchingLoader(numbers, batch_size=1))
     assert next(batches).item() == 0
-    wait_for(numbers, 4)  # two in the queue, one in the thread's hand
+    wait_for(numbers, 3)  # one in the queue, one in the thread's hand
     time.sleep(0.2)
-    assert numbers.asked == [0, 1, 2, 3]
+    assert numbers.asked == [0, 1, 2]
     assert numbers.threads == {"prefetch"}
 
 
@@ -103,12 +104,43 @@ def test_threads_prepare_items_ahead_but_not_far() -> None:
     numbers = Numbers(40)
     batches = iter(PrefetchingLoader(numbers, threads=3, batch_size=4))
     assert next(batches)["numbers"].tolist() == [0, 1, 2, 3]
-    wait_for(numbers, 19)  # two batches in the queue, one in the thread's hand, and one item a thread
+    wait_for(numbers, 15)  # one batch in the queue, one in the thread's hand, and one item a thread
     time.sleep(0.2)
-    assert sorted(numbers.asked) == list(range(19))
+    assert sorted(numbers.asked) == list(range(15))
     assert all(name.startswith("decoding") for name in numbers.threads)
     assert [batch["numbers"].tolist() for batch in batches] == [list(range(i, i + 4)) for i in range(4, 40, 4)]
     assert not prefetching()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_that_the_consumer_drops_is_gone(threads: int) -> None:
+    """What is alive is the one in use, those that are ready and the one in the thread's hand."""
+    made = list[weakref.ref[torch.Tensor]]()
+
+    class Tensors(Numbers):
+        def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+            return torch.zeros(super().__getitem__(index))
+
+        def gather(self, items: list[torch.Tensor]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return self.kept(torch.stack(items))
+
+        def kept(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            made.append(weakref.ref(batch))
+            return {"numbers": batch}
+
+    loader = PrefetchingLoader(
+        numbers := Tensors(9), threads=threads, batch_size=1, collate_fn=lambda items: numbers.kept(items[0])
+    )
+    batches = iter(loader)
+    for index in range(4):
+        batch = next(batches)
+        wait_for(numbers, index + 2 + AHEAD)
+        time.sleep(0.05)
+        assert sum(ref() is not None for ref in made) == 2 + AHEAD
+        assert made[index]() is batch["numbers"]
+    del batch
+    time.sleep(0.05)
+    assert sum(ref() is not None for ref in made) == 1 + AHEAD
 
 
 def test_threads_prepare_items_at_once() -> None:

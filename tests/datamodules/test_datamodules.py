@@ -29,6 +29,7 @@ from fpt_lightning.data.transforms import ViewTransform, normalise, stored_copy,
 from fpt_lightning.datamodules.samples import EpochSampler
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.errors import ConfigurationError, DataError, StaleStoreError, StoreError
+from fpt_lightning.methods import LoRAModule
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
 from small import quiet_trainer, tiny_model, write_images
@@ -756,3 +757,15 @@ def test_a_store_that_does_not_fit_memory(
     monkeypatch.setattr("fpt_lightning.store.store.available_memory", lambda shared: 1000)
     with pytest.raises(StoreError, match=r"GB in memory, of which 0.0 GB are free: set data.in_memory to false"):
         data.setup("fit")
+
+
+def test_predict_has_as_many_images_at_once_as_the_encoder_takes(make: Maker, tmp_path: Path) -> None:
+    """Of a method with a frozen encoder; one that trains it takes whole batches. A training learns the number too."""
+    for model, size in ((tiny_model(), 3), (LoRAModule(3, encoder="test_vit", pretrained=False), 8)):
+        data = make(preload_batch_size=3)
+        data.model = model
+        data.setup("predict")
+        assert data.predict_dataloader().batch_size == size
+    data, model = make(preload_batch_size=3), tiny_model()
+    quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(model, data)
+    assert model.images_at_once == 3

@@ -413,7 +413,7 @@ def test_threads_share_an_encoder(family: str) -> None:
 
 
 def test_a_memory_estimate_does_not_cut_short_the_pass_of_another_thread() -> None:
-    with execution.sketched():
+    with execution.sketched(torch.device("cpu")):
         assert list(execution.to_do("abc")) == ["a"]
         assert at_once(lambda pieces: list(execution.to_do(pieces)), ["abc"]) == [["a", "b", "c"]]
 

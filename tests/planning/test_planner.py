@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fpt_lightning.cli import main
+from fpt_lightning.data.prefetch import AHEAD
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.encoder.selection import piece_of_maps
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.methods import FPTModule, FPTPlusModule, LoRAModule
-from fpt_lightning.planning.memory import TrainingStep, encoding_bytes, example_batch, predict_encoding_memory
-from fpt_lightning.planning.planner import CONTEXT_BYTES, Setting, largest, parse_memory, plan, shared_arguments
+from fpt_lightning.methods import (
+    ClassificationModule,
+    FineTuningModule,
+    FPTModule,
+    FPTPlusModule,
+    LoRAModule,
+    QueryTokensModule,
+)
+from fpt_lightning.methods.fusion import piece_bytes
+from fpt_lightning.planning.memory import (
+    Device,
+    TrainingStep,
+    encoding_bytes,
+    evaluation_bytes,
+    example_batch,
+    explanation_bytes,
+    predict_encoding_memory,
+    predict_explanation_memory,
+)
+from fpt_lightning.planning.planner import (
+    Setting,
+    largest,
+    largest_of_all,
+    parse_memory,
+    plan,
+    shared_arguments,
+)
 from small import TINY, tiny_model
 
 SETTING = Setting(FPTPlusModule, {"num_classes": 3, **TINY}, (128, 96), batch_size=8)
@@ -39,10 +66,93 @@ def test_a_training_step_with_the_encoder_inside_takes_what_was_predicted() -> N
     module = tiny_model()
     module.use_encoder(FrozenEncoder(module.encoder_config, (128, 96)))
     real = TrainingStep(module, example_batch(module, (128, 96), 8, live=True)).live_bytes()
-    live = Setting(**{**vars(SETTING), "codec": None})
-    assert live.training_bytes() == pytest.approx(real, rel=0.01)
+    live = replace(SETTING, codec=None)
+    assert live.fit_bytes() == pytest.approx(real, rel=0.01)
     found = plan(live)
-    assert found.sample_bytes is found.encoding_bytes is None
+    assert found.sample_bytes is None
+    assert found.peaks["preload"] == 0
+    assert found.peaks["predict"] < found.peaks["test"] < found.peaks["fit"]
+
+
+def test_the_peak_of_every_stage() -> None:
+    peaks = plan(SETTING).peaks
+    assert peaks["test"] < peaks["fit"] < peaks["preload"] < peaks["predict"] <= peaks["explain"]
+    mirrored = {**SETTING.arguments, "test_time_mirroring": True}
+    both = replace(SETTING, arguments=mirrored, resolution=(1024, 1024), batch_size=64)
+    state = 8 * tiny_model().learnable_parameters
+    assert both.fit_bytes() == both.test_bytes() + state > replace(both, arguments=SETTING.arguments).fit_bytes()
+    lora = plan(LORA).peaks
+    assert lora["preload"] == lora["explain"] == 0
+    assert lora["predict"] == lora["test"] < lora["fit"]
+
+
+def test_batches_that_wait_are_counted() -> None:
+    batch = example_batch(tiny_model(), (128, 96), 8)
+    size = sum(part.nbytes for part in batch.values() if isinstance(part, torch.Tensor))
+    assert plan(SETTING).waiting_bytes == (AHEAD + 1) * size
+
+
+@pytest.mark.parametrize("batch_size", [2, 11])
+def test_a_frozen_encoder_takes_as_many_images_at_once_as_it_is_told(batch_size: int) -> None:
+    """However large the batch: what it gives is the same, and what that takes is predicted."""
+    module, images = tiny_model().eval(), torch.randn(batch_size, 3, 128, 96)
+    module.use_encoder(encoder := FrozenEncoder(module.encoder_config, (128, 96)))
+    sizes: list[int] = []
+    encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    module.images_at_once = 3
+    found = module.encode(images)
+    assert max(sizes) == min(3, batch_size)
+    assert sum(sizes) == batch_size
+    for actual, whole in zip(found, encoder(images), strict=True):
+        torch.testing.assert_close(actual, whole, rtol=1e-4, atol=1e-4)
+    real = evaluation_bytes(module, example_batch(module, (128, 96), batch_size, live=True))
+    asked = replace(SETTING, codec=None, batch_size=batch_size, preload_batch_size=3)
+    assert asked.test_bytes() == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_explaining_takes_what_was_predicted(live: bool) -> None:
+    module, resolution = tiny_model(), (512, 512)
+    if live:
+        module.use_encoder(FrozenEncoder(module.encoder_config, resolution))
+    real = explanation_bytes(module, example_batch(module, resolution, 4, live=live))
+    predicted = predict_explanation_memory(tiny_model, resolution, 4, live=live)
+    assert predicted == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_device_has_its_own_pieces(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real pass and step in the pieces of a GPU stand in for one there; where memory is saved, both are alike."""
+    there, size = torch.device(device), (1024, 1024)
+    monkeypatch.setattr("fpt_lightning.methods.fusion.piece_bytes", lambda _, saving: piece_bytes(there, saving))
+    monkeypatch.setattr(
+        "fpt_lightning.encoder.selection.piece_of_maps", lambda heads, tokens, _: piece_of_maps(heads, tokens, there)
+    )
+    taken = {}
+    for saving in (False, True):
+        module = tiny_model(gradient_checkpointing=saving)
+        taken[saving] = TrainingStep(module, example_batch(module, size, 16, codec="int4")).live_bytes()
+        arguments = {**SETTING.arguments, "gradient_checkpointing": saving}
+        asked = replace(SETTING, arguments=arguments, resolution=size, batch_size=16, codec="int4", device=device)
+        assert asked.fit_bytes() == pytest.approx(taken[saving], rel=0.01)
+    assert (taken[False] - taken[True] > 2 * 2**20) == (device == "cuda")
+    encoder = FrozenEncoder(tiny_model().encoder_config, size)
+    asked = replace(asked, preload_batch_size=1)
+    assert asked.preload_bytes() == pytest.approx(encoding_bytes(encoder, torch.zeros(1, 3, *size)), rel=0.01)
+
+
+def test_the_optimiser_of_a_gpu_takes_all_parameters_at_once() -> None:
+    """Which is the peak of a step whose activations are few."""
+    arguments = {"num_classes": 3, "encoder": "vit_tiny_patch16_224", "pretrained": False}
+    module = FineTuningModule(**arguments)
+    module.build((32, 32))
+    batch = example_batch(module, (32, 32), 1)
+    for device, foreach in (("cpu", False), ("cuda", True)):
+        real = TrainingStep(module, batch, foreach=foreach).live_bytes()
+        asked = Setting(FineTuningModule, arguments, (32, 32), batch_size=1, device=device)  # type: ignore[arg-type]
+        assert asked.fit_bytes() == pytest.approx(real, rel=0.01)
+    parameters = 4 * module.learnable_parameters
+    assert real > 4.9 * parameters
 
 
 def test_a_2048_pixel_image_takes_less_than_4_gib() -> None:
@@ -50,18 +160,17 @@ def test_a_2048_pixel_image_takes_less_than_4_gib() -> None:
     assert predict_encoding_memory(config, (2048, 2048), 1) < 1.1 * 2**30
 
 
-@pytest.mark.parametrize("setting", [SETTING, LORA])
-def test_the_largest_that_fit(setting: Setting) -> None:
-    budget = 3 * max(setting.training_bytes(), setting.encoding_bytes())
-    found = plan(setting, CONTEXT_BYTES + budget)
-    assert found.largest_batch
-    assert found.largest_resolution
-    batches = [Setting(**{**vars(setting), "batch_size": found.largest_batch + more}) for more in (0, 1)]
-    assert batches[0].training_bytes() <= budget < batches[1].training_bytes()
-    sides = [found.largest_resolution + more for more in (0, 16)]
-    sized = [Setting(**{**vars(setting), "resolution": (side, side)}) for side in sides]
-    needed = [max(each.training_bytes(), each.encoding_bytes()) for each in sized]
-    assert needed[0] <= budget < needed[1]
+@pytest.mark.parametrize("method", [FPTPlusModule, QueryTokensModule, LoRAModule])
+@pytest.mark.parametrize("fixed", [0, 600, 1001])  # of a frozen pass, whatever the batch
+def test_the_largest_with_which_every_stage_fits(
+    method: type[ClassificationModule], fixed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explains, stored = method is FPTPlusModule, method is not LoRAModule
+    monkeypatch.setattr(Setting, "fit_bytes", lambda asked: 10 * asked.batch_size + 99)
+    monkeypatch.setattr(Setting, "explain_bytes", lambda asked: max(fixed, 7 * asked.batch_size + 400))
+    monkeypatch.setattr(Setting, "predict_bytes", lambda asked: fixed if stored else asked.batch_size)
+    found = largest_of_all(lambda size: Setting(method, {}, (64, 64), batch_size=size), 1000, 500)
+    assert found == (0 if fixed > 1000 and stored else 85 if explains else 90)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -114,13 +223,37 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_plan_without_images_weights_and_gpu(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_without_images_weights_and_gpu(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpt_lightning.planning.planner.largest_of_all", lambda make, budget, limit: limit)
     main(["plan", "--config", str(config), "--data.resolution", "96", "--gpu-memory", "2GiB"])
     printed = capsys.readouterr().out
-    assert "test_vit at 96 x 96 pixels, batch 8, precision bf16-mixed, codec int8" in printed
-    assert printed.count("FPT+") == 1
+    assert "test_vit at 96 x 96 pixels, batch 8, precision bf16-mixed, codec int8, on cuda" in printed
+    assert printed.count("FPT+") == 2  # memory by stage, and the rest
     assert "1,024 or more" in printed
     assert "The images are not counted, so the store is of 1,000: the data root 'nowhere' is not a folder." in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        ([], "cuda"),  # what the configuration's trainer asks for
+        (["--trainer.accelerator", "cpu"], "cpu"),
+        (["--trainer.accelerator", "auto"], "cuda" if torch.cuda.is_available() else "cpu"),
+        (["--trainer.accelerator", "cpu", "--device", "cuda"], "cuda"),
+        (["--device", "cpu"], "cpu"),
+    ],
+)
+def test_plan_says_for_which_device(
+    config: Path, given: list[str], device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpt_lightning.cli.trainer.plan", lambda setting, memory: asked.append(setting.device))
+    monkeypatch.setattr("fpt_lightning.cli.trainer.table", lambda *_: "")
+    asked: list[str] = []
+    main(["plan", "--config", str(config), *given])
+    assert asked == [device]
+    assert f"on {device}" in capsys.readouterr().out
 
 
 def test_plan_of_all_methods(config: Path, image_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

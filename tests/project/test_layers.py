@@ -21,8 +21,8 @@ BELOW: dict[str, set[str]] = {
     "store": BASE | {"data", "encoder"},
     "datamodules": BASE | {"data", "encoder", "store"},
     "methods": BASE | {"data", "encoder", "store", "evaluation"},
-    "planning": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods"},
     "explanation": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods"},
+    "planning": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods", "explanation"},
     "deployment": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods", "explanation"},
 }
 """What each room may import. The command line may import all of them, and is imported by none."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import lightning as L
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from fpt_lightning.data.manifest import Kind
 from fpt_lightning.datamodules.images import ImageDataModule
@@ -50,22 +51,27 @@ class Trainer(L.Trainer):
         datamodule: L.LightningDataModule,
         gpu_memory: str | None = None,
         all_methods: bool = False,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Print parameters, memory and store that a run will need; nothing is loaded, encoded or trained.
+        """Print memory by stage, parameters and store that a run will need; nothing is loaded, encoded or trained.
 
         Args:
             model: the method.
             datamodule: its data; images need not be there.
             gpu_memory: of the GPU, such as 8GiB: the largest batch and resolution that fit are looked for.
             all_methods: a row for every method, with the arguments that it shares with the model.
+            device: that memory is predicted for, here or not; by default the trainer's, or a GPU with ``gpu_memory``.
             ckpt_path: not used; a configuration saved by fit holds it.
             weights_only: not used; a configuration saved by fit holds it.
         """
         assert isinstance(model, ClassificationModule)
         assert isinstance(datamodule, ImageDataModule)
-        setting = _setting(model, datamodule, str(self.precision))
+        if device == "auto":
+            on_cpu = gpu_memory is None and isinstance(self.accelerator, CPUAccelerator)
+            device = "cpu" if on_cpu else "cuda"
+        setting = replace(_setting(model, datamodule, str(self.precision)), device=device)
         memory = None if gpu_memory is None else parse_memory(gpu_memory)
         methods = list(METHODS.values()) if all_methods else [type(model)]
         plans, left_out = [], []
@@ -81,11 +87,13 @@ class Trainer(L.Trainer):
         height, width = setting.resolution
         print(
             f"{model.encoder_shape.name} at {height} x {width} pixels, batch {setting.batch_size}, precision "
-            f"{setting.precision}, {'no store' if setting.codec is None else f'codec {setting.codec}'}\n\n"
+            f"{setting.precision}, {'no store' if setting.codec is None else f'codec {setting.codec}'}, "
+            f"on {device}\n\n"
             f"{table(plans, images, memory)}\n\n"
-            "Memory: peak of live tensors, predicted as on a CPU, of training and of the frozen pass (batches of "
-            f"{setting.preload_batch_size}).\nA GPU adds its context and the allocator's reserve, for which "
-            f"{CONTEXT_BYTES / 2**30:g} GiB of --gpu-memory is set aside (an assumption, not a measurement)."
+            f"Memory: predicted peaks of live tensors on {device}; a frozen encoder takes {setting.preload_batch_size} "
+            "images at a time.\nBatches that fit prepares ahead of the one in use are in the host's memory.\n"
+            "A GPU adds its context and the allocator's reserve, for which "
+            f"{CONTEXT_BYTES / 2**30:g} GiB of --gpu-memory is set aside\n(an assumption, not a measurement)."
         )
         print("\n".join([*uncounted, *left_out]))
 
@@ -134,7 +142,7 @@ def _setting(model: ClassificationModule, data: ImageDataModule, precision: str)
         codec=None if stored is None else stored.codec,
         mirrored=stored is not None and stored.mirrored,
         image_size=data.image_size,
-        preload_batch_size=1 if stored is None else stored.preload_batch_size,
+        preload_batch_size=data.preload_batch_size,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -197,6 +198,13 @@ class CommandLine(LightningCLI):
 
     def before_predict(self) -> None:
         self.check("predict")
+
+    def before_plan(self) -> None:
+        """Plan for the accelerator that the trainer is asked for, in whose place a CPU stands."""
+        asked, planned = self._get(self.config, "trainer").accelerator, self.config_init["plan"]
+        on_gpu = asked in ("gpu", "cuda") or (asked == "auto" and CUDAAccelerator.is_available())
+        if planned.device == "auto" and on_gpu:
+            planned.device = "cuda"
 
     def before_explain(self) -> None:
         given = {name: self._get(self.config, name) for name in ("layer", "head", "images")}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-_AHEAD = 2  # batches
+AHEAD = 1
+"""Batches that are ready, beside the one in use and the one that is being prepared."""
 _MOST = 32  # threads, which share Python's lock
 
 
@@ -57,14 +58,23 @@ class PrefetchingLoader(DataLoader[Any]):
     def _by_items(self) -> Iterator[Any]:
         dataset: Any = self.dataset
         batches = self.sampler if self.batch_sampler is None else self.batch_sampler
-        for batch in _in_threads(dataset.prepare, batches, self.threads):
-            gathered = dataset.gather(batch)
-            if self.pin_memory:
-                gathered = {n: part.pin_memory() if isinstance(part, Tensor) else part for n, part in gathered.items()}
-            yield gathered
+        prepared = _in_threads(dataset.prepare, batches, self.threads)
+        try:
+            yield from map(self._gathered, prepared)  # which holds no batch while the next is made
+        finally:
+            prepared.close()
+
+    def _gathered(self, items: list[Any]) -> Any:
+        dataset: Any = self.dataset
+        batch = dataset.gather(items)
+        if self.pin_memory:
+            batch = {n: part.pin_memory() if isinstance(part, Tensor) else part for n, part in batch.items()}
+        return batch
 
 
-def _in_threads(prepare: Callable[[Any], Any], batches: Iterable[Sequence[Any]], threads: int) -> Iterator[list[Any]]:
+def _in_threads(
+    prepare: Callable[[Any], Any], batches: Iterable[Sequence[Any]], threads: int
+) -> Generator[list[Any], None, None]:
     """Prepared items in batches, in their order; beside those of the batch that is asked for, one a thread is ahead."""
     given = [list(batch) for batch in batches]
     ahead, pending = chain.from_iterable(given), deque[Future[Any]]()
@@ -96,7 +106,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_AHEAD)
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(AHEAD)
     stopped = threading.Event()
 
     def put(item: tuple[Any, BaseException | None]) -> None:
@@ -119,16 +129,19 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
                 batches.close()  # and with it its threads
 
     thread = threading.Thread(target=run, name="prefetch", daemon=True)
+
+    def take() -> Any:
+        batch, error = ready.get()
+        if error is not None:
+            raise error
+        return batch
+
     thread.start()
     try:
         while True:
-            batch, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield batch
-            del batch
+            yield take()  # held by nobody but the consumer, who may have moved it to a device
+    except StopIteration:
+        return
     finally:
         stopped.set()
         thread.join()

@@ -41,7 +41,7 @@ class ManifestDataModule(L.LightningDataModule):
         folds: number of folds.
         external: whether all images are test images of a model that was trained on others.
         allow_overlap: whether groups and identical files may be in several splits, with a warning.
-        batch_size: of every stage.
+        batch_size: of every stage; of predict, for a method that trains the encoder.
         num_workers: processes that prepare batches; with none, threads do (``decoding_threads``).
         decoding_threads: threads that read, decode and resize images: in the frozen pass, in predict, and for a method
             that trains on images (``fpt_lightning.data.prefetch.usable_threads``).
@@ -169,7 +169,7 @@ class ManifestDataModule(L.LightningDataModule):
         """The model that takes the data; None where none is known."""
         return self.trainer.lightning_module if self.model is None and self.trainer is not None else self.model
 
-    def _dataloader(self, dataset: Samples, shuffle: bool) -> DataLoader[Any]:
+    def _dataloader(self, dataset: Samples, shuffle: bool, batch_size: int) -> DataLoader[Any]:
         rank, world, epoch = 0, 1, 0 if self._sampler is None else self._sampler.epoch
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -183,7 +183,7 @@ class ManifestDataModule(L.LightningDataModule):
         return PrefetchingLoader(
             dataset,
             threads=usable_threads(self.decoding_threads, processes) if isinstance(dataset, ImageSamples) else 1,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collated,

@@ -20,7 +20,7 @@ from fpt_lightning.data.transforms import Augmentation, ViewTransform
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
-from fpt_lightning.errors import ConfigurationError, a_few
+from fpt_lightning.errors import ConfigurationError, a_few, check_at_least
 from fpt_lightning.store.preload import write_left_out
 from fpt_lightning.store.specification import FeatureSpecification, from_sample
 
@@ -48,6 +48,7 @@ class ImageDataModule(ManifestDataModule):
         image_size: side in pixels of the low-resolution copy that augmentation starts from.
         side_resolution: side of the side network's images in pixels; the model's own by default.
         augmentation: ``default`` (the published one), ``strong`` or ``none``.
+        preload_batch_size: images that a frozen encoder encodes at once, in every stage; the batches of ``predict``.
         **kwargs: see ``ManifestDataModule``.
 
     Raises:
@@ -71,6 +72,7 @@ class ImageDataModule(ManifestDataModule):
         image_size: int = 256,
         side_resolution: int | None = None,
         augmentation: Augmentation = "default",
+        preload_batch_size: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(root, manifest, **kwargs)
@@ -84,6 +86,8 @@ class ImageDataModule(ManifestDataModule):
         self.mean, self.std = _given_statistics(mean, std)
         self.image_size, self.side_resolution = image_size, side_resolution
         self.augmentation: str = augmentation
+        check_at_least("data.preload_batch_size", preload_batch_size, 1)
+        self.preload_batch_size = preload_batch_size
         self.computed: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # mean and std, where 'auto'
         self.specification: FeatureSpecification | None = None
 
@@ -156,7 +160,9 @@ class ImageDataModule(ManifestDataModule):
         """Every image below ``root``, through the encoder: no store, no labels; or the split that is explained."""
         if self.explained is not None:
             return self._loader(self.explained)
-        return self._dataloader(self._image_dataset(self.predicted, self.predicted.samples, "none"), shuffle=False)
+        images = self._image_dataset(self.predicted, self.predicted.samples, "none")
+        encoded = STORED & self._inputs()
+        return self._dataloader(images, False, self.preload_batch_size if encoded else self.batch_size)
 
     def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
@@ -345,7 +351,7 @@ class ImageDataModule(ManifestDataModule):
         return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
 
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
-        return self._dataloader(self._dataset(split, augmentation), shuffle=split == "train")
+        return self._dataloader(self._dataset(split, augmentation), split == "train", self.batch_size)
 
 
 def _given_statistics(

@@ -15,7 +15,7 @@ from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
-from fpt_lightning.errors import ConfigurationError, StoreError, check_at_least
+from fpt_lightning.errors import ConfigurationError, StoreError
 from fpt_lightning.store.codecs import check_codec
 from fpt_lightning.store.damage import check_present
 from fpt_lightning.store.place import resolve
@@ -37,7 +37,6 @@ class PreloadedFeatureDataModule(ImageDataModule):
         mirrored: whether the store holds every image's mirror image too: augmented training then draws one of the two,
             for tokens and side image alike, where it else mirrors side images alone (paper, section 3.3). Twice the
             bytes and the frozen pass.
-        preload_batch_size: images encoded at once by ``preload``.
         cache: folder on a fast local disk for copies of what training reads of a store that is far away; without one,
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
@@ -55,7 +54,6 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
         mirrored: bool = False,
-        preload_batch_size: int = 4,
         cache: str | None = None,
         in_memory: bool = False,
         check: Literal["time", "digest"] = "time",
@@ -64,8 +62,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         super().__init__(root, **kwargs)
         check_codec(codec)
         self.url, self.codec, self.mirrored = resolve(store), codec, mirrored
-        check_at_least("data.preload_batch_size", preload_batch_size, 1)
-        self.preload_batch_size, self.cache, self.in_memory = preload_batch_size, cache, in_memory
+        self.cache, self.in_memory = cache, in_memory
         if check not in ("time", "digest"):
             raise ConfigurationError(f"data.check is {check!r}: choose 'time' or 'digest'.")
         self.by_content = check == "digest"

@@ -58,7 +58,7 @@ class Predictor:
         self,
         checkpoint: str | Path,
         device: str | torch.device = "cpu",
-        batch_size: int = 8,
+        batch_size: int = 4,
         pretrained: str | bool | None = None,
     ) -> None:
         if batch_size < 1:
@@ -67,6 +67,7 @@ class Predictor:
         module, self.specification = load_trained(checkpoint, pretrained)
         if isinstance(module, FeatureModule):
             module.use_encoder(FrozenEncoder(module.encoder_config, self.specification.resolution))
+            module.images_at_once = batch_size
         self.module = module.to(self.device)
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Predictions:

@@ -14,7 +14,7 @@ from torch import nn
 from fpt_lightning.errors import ConfigurationError
 
 _Piece = TypeVar("_Piece")
-_SKETCHED: ContextVar[bool] = ContextVar("sketched", default=False)
+_SKETCHED: ContextVar[torch.device | None] = ContextVar("sketched", default=None)
 
 
 def exporting() -> bool:
@@ -62,15 +62,24 @@ def use_fused_attention(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def sketched() -> Iterator[None]:
-    """Do the first alone of what this thread does piece by piece in the same memory: the memory is that of all."""
-    token = _SKETCHED.set(True)
+def sketched(device: torch.device) -> Iterator[None]:
+    """Do the first alone of what this thread does piece by piece in the same memory: the memory is that of all.
+
+    Args:
+        device: whose pieces it does.
+    """
+    token = _SKETCHED.set(device)
     try:
         yield
     finally:
         _SKETCHED.reset(token)
 
 
-def to_do(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
-    """The pieces that a call goes through: all of them, or the first within ``sketched``."""
-    return islice(pieces, 1 if _SKETCHED.get() else None)
+def sketching() -> torch.device | None:
+    """The device whose pieces are ``sketched``; None where a call is done as a whole."""
+    return _SKETCHED.get()
+
+
+def to_do(pieces: Iterable[_Piece], first: int = 1) -> Iterator[_Piece]:
+    """The pieces that a call goes through: all of them, or the first ones within ``sketched``."""
+    return islice(pieces, None if sketching() is None else first)

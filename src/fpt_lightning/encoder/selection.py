@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpt_lightning.encoder.execution import autocast, exporting, to_do
+from fpt_lightning.encoder.execution import autocast, exporting, sketching, to_do
 from fpt_lightning.errors import ConfigurationError
 
 Criterion = Literal["global", "class_token"]
@@ -65,7 +65,7 @@ def attention_with_importance(
     bias = None if bias is None else bias.expand(batch, heads, tokens, tokens)
     output = value.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # as fused attention lays it out
     importance = torch.zeros(batch, heads, tokens, device=query.device)
-    some_heads, rows = piece_of_maps(heads, tokens, query.device)
+    some_heads, rows = piece_of_maps(heads, tokens, sketching() or query.device)
     memory = torch.empty(some_heads * rows * tokens, device=query.device)
     with autocast(query.device, None):
         for image, some in to_do(product(range(batch), parts(heads, some_heads))):

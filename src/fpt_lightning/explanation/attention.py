@@ -23,9 +23,10 @@ from fpt_lightning.encoder.execution import exporting
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.resampling import interval, resample
+from fpt_lightning.methods import FPTPlusModule
 from fpt_lightning.methods.fusion import Fusion
 from fpt_lightning.methods.side import SideViT
-from fpt_lightning.store.codecs import Features
+from fpt_lightning.store.codecs import Features, as_features
 
 ORDERS = ("most attended first", "in random order", "least attended first")
 """In which tokens are deleted."""
@@ -182,14 +183,62 @@ def deletion_curves(
     """
     most = attention.mean(-2).argsort(-1, descending=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = [torch.stack([torch.rand(most.shape[1:], generator=g) for g in generators]) for _ in range(draws)]
-    random = [each.argsort(-1).to(most.device) for each in drawn]
+
+    def random() -> Tensor:
+        return torch.stack([torch.rand(most.shape[1:], generator=g) for g in generators]).argsort(-1).to(most.device)
 
     def curve(order: Tensor) -> Tensor:
         return torch.stack([score(without(features, order, share)) for share in fractions], 1)
 
-    curves = curve(most), torch.stack([*map(curve, random)]).mean(0), curve(most.flip(-1))
+    curves = curve(most), torch.stack([curve(random()) for _ in range(draws)]).mean(0), curve(most.flip(-1))
     return dict(zip(ORDERS, curves, strict=True))
+
+
+class Looked(NamedTuple):
+    """What a model looked at in B images.
+
+    Attributes:
+        prompts: ``prompt_attention``, (B, L, H, M, T).
+        side: ``side_attention``, summed over the prompts and averaged over heads and tokens, (B, L).
+        deletion: ``deletion_curves`` of the predicted class; None for a regression, which has no class.
+    """
+
+    prompts: Tensor
+    side: Tensor
+    deletion: dict[str, Tensor] | None
+
+
+@torch.no_grad()
+def look(
+    module: FPTPlusModule,
+    batch: Mapping[str, Any],
+    scores: Tensor,
+    seeds: Sequence[int],
+    draws: int = 5,
+    fractions: Sequence[float] = FRACTIONS,
+) -> Looked:
+    """What a model looked at.
+
+    Args:
+        module: FPT+ or FPT.
+        batch: of B images, with ``features`` and ``side_images``.
+        scores: that the module gave for them.
+        seeds: see ``deletion_curves``.
+        draws: likewise.
+        fractions: likewise.
+    """
+    features = as_features(batch)
+    attention = prompt_attention(module.fusion, features)
+    side = side_attention(module.side, batch["side_images"], module.fusion(features)).sum(-1).mean((2, 3))
+    if module.task.KIND == "regression":
+        return Looked(attention, side, None)
+    predicted = scores.argmax(-1, keepdim=True)
+
+    def score(features: Features) -> Tensor:
+        changed = module.scores(module({**batch, **features._asdict()}).float())  # of this view alone
+        return changed.gather(-1, predicted)[:, 0]
+
+    return Looked(attention, side, deletion_curves(score, features, attention, seeds, draws, fractions))
 
 
 def without(features: Features, order: Tensor, share: float) -> Features:

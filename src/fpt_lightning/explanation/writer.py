@@ -31,7 +31,6 @@ from fpt_lightning.explanation.pictures import (
 from fpt_lightning.files import without_nan, write_json
 from fpt_lightning.methods import ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.base import from_all_processes
-from fpt_lightning.store.codecs import Features, as_features
 
 Floats = NDArray[np.float64]
 
@@ -102,21 +101,13 @@ class ExplanationWriter(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(pl_module, FPTPlusModule)
-        features, scores = as_features(batch), outputs["scores"]
-        attention = looking.prompt_attention(pl_module.fusion, features)
-        side = looking.side_attention(pl_module.side, batch["side_images"], pl_module.fusion(features))
-        shares = _numbers(side.sum(-1).mean((2, 3)))
+        scores = outputs["scores"]
+        seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
+        attention, side, deletion = looking.look(pl_module, batch, scores, seeds)
+        shares = _numbers(side)
         curves: Floats = np.empty((len(shares), 0, 0))
-        if pl_module.task.KIND != "regression":
-            predicted = scores.argmax(-1, keepdim=True)
-
-            def score(features: Features) -> Tensor:
-                changed = pl_module.scores(pl_module({**batch, **features._asdict()}).float())  # of this view alone
-                return changed.gather(-1, predicted)[:, 0]
-
-            seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
-            found = looking.deletion_curves(score, features, attention, seeds)
-            curves = _numbers(torch.stack([*found.values()], 1))
+        if deletion is not None:
+            curves = _numbers(torch.stack([*deletion.values()], 1))
         self._found += zip(batch["ids"], curves, shares, strict=True)
         for i, id in enumerate(batch["ids"]):
             if id in self._drawn:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
-from fpt_lightning.encoder.execution import exporting
+from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
 from fpt_lightning.evaluation.calibration import fit_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds
@@ -182,7 +182,7 @@ class ClassificationModule(TrainedModule, ABC):
         logits: Tensor = self(batch).float()
         if self.test_time_mirroring:
             logits = (logits + self(mirrored(batch)).float()) / 2
-        if not exporting():
+        if not exporting() and sketching() is None:
             self._check_finite(logits, batch.get("ids"))
         return logits
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
-from fpt_lightning.encoder.execution import exporting
+from fpt_lightning.encoder.execution import exporting, sketching, to_do
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder, check_finite
 from fpt_lightning.encoder.precision import Precision
-from fpt_lightning.encoder.selection import Criterion
+from fpt_lightning.encoder.selection import Criterion, parts
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.record import check_tensors
@@ -27,6 +27,9 @@ class FeatureModule(ClassificationModule):
 
     A batch with stored ``features`` or ``pooled`` never touches the encoder; one with ``images`` runs it, without
     gradient.
+
+    Attributes:
+        images_at_once: that are encoded, however large the batch; a data module's ``preload_batch_size``.
 
     Args:
         num_classes: number of classes.
@@ -68,6 +71,7 @@ class FeatureModule(ClassificationModule):
             criterion=criterion,
             precision=encoder_precision,
         )
+        self.images_at_once = 4
         self._frozen: dict[tuple[int, ...], FrozenEncoder] = {}  # a dict, so that it is no submodule
 
     @property
@@ -81,7 +85,7 @@ class FeatureModule(ClassificationModule):
         return list(self._frozen.values())
 
     def encode(self, images: Tensor, names: Sequence[str] | None = None) -> Encoded:
-        """Run the frozen encoder, whose weights are loaded the first time.
+        """Run the frozen encoder, ``images_at_once`` images at a time; its weights are loaded the first time.
 
         It is neither a submodule nor learnable: no optimiser, checkpoint or ``train()`` ever reaches it.
 
@@ -97,12 +101,21 @@ class FeatureModule(ClassificationModule):
         with _LOADING:
             if resolution not in self._frozen:
                 self.use_encoder(FrozenEncoder(self.encoder_config, resolution))
-            encoder = self._frozen[resolution].to(images.device)
-        encoded: Encoded = encoder(images)
-        if self.encoder_config.precision == "fp16" and not exporting():
+            encoder = self._frozen[resolution]
+            if next(encoder.parameters()).device != images.device:
+                encoder.to(images.device)
+        whole = exporting() or len(images) <= self.images_at_once
+        encoded: Encoded = encoder(images) if whole else _in_parts(encoder, images, self.images_at_once)
+        if self.encoder_config.precision == "fp16" and not exporting() and sketching() is None:
             numbered = [f"image {place} of the batch" for place in range(len(images))]
             check_finite(encoded, names or numbered, self.encoder_config)
         return encoded
+
+    def meet_data(self, trained: bool) -> None:
+        """Take over how many images are encoded at once too; see ``TrainedModule``."""
+        super().meet_data(trained)
+        data = getattr(self.trainer, "datamodule", None)
+        self.images_at_once = getattr(data, "preload_batch_size", self.images_at_once)
 
     def _encoded(self, batch: Mapping[str, Any]) -> Encoded:
         return self.encode(batch["images"], batch.get("ids"))
@@ -160,3 +173,17 @@ class FeatureModule(ClassificationModule):
                 f"(B, {self.encoder_shape.width})."
             )
         return pooled
+
+
+def _in_parts(encoder: FrozenEncoder, images: Tensor, at_once: int) -> Encoded:
+    """What the encoder gives for all images, in the memory of that and of a part's pass."""
+    whole: Encoded | None = None
+    for some in to_do(parts(len(images), at_once), 2):  # the second is made beside the whole
+        encoded = encoder(images[some])
+        if whole is None:
+            whole = Encoded(*(part.new_empty(len(images), *part.shape[1:]) for part in encoded))
+        for part, piece in zip(whole, encoded, strict=True):
+            part[some] = piece
+        del encoded, piece
+    assert whole is not None
+    return whole

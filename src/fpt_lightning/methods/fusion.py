@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fpt_lightning.encoder.execution import autocast, autocast_dtype, exporting, to_do
+from fpt_lightning.encoder.execution import autocast, autocast_dtype, exporting, sketching, to_do
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.store.codecs import Coded, Features
 
@@ -267,7 +267,7 @@ def pieces(query: Tensor, saving: bool, coded: Sequence[Tensor | None]) -> Itera
     parts = [Coded(cast(Tensor, data), scales) for data, scales in (coded[:2], coded[2:])]
     images, _, tokens, _ = parts[0].data.shape
     size = query.element_size() * len(query) * tokens * query.shape[-1]
-    step = max(1, piece_bytes(query.device, saving) // size)
+    step = max(1, piece_bytes(sketching() or query.device, saving) // size)
     for start in range(0, images, step):
         piece = slice(start, start + step)
         keys, values = (Coded(p.data[piece], None if p.scales is None else p.scales[piece]) for p in parts)

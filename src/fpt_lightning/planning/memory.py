@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -21,15 +21,16 @@ from fpt_lightning.datamodules.samples import STORED
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.execution import autocast, sketched
 from fpt_lightning.encoder.frozen import FrozenEncoder
-from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods import ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
-from fpt_lightning.store.codecs import CODECS, check_codec
+from fpt_lightning.store.codecs import CODECS, Features, check_codec
 from fpt_lightning.store.preload import feature_shape
 
 Precision = Literal["32-true", "bf16-mixed"]
 Attention = Literal["fused", "eager"]
-_Module = TypeVar("_Module", bound=nn.Module)
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[str, ...] = get_args(Device)
 
 
 class LiveTensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,6 +117,7 @@ class TrainingStep:
         precision: Lightning's ``32-true`` or ``bf16-mixed``.
         attention: ``fused``, or ``eager``, which keeps every attention map for the backward pass, as code that predates
             fused attention does.
+        foreach: whether AdamW takes all parameters at once; by default as PyTorch does, on a GPU.
     """
 
     def __init__(
@@ -124,39 +126,97 @@ class TrainingStep:
         batch: Mapping[str, Any],
         precision: Precision = "32-true",
         attention: Attention = "fused",
+        foreach: bool | None = None,
     ) -> None:
         self.module, self.batch = module.train(), batch
         self.precision, self.attention = precision, attention
         self.learnable = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.learnable, lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(self.learnable, lr=1e-4, foreach=foreach)
 
     def __call__(self) -> None:
-        with self._context():
+        with _arithmetic(self.module, self.precision, self.attention):
             loss = self.module.training_step(self.batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.learnable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        device = next(self.module.parameters()).device
-        bf16 = autocast(device, torch.bfloat16 if self.precision == "bf16-mixed" else None)
-        eager = sdpa_kernel(SDPBackend.MATH) if self.attention == "eager" else contextlib.nullcontext()
-        with bf16, eager, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*self.log.*")  # there is no trainer to log to
-            yield
-
     def live_bytes(self) -> int:
         """Peak live tensor bytes of a step, when the optimiser's state exists: parameters and batch included."""
-        self()
-        with LiveTensorBytes() as live:
-            for part in (self.module, *getattr(self.module, "encoders", ())):
-                live.count([list(part.parameters()), list(part.buffers())])
-            live.count([self.batch, [p.grad for p in self.learnable], list(self.optimizer.state.values())])
+        for parameter in self.learnable:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with _counting(self.module, self.batch, list(self.optimizer.state.values())) as live:
             self()
         peak: int = live.peak
         return peak
+
+
+def evaluation_bytes(module: ClassificationModule, batch: Mapping[str, Any], precision: Precision = "32-true") -> int:
+    """Peak live tensor bytes of evaluating a batch, as in validation, test and prediction, parameters included."""
+    with _counting(module.eval(), batch) as live, _arithmetic(module, precision), torch.no_grad():
+        module.scores(module.evaluated(batch))
+    peak: int = live.peak
+    return peak
+
+
+def explanation_bytes(module: ClassificationModule, batch: Mapping[str, Any], **deletion: Any) -> int:
+    """Peak live tensor bytes of explaining a batch (``fpt_lightning.explanation.attention.look``), parameters included.
+
+    Args:
+        module: FPT+ or FPT.
+        batch: with ``features``, or with ``images`` that are encoded first.
+        **deletion: arguments of ``deletion_curves``.
+    """
+    from fpt_lightning.explanation.attention import look  # which takes SciPy
+
+    assert isinstance(module, FPTPlusModule)
+    with _counting(module.eval(), batch) as live, torch.no_grad():
+        if "features" not in batch:
+            encoded = module.encode(batch["images"])
+            batch = {**batch, "features": encoded.features, "indices": encoded.indices}
+            del encoded
+        scores = module.scores(module.evaluated(batch))
+        look(module, batch, scores, range(len(scores)), **deletion)
+    peak: int = live.peak
+    return peak
+
+
+def encoding_bytes(encoder: nn.Module, images: Tensor) -> int:
+    """Peak live tensor bytes of the frozen pass over a batch, weights and images included.
+
+    Args:
+        encoder: the frozen encoder, or another one, frozen too.
+        images: (B, 3, height, width), fp32, normalised.
+    """
+    with _counting(encoder, images) as live:
+        encoder(images)
+    peak: int = live.peak
+    return peak
+
+
+@contextlib.contextmanager
+def _counting(module: nn.Module, *others: Any) -> Iterator[LiveTensorBytes]:
+    """Count what is made from now on, and a module, its frozen encoders and others that are there before."""
+    with LiveTensorBytes() as live:
+        for part in (module, *getattr(module, "encoders", ())):
+            live.count([list(part.parameters()), list(part.buffers())])
+        live.count(others)
+        yield live
+
+
+@contextlib.contextmanager
+def _arithmetic(module: nn.Module, precision: Precision, attention: Attention = "fused") -> Iterator[None]:
+    device = next(module.parameters()).device
+    bf16 = autocast(device, torch.bfloat16 if precision == "bf16-mixed" else None)
+    eager = sdpa_kernel(SDPBackend.MATH) if attention == "eager" else contextlib.nullcontext()
+    with bf16, eager, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*self.log.*")  # there is no trainer to log to
+        yield
+
+
+# Predictions, on fake tensors: no weights, no memory, about a second each
 
 
 def predict_training_memory(
@@ -168,8 +228,10 @@ def predict_training_memory(
     attention: Attention = "fused",
     codec: str = "int8",
     live: bool = False,
+    images_at_once: int = 4,
+    device: Device = "cpu",
 ) -> int:
-    """Predict the peak live tensor bytes of a training step, on fake tensors: no weights, no memory, about a second.
+    """Predict the peak live tensor bytes of a training step.
 
     Args:
         method: makes the method, such as ``lambda: LoRAModule(5)``.
@@ -179,66 +241,115 @@ def predict_training_memory(
         attention: see ``TrainingStep``.
         codec: of stored keys and values.
         live: whether the frozen encoder runs in every step, where there is no store.
+        images_at_once: that it encodes.
+        device: that the step runs on; on ``cuda`` stored tokens and attention maps are held in larger pieces, and AdamW
+            takes all parameters at once.
 
     Returns:
-        What ``TrainingStep.live_bytes`` would measure on the CPU.
+        What ``TrainingStep.live_bytes`` would measure.
 
     Raises:
         ConfigurationError: settings that cannot work.
     """
-    module = build_on_meta(method, resolution)
-    encoder = None
-    if live and isinstance(module, FeatureModule):
-        encoder = _encoder_on_meta(module.encoder_config, resolution)
-    with _fake():
-        _allocate(module)
-        if encoder is not None:
-            cast(FeatureModule, module).use_encoder(_allocate(encoder))
-        batch = example_batch(module, resolution, batch_size, codec=codec, live=encoder is not None)
-        return TrainingStep(module, batch, precision, attention).live_bytes()
+    with _built(method, resolution, live, images_at_once, device) as module:
+        batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
+        return TrainingStep(module, batch, precision, attention, foreach=device == "cuda").live_bytes()
 
 
-def encoding_bytes(encoder: nn.Module, images: Tensor) -> int:
-    """Peak live tensor bytes of the frozen pass over a batch, weights and images included.
+def predict_evaluation_memory(
+    method: Callable[[], ClassificationModule],
+    resolution: tuple[int, int],
+    batch_size: int,
+    *,
+    precision: Precision = "32-true",
+    codec: str = "int8",
+    live: bool = False,
+    images_at_once: int = 4,
+    device: Device = "cpu",
+) -> int:
+    """Predict the peak live tensor bytes of a batch in validation, test or prediction (``evaluation_bytes``).
 
-    Args:
-        encoder: the frozen encoder, or another one, frozen too.
-        images: (B, 3, height, width), fp32, normalised.
+    Arguments and errors as of ``predict_training_memory``.
     """
-    with LiveTensorBytes() as live:
-        live.count([list(encoder.parameters()), list(encoder.buffers()), images])
-        encoder(images)
-    peak: int = live.peak
-    return peak
+    with _built(method, resolution, live, images_at_once, device) as module:
+        batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
+        if module.test_time_mirroring and "images" not in batch:
+            batch["mirrored"] = {
+                name: torch.zeros_like(batch[name]) for name in (*Features._fields, "pooled") if name in batch
+            }
+        return evaluation_bytes(module, batch, precision)
 
 
-def predict_encoding_memory(encoder: EncoderConfig, resolution: tuple[int, int], batch_size: int) -> int:
-    """Predict the peak live tensor bytes of the frozen pass, on fake tensors: no weights, no memory, about a second.
+def predict_explanation_memory(
+    method: Callable[[], ClassificationModule],
+    resolution: tuple[int, int],
+    batch_size: int,
+    *,
+    codec: str = "int8",
+    live: bool = False,
+    images_at_once: int = 4,
+    device: Device = "cpu",
+) -> int:
+    """Predict the peak live tensor bytes of explaining a batch with FPT+ or FPT (``explanation_bytes``).
+
+    Arguments and errors as of ``predict_training_memory``.
+    """
+    with _built(method, resolution, live, images_at_once, device) as module:
+        batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
+        return explanation_bytes(module, batch, draws=1, fractions=[0.1])  # where the least goes, most is copied
+
+
+def predict_encoding_memory(
+    encoder: EncoderConfig, resolution: tuple[int, int], batch_size: int, device: Device = "cpu"
+) -> int:
+    """Predict the peak live tensor bytes of the frozen pass.
 
     Args:
         encoder: the frozen encoder and its selection.
         resolution: (height, width) of its images in pixels.
         batch_size: images encoded at once.
+        device: that it runs on, as of ``predict_training_memory``.
 
     Returns:
-        What ``encoding_bytes`` would measure on the CPU.
+        What ``encoding_bytes`` would measure.
 
     Raises:
         ConfigurationError: the resolution is not a multiple of the patch size.
     """
     frozen = _encoder_on_meta(encoder, resolution)
-    with _fake():
-        return encoding_bytes(_allocate(frozen), torch.zeros(batch_size, 3, *resolution))
+    with _fake(device):
+        _allocate(frozen)
+        return encoding_bytes(frozen, torch.zeros(batch_size, 3, *resolution))
 
 
 @contextlib.contextmanager
-def _fake() -> Iterator[None]:
-    """Fake tensors; of what is done piece by piece in the same memory (attention maps, fusion), the first alone."""
-    with sketched(), FakeTensorMode(allow_non_fake_inputs=True):  # shapes of the tensors on "meta"
+def _built(
+    method: Callable[[], ClassificationModule],
+    resolution: tuple[int, int],
+    live: bool,
+    images_at_once: int,
+    device: Device,
+) -> Iterator[ClassificationModule]:
+    """The method, with its frozen encoder if that runs, of fake tensors."""
+    module, encoder = build_on_meta(method, resolution), None
+    if live and isinstance(module, FeatureModule):
+        encoder, module.images_at_once = _encoder_on_meta(module.encoder_config, resolution), images_at_once
+    with _fake(device):
+        _allocate(module)
+        if encoder is not None:
+            _allocate(encoder)
+            cast(FeatureModule, module).use_encoder(encoder)
+        yield module
+
+
+@contextlib.contextmanager
+def _fake(device: Device) -> Iterator[None]:
+    """Fake tensors on the CPU, in pieces as on a device, of which few are made."""
+    with sketched(torch.device(device)), FakeTensorMode(allow_non_fake_inputs=True):  # shapes of those on "meta"
         yield
 
 
-def _allocate(module: _Module) -> _Module:
+def _allocate(module: nn.Module) -> None:
     """Put tensors on the CPU, fake within ``_fake``, in place of those on "meta"; ``Module.to_empty`` may fail to."""
     made: dict[int, Tensor] = {}  # what is shared stays shared
     for part in module.modules():
@@ -250,7 +361,6 @@ def _allocate(module: _Module) -> _Module:
                     made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if learnable else empty
                 if tensor is not None:
                     cast(dict[str, Any], tensors)[name] = made[id(tensor)]
-    return module
 
 
 def _encoder_on_meta(config: EncoderConfig, resolution: tuple[int, int]) -> FrozenEncoder:

@@ -11,13 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
+from fpt_lightning.data.prefetch import AHEAD
 from fpt_lightning.encoder.config import check_resolution
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.files import align
-from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods import ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
-from fpt_lightning.planning.memory import Precision, predict_encoding_memory, predict_training_memory
+from fpt_lightning.planning.memory import (
+    Device,
+    Precision,
+    example_batch,
+    predict_encoding_memory,
+    predict_evaluation_memory,
+    predict_explanation_memory,
+    predict_training_memory,
+)
 from fpt_lightning.store.preload import feature_shape
 from fpt_lightning.store.store import bytes_per_row
 
@@ -41,6 +52,7 @@ class Setting:
         mirrored: whether mirror images are stored too.
         image_size: side of the stored low-resolution copies in pixels.
         preload_batch_size: images encoded at once.
+        device: that the run is on: ``cpu`` or ``cuda``.
     """
 
     method: type[ClassificationModule]
@@ -52,57 +64,110 @@ class Setting:
     mirrored: bool = False
     image_size: int = 256
     preload_batch_size: int = 4
+    device: Device = "cpu"
 
     def make(self) -> ClassificationModule:
         """The method."""
         return self.method(**self.arguments)
 
     @property
+    def encodes(self) -> bool:
+        """Whether the method learns from what a frozen encoder gives."""
+        return issubclass(self.method, FeatureModule)
+
+    @property
     def stores(self) -> bool:
-        """Whether the method learns from a store."""
-        return self.codec is not None and issubclass(self.method, FeatureModule)
+        """Whether that is stored."""
+        return self.codec is not None and self.encodes
 
-    def training_bytes(self) -> int:
-        """Predicted peak live tensor bytes of a training step."""
-        return predict_training_memory(
-            self.make,
-            self.resolution,
-            self.batch_size,
-            precision=self.precision,
-            codec=self.codec or "fp32",
-            live=self.codec is None,
-        )
+    @property
+    def explains(self) -> bool:
+        """Whether the method has prompts to explain."""
+        return issubclass(self.method, FPTPlusModule)
 
-    def encoding_bytes(self) -> int:
-        """Predicted peak live tensor bytes of the frozen pass into the store; 0 for a method that needs none."""
+    # Predicted peaks of live tensor bytes
+
+    def preload_bytes(self) -> int:
+        """Of the frozen pass into the store; 0 for a method that needs none."""
         if not self.stores:
             return 0
-        return predict_encoding_memory(self.make().encoder_config, self.resolution, self.preload_batch_size)
+        config = self.make().encoder_config
+        return predict_encoding_memory(config, self.resolution, self.preload_batch_size, self.device)
+
+    def fit_bytes(self) -> int:
+        """Of a training step, or of the validation beside the optimiser's state where that takes more: of two views."""
+        step = predict_training_memory(*self._sizes, precision=self.precision, **self._features)
+        module = build_on_meta(self.make, self.resolution)
+        return max(step, 8 * module.learnable_parameters + self.test_bytes()) if module.test_time_mirroring else step
+
+    def test_bytes(self) -> int:
+        """Of a batch in validation and test."""
+        return predict_evaluation_memory(*self._sizes, precision=self.precision, **self._features)
+
+    def predict_bytes(self) -> int:
+        """Of a batch in prediction, from images; they come ``preload_batch_size`` at a time to a frozen encoder."""
+        return self._from_images.test_bytes()
+
+    def explain_bytes(self) -> int:
+        """Of a batch in ``explain``, of a split or from new images; 0 for a method without prompts to explain."""
+        if not self.explains:
+            return 0
+        each = (self, self._from_images) if self.stores else (self,)
+        return max(predict_explanation_memory(*one._sizes, **one._features) for one in each)
+
+    @property
+    def _sizes(self) -> tuple[Callable[[], ClassificationModule], tuple[int, int], int]:
+        return self.make, self.resolution, self.batch_size
+
+    @property
+    def _features(self) -> dict[str, Any]:
+        return {
+            "codec": self.codec or "fp32",
+            "live": self.codec is None,
+            "images_at_once": self.preload_batch_size,
+            "device": self.device,
+        }
+
+    @property
+    def _from_images(self) -> Setting:
+        return replace(self, codec=None, batch_size=self.preload_batch_size if self.encodes else self.batch_size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. Memory is of live tensors, as on a CPU; a GPU adds its context (``CONTEXT_BYTES``).
+    """What a run will need. Memory is of live tensors; a GPU adds its context (``CONTEXT_BYTES``).
 
     Attributes:
         label: the method's name.
         learnable_parameters: their number.
         learnable_ratio: learnable parameters / all.
-        training_bytes: peak of a training step.
+        peaks: bytes by stage, of ``STAGES``; 0 for one that the method does not have.
+        waiting_bytes: of the batches that are prepared ahead in fit, in the host's memory (pinned, for a GPU); the one
+            in use is counted in ``peaks``.
         sample_bytes: stored, of one image; None without a store.
-        encoding_bytes: peak of the frozen pass; None without a store.
-        largest_batch: that fits the memory given, up to ``LARGEST_BATCH``; 0 where none does; None if not asked.
-        largest_resolution: likewise, side in pixels of square images, for training and frozen pass.
+        largest_batch: with which every stage fits the memory given, up to ``LARGEST_BATCH``; 0 where none does; None if
+            not asked.
+        largest_resolution: likewise, side in pixels of square images.
     """
 
     label: str
     learnable_parameters: int
     learnable_ratio: float
-    training_bytes: int
+    peaks: Mapping[str, int]
+    waiting_bytes: int
     sample_bytes: int | None
-    encoding_bytes: int | None
     largest_batch: int | None = None
     largest_resolution: int | None = None
+
+
+STAGES: dict[str, Callable[[Setting], int]] = {
+    "fit": Setting.fit_bytes,
+    "test": Setting.test_bytes,
+    "explain": Setting.explain_bytes,
+    "preload": Setting.preload_bytes,
+    "predict": Setting.predict_bytes,
+}
+"""What predicts the peak of each stage; ``test`` is ``validate`` too."""
 
 
 def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
@@ -116,30 +181,49 @@ def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
         ConfigurationError: settings that cannot work.
     """
     module = build_on_meta(setting.make, setting.resolution)
-    check_resolution("data.resolution", setting.resolution, module.encoder_shape.patch_size, module.encoder_shape.name)
-    shape = feature_shape(module.encoder_config, setting.resolution)
-    batch = resolution = None
-    if gpu_memory is not None:
-        budget, patch = gpu_memory - CONTEXT_BYTES, module.encoder_shape.patch_size
-        batch = largest(lambda n: replace(setting, batch_size=n).training_bytes(), budget, LARGEST_BATCH)
-
-        def at(patches: int) -> int:
-            sized = replace(setting, resolution=(patches * patch[0], patches * patch[1]))
-            return max(sized.training_bytes(), sized.encoding_bytes())
-
-        resolution = patch[0] * largest(at, budget, LARGEST_RESOLUTION // patch[0])
-    return Plan(
+    patch = module.encoder_shape.patch_size
+    check_resolution("data.resolution", setting.resolution, patch, module.encoder_shape.name)
+    peaks = {name: peak(setting) for name, peak in STAGES.items()}
+    batch = example_batch(
+        module, *setting._sizes[1:], codec=setting.codec or "fp32", live=not setting.stores, device="meta"
+    )
+    found = Plan(
         label=getattr(module, "LABEL", type(module).__name__),
         learnable_parameters=module.learnable_parameters,
         learnable_ratio=module.learnable_ratio,
-        training_bytes=setting.training_bytes(),
-        sample_bytes=(1 + setting.mirrored) * bytes_per_row(setting.codec, shape, setting.image_size)
+        peaks=peaks,
+        waiting_bytes=(AHEAD + 1) * sum(part.nbytes for part in batch.values() if isinstance(part, Tensor)),
+        sample_bytes=(1 + setting.mirrored)
+        * bytes_per_row(setting.codec, feature_shape(module.encoder_config, setting.resolution), setting.image_size)
         if setting.stores and setting.codec
         else None,
-        encoding_bytes=setting.encoding_bytes() if setting.stores else None,
-        largest_batch=batch,
-        largest_resolution=resolution,
     )
+    if gpu_memory is None:
+        return found
+    budget = gpu_memory - CONTEXT_BYTES
+
+    def of_batch(size: int) -> Setting:
+        return replace(setting, batch_size=size)
+
+    def of_patches(count: int) -> Setting:
+        return replace(setting, resolution=(count * patch[0], count * patch[1]))
+
+    return replace(
+        found,
+        largest_batch=largest_of_all(of_batch, budget, LARGEST_BATCH),
+        largest_resolution=patch[0] * largest_of_all(of_patches, budget, LARGEST_RESOLUTION // patch[0]),
+    )
+
+
+def largest_of_all(make: Callable[[int], Setting], budget: int, limit: int) -> int:
+    """The largest number with whose setting every stage fits; the second is asked at what the first leaves.
+
+    ``test`` takes no more than ``fit``, nor ``preload`` than ``predict``, nor that than ``explain``.
+    """
+    for peak in (Setting.fit_bytes, Setting.explain_bytes if make(1).explains else Setting.predict_bytes):
+        if limit and peak(make(limit)) > budget:
+            limit = largest(lambda number, peak=peak: peak(make(number)), budget, limit)  # type: ignore[misc]
+    return limit
 
 
 def largest(needed: Callable[[int], int], budget: int, limit: int) -> int:
@@ -194,34 +278,31 @@ def parse_memory(text: str) -> int:
 
 
 def table(plans: Sequence[Plan], images: int | None, gpu_memory: int | None) -> str:
-    """Plans as a table for people, a row each.
+    """Plans as two tables for people, a row each: memory by stage, and all else.
 
     Args:
         plans: of the methods.
         images: of the data set; None where unknown.
         gpu_memory: bytes, if the largest batch and resolution were asked.
     """
-    heads = ["method", "learnable", "training", "store, an image", f"{images or 1000:,} images", "frozen pass"]
+    names = {"preload": "preload", "fit": "fit", "test": "validate, test", "predict": "predict", "explain": "explain"}
+    memory = [["method", *names.values(), "batches ahead"]]
+    rest = [["method", "learnable", "store, an image", f"{images or 1000:,} images"]]
     if gpu_memory is not None:
-        heads += ["largest batch", "largest resolution"]
-    rows = [heads]
+        rest[0] += ["largest batch", "largest resolution"]
     for each in plans:
-        row = [
-            each.label,
-            f"{each.learnable_parameters:,} ({100 * each.learnable_ratio:.2f}%)",
-            _mib(each.training_bytes),
-        ]
+        memory.append([each.label, *(_mib(each.peaks[name]) for name in names), _mib(each.waiting_bytes)])
         size = each.sample_bytes
-        row += ["-", "-"] if size is None else [f"{size / 1e6:.2f} MB", f"{(images or 1000) * size / 1e9:.2f} GB"]
-        row.append("-" if each.encoding_bytes is None else _mib(each.encoding_bytes))
+        stored = ["-", "-"] if size is None else [f"{size / 1e6:.2f} MB", f"{(images or 1000) * size / 1e9:.2f} GB"]
+        row = [each.label, f"{each.learnable_parameters:,} ({100 * each.learnable_ratio:.2f}%)", *stored]
         if gpu_memory is not None:
             row += [_bounded(each.largest_batch, LARGEST_BATCH), _bounded(each.largest_resolution, LARGEST_RESOLUTION)]
-        rows.append(row)
-    return align(rows)
+        rest.append(row)
+    return f"{align(memory)}\n\n{align(rest)}"
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**20:,.1f} MiB" if size else "-"
 
 
 def _bounded(number: int | None, limit: int) -> str:
