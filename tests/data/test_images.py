@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -654,8 +655,13 @@ def test_a_16_bit_view_is_the_8_bit_one_in_finer_steps(augmentation: str) -> Non
 
 def test_each_thread_draws_from_generators_of_its_own() -> None:
     """As the seed of a view is kept in them."""
-    transform = ViewTransform(24)
-    first, second = at_once(lambda _: transform._drawing((64, 64, 3)), [1, 2])
+    transform, both = ViewTransform(24), threading.Barrier(2)
+
+    def drawing(_: int) -> transforms._Steps:
+        both.wait(10)  # else one thread could do the work of both
+        return transform._drawing((64, 64, 3))
+
+    first, second = at_once(drawing, [1, 2])
     assert first is not second
     assert first.random is not second.random
     assert not {id(step) for step in first.steps} & {id(step) for step in second.steps}
