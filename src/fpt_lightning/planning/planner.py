@@ -221,29 +221,29 @@ def largest_of_all(make: Callable[[int], Setting], budget: int, limit: int) -> i
     ``test`` takes no more than ``fit``, nor ``preload`` than ``predict``, nor that than ``explain``.
     """
     for peak in (Setting.fit_bytes, Setting.explain_bytes if make(1).explains else Setting.predict_bytes):
-        if limit and peak(make(limit)) > budget:
-            limit = largest(lambda number, peak=peak: peak(make(number)), budget, limit)  # type: ignore[misc]
+        limit = largest(lambda number, peak=peak: peak(make(number)), budget, limit)  # type: ignore[misc]
     return limit
 
 
 def largest(needed: Callable[[int], int], budget: int, limit: int) -> int:
     """The largest number from 1 to ``limit`` that needs no more than ``budget``; 0 where not even 1 does.
 
-    ``needed`` grows, nearly linearly or with the square, so that a few guesses suffice.
+    ``needed`` grows, nearly linearly or with the square, so that a few guesses suffice: on a line between what fits and
+    what does not, or in the middle where the line came to little.
     """
-    known = {1: needed(1)}
-    if known[1] > budget:
-        return 0
-    fits, too_large, guess = 1, limit + 1, min(8, limit)
+    if limit == 0 or (most := needed(limit)) <= budget:
+        return limit
+    fits, least, too_large, before = 0, 0, limit, 2 * limit
     while too_large - fits > 1:
-        known[guess] = needed(guess)
-        if known[guess] <= budget:
-            fits = guess
+        share = (budget - least) / (most - least) if fits else 0
+        if fits and too_large - fits > before // 2:
+            share = 0.5
+        before = too_large - fits
+        guess = min(max(fits + int(share * (too_large - fits)), fits + 1), too_large - 1)
+        if (found := needed(guess)) <= budget:
+            fits, least = guess, found
         else:
-            too_large = guess
-        slope = (known[guess] - known[1]) / max(1, guess - 1)
-        line = fits + int((budget - known[fits]) / max(1.0, slope)) if known[guess] <= budget else (fits + guess) // 2
-        guess = min(max(line, fits + 1), too_large - 1)
+            too_large, most = guess, found
     return fits
 
 
