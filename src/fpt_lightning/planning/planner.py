@@ -6,6 +6,7 @@ Everything is predicted on fake tensors (``fpt_lightning.planning.memory``): no 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -229,17 +230,18 @@ def largest(needed: Callable[[int], int], budget: int, limit: int) -> int:
     """The largest number from 1 to ``limit`` that needs no more than ``budget``; 0 where not even 1 does.
 
     ``needed`` grows, nearly linearly or with the square, so that a few guesses suffice: on a line between what fits and
-    what does not, or in the middle where the line came to little.
+    what does not, or at their geometric mean where the line came to little.
     """
     if limit == 0 or (most := needed(limit)) <= budget:
         return limit
-    fits, least, too_large, before = 0, 0, limit, 2 * limit
+    if limit == 1 or (least := needed(1)) > budget:
+        return 0
+    fits, too_large, before = 1, limit, 2 * limit
     while too_large - fits > 1:
-        share = (budget - least) / (most - least) if fits else 0
-        if fits and too_large - fits > before // 2:
-            share = 0.5
-        before = too_large - fits
-        guess = min(max(fits + int(share * (too_large - fits)), fits + 1), too_large - 1)
+        guess = fits + int((budget - least) / (most - least) * (too_large - fits))
+        if too_large - fits > before // 2:
+            guess = math.isqrt(fits * too_large)
+        before, guess = too_large - fits, min(max(guess, fits + 1), too_large - 1)
         if (found := needed(guess)) <= budget:
             fits, least = guess, found
         else:
