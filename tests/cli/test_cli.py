@@ -79,9 +79,9 @@ def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: P
     predicted = {row["path"]: row for row in rows(root / "predict" / "best" / "predictions.csv")}
     assert len(predicted) == 30
     for path, row in tested.items():
-        assert list(row) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+        assert list(row) == ["path", "label", "most_probable", "prob_a", "prob_b", "prob_c"]
+        assert list(predicted[path]) == ["path", "most_probable", "prob_a", "prob_b", "prob_c"]
         assert row["label"] == path[0]
-        assert predicted[path]["label"] == ""
         for name in ("prob_a", "prob_b", "prob_c"):  # the stored features are fp16, the live ones fp32
             assert float(row[name]) == pytest.approx(float(predicted[path][name]), abs=2e-3)
         assert math.isclose(sum(float(row[f"prob_{c}"]) for c in "abc"), 1, abs_tol=1e-5)

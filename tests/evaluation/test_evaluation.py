@@ -95,7 +95,7 @@ def test_single_label_metrics_equal_scikit_learn(classes: int, ties: bool) -> No
         "accuracy": sk.accuracy_score(true, top),
         "balanced_accuracy": sk.balanced_accuracy_score(true, top),
         "f1": sk.f1_score(true, top, average="macro"),
-        "kappa": sk.cohen_kappa_score(true, top, weights="quadratic"),
+        "kappa": sk.cohen_kappa_score(true, top),
         "brier": ((scores - one_hot) ** 2).sum(1).mean(),
         "calibration_error": reference_calibration(scores.max(1), top == true),
     }
@@ -103,6 +103,13 @@ def test_single_label_metrics_equal_scikit_learn(classes: int, ties: bool) -> No
         each = reference_of_class(true == index, scores[:, index], top == index)
         expected |= {f"{name}/{metric}": value for metric, value in each.items()}
     assert values(predictions) == pytest.approx(expected, abs=1e-12)
+
+    del expected["kappa"]
+    expected["quadratic_kappa"] = sk.cohen_kappa_score(true, top, weights="quadratic")
+    grades = replace(predictions, ordered=True)
+    assert values(grades) == pytest.approx(expected, abs=1e-12)
+    assert "Cohen's kappa" in evaluate(predictions, resamples=2).table()
+    assert "quadratic kappa" in evaluate(grades, resamples=2).table()
 
 
 def test_multi_label_metrics_equal_scikit_learn_where_the_label_is_known() -> None:

@@ -33,7 +33,7 @@ _HISTORY = {
     "train_loss_epoch": "training",
     "val_loss": "validation",
     "val_auc": "validation AUC",
-    "val_kappa": "validation kappa",
+    "val_quadratic_kappa": "validation quadratic kappa",
     "val_mae": "validation mean absolute error",
     "val_accuracy": "validation accuracy",
 }

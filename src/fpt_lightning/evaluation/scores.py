@@ -98,8 +98,9 @@ def evaluate(
     for want of an image of it or of any other, is left out of the macro means, and so in each resample.
 
     - Single-label: macro AUC and average precision (one-vs-rest); accuracy, balanced accuracy, macro F1 (of the classes
-      that have an image) and quadratic-weighted kappa (of classes in their order) of the most probable class; Brier
-      score, the sum over the classes of squared differences, from 0 to 2; calibration error of the top probability.
+      that have an image) and kappa (Cohen's without weights; of ordered classes, quadratic-weighted) of the most
+      probable class; Brier score, the sum over the classes of squared differences, from 0 to 2; calibration error of
+      the top probability.
     - Multi-label: of each class where its label is known, and the mean over the classes; the Brier score is one class's
       squared difference, from 0 to 1, and the calibration error that of the class's probability.
     - Regression: mean absolute and root mean squared error, R², Pearson and Spearman correlation.
