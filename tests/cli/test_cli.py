@@ -23,6 +23,7 @@ import yaml
 from commands import fails, run
 from fpt_lightning import methods
 from fpt_lightning.cli import main
+from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.store.store import FeatureStore
 from miniatures import MINIATURES, build, reads_dicom
 from small import ROOT, write_images
@@ -42,9 +43,21 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: Path, tmp_path: Path) -> None:
+def test_fit_test_and_predict_leave_what_they_should(
+    config: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[float | None] = []  # validation AUC of the checkpoint that is tested
+
+    def evaluated(*args: Any, **settings: Any) -> Evaluation:
+        known.append(settings["validation_auc"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr("fpt_lightning.cli.callbacks.evaluate", evaluated)
     root = tmp_path / "run"
     run("fit", "--config", config)
+    of_epoch = {row["epoch"]: float(row["val_auc"]) for row in rows(root / "metrics.csv") if row["val_auc"]}
+    epochs = [torch.load(root / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("last", "best")]
+    assert known == [of_epoch[str(epoch)] for epoch in epochs]
     left = {path.name for path in root.iterdir()}
     assert left >= {
         "best.ckpt",

@@ -35,7 +35,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]" if self.value == self.value else "-"
+        bounds = f" [{number(self.low)}, {number(self.high)}]" if self.low == self.low else ""
+        return f"{number(self.value)}{bounds}"
 
 
 def label(metric: str, specificity: float) -> str:
