@@ -402,6 +402,8 @@ def test_other_images_labels_or_classes_are_not_compared() -> None:
         compare(predictions, replace(predictions, labels=labels))
     with pytest.raises(DataError, match=r"single-label of a, b, c, and single-label of a, b"):
         compare(predictions, drawn(2, 20))
+    with pytest.raises(DataError, match=r"single-label of a, b, c, and single-label of the grades a, b, c\."):
+        compare(drawn(3), replace(drawn(3), ordered=True))
 
 
 # The bootstrap

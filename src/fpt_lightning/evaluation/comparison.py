@@ -113,8 +113,11 @@ def compare(
 
 def _matched(first: Predictions, second: Predictions) -> Predictions:
     """``second`` in the order of ``first``."""
-    if (first.kind, first.classes) != (second.kind, second.classes):
-        described = [f"{each.kind} of {', '.join(each.classes) or 'no classes'}" for each in (first, second)]
+    if (first.kind, first.classes, first.ordered) != (second.kind, second.classes, second.ordered):
+        described = [
+            f"{each.kind} of {'the grades ' * each.ordered}{', '.join(each.classes) or 'no classes'}"
+            for each in (first, second)
+        ]
         raise DataError(f"the predictions are of different things: {described[0]}, and {described[1]}.")
     place = {id: i for i, id in enumerate(second.ids)}
     differing = sorted({*first.ids} ^ {*second.ids})
