@@ -148,11 +148,11 @@ class Task:
 
     @property
     def monitor(self) -> str:
-        return "kappa" if self.kind == "ordinal" else "auc"
+        return "quadratic_kappa" if self.kind == "ordinal" else "auc"
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("auc", "fold_auc", "kappa") if self.kind == "ordinal" else ("auc", "fold_auc")
+        return ("auc", "fold_auc", "quadratic_kappa") if self.kind == "ordinal" else ("auc", "fold_auc")
 
 
 TASKS = {
@@ -380,6 +380,7 @@ def tested(name: str, rows: Mapping[str, Row], found: Record) -> Predictions:
         np.array(list(found.test.values())),
         task.classes,
         tuple(rows[id]["patient"] for id in ids),
+        ordered=task.kind == "ordinal",
     )
 
 
@@ -488,7 +489,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     """Markdown, a row a method."""
     task = TASKS[name]
     metrics = task.metrics
-    called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "kappa": "quadratic kappa x 100"}
+    called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "quadratic_kappa": "quadratic kappa x 100"}
     other = next((ROWS[name].label for name in REFERENCES if name in found and name in ROWS), "the first row")
     other = "the first row" if "default" in found else other
     heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus {other} [95%]" for m in metrics)]

@@ -23,6 +23,7 @@ import yaml
 from commands import fails, run
 from fpt_lightning import methods
 from fpt_lightning.cli import main
+from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.store.store import FeatureStore
 from miniatures import MINIATURES, build, reads_dicom
 from small import ROOT, write_images
@@ -42,9 +43,21 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: Path, tmp_path: Path) -> None:
+def test_fit_test_and_predict_leave_what_they_should(
+    config: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[float | None] = []  # validation AUC of the checkpoint that is tested
+
+    def evaluated(*args: Any, **settings: Any) -> Evaluation:
+        known.append(settings["validation_auc"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr("fpt_lightning.cli.callbacks.evaluate", evaluated)
     root = tmp_path / "run"
     run("fit", "--config", config)
+    of_epoch = {row["epoch"]: float(row["val_auc"]) for row in rows(root / "metrics.csv") if row["val_auc"]}
+    epochs = [torch.load(root / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("last", "best")]
+    assert known == [of_epoch[str(epoch)] for epoch in epochs]
     left = {path.name for path in root.iterdir()}
     assert left >= {
         "best.ckpt",
@@ -79,9 +92,9 @@ def test_fit_test_and_predict_leave_what_they_should(config: Path, image_root: P
     predicted = {row["path"]: row for row in rows(root / "predict" / "best" / "predictions.csv")}
     assert len(predicted) == 30
     for path, row in tested.items():
-        assert list(row) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+        assert list(row) == ["path", "label", "most_probable", "prob_a", "prob_b", "prob_c"]
+        assert list(predicted[path]) == ["path", "most_probable", "prob_a", "prob_b", "prob_c"]
         assert row["label"] == path[0]
-        assert predicted[path]["label"] == ""
         for name in ("prob_a", "prob_b", "prob_c"):  # the stored features are fp16, the live ones fp32
             assert float(row[name]) == pytest.approx(float(predicted[path][name]), abs=2e-3)
         assert math.isclose(sum(float(row[f"prob_{c}"]) for c in "abc"), 1, abs_tol=1e-5)

@@ -105,9 +105,9 @@ def test_decisions_and_table_follow_the_fitted_thresholds(image_root: Path, tmp_
     np.testing.assert_array_equal(decided[:, 1], found.scores[:, 1] >= 0.6)
     np.testing.assert_array_equal(decided[:, 2], found.scores.argmax(1) == 2)
     rows = predictor.table(found, tmp_path / "table.csv")
-    assert list(rows[0]) == [
-        *("path", "prob_a", "prob_b", "prob_c", "decided_a", "decided_b", "decided_c", "most_probable")
-    ]
+    by_class = [f"{column}_{name}" for column in ("prob", "threshold", "decided") for name in "abc"]
+    assert list(rows[0]) == ["path", *by_class, "most_probable"]
+    assert [rows[0][f"threshold_{name}"] for name in "abc"] == [0.3, 0.6, ""]
     assert [row["decided_a"] for row in rows] == decided[:, 0].astype(int).tolist()
     assert rows[0]["most_probable"] == "abc"[found.scores[0].argmax()]
     with (tmp_path / "table.csv").open(newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
 from fpt_lightning.evaluation.comparison import compare
 from fpt_lightning.evaluation.decisions import fit_thresholds
+from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.resampling import interval, resample
+from fpt_lightning.evaluation.resampling import interval, resample, resampled_weights
 from fpt_lightning.evaluation.scores import evaluate
 
 NAN = float("nan")
@@ -95,7 +97,7 @@ def test_single_label_metrics_equal_scikit_learn(classes: int, ties: bool) -> No
         "accuracy": sk.accuracy_score(true, top),
         "balanced_accuracy": sk.balanced_accuracy_score(true, top),
         "f1": sk.f1_score(true, top, average="macro"),
-        "kappa": sk.cohen_kappa_score(true, top, weights="quadratic"),
+        "kappa": sk.cohen_kappa_score(true, top),
         "brier": ((scores - one_hot) ** 2).sum(1).mean(),
         "calibration_error": reference_calibration(scores.max(1), top == true),
     }
@@ -103,6 +105,13 @@ def test_single_label_metrics_equal_scikit_learn(classes: int, ties: bool) -> No
         each = reference_of_class(true == index, scores[:, index], top == index)
         expected |= {f"{name}/{metric}": value for metric, value in each.items()}
     assert values(predictions) == pytest.approx(expected, abs=1e-12)
+
+    del expected["kappa"]
+    expected["quadratic_kappa"] = sk.cohen_kappa_score(true, top, weights="quadratic")
+    grades = replace(predictions, ordered=True)
+    assert values(grades) == pytest.approx(expected, abs=1e-12)
+    assert "Cohen's kappa" in evaluate(predictions, resamples=2).table()
+    assert "quadratic kappa" in evaluate(grades, resamples=2).table()
 
 
 def test_multi_label_metrics_equal_scikit_learn_where_the_label_is_known() -> None:
@@ -152,8 +161,8 @@ def test_resamples_are_scored_as_the_repeated_cases_would_be() -> None:
         (weights,) = resample(predictions.ids, 1, 5)
         rows = np.repeat(np.arange(len(predictions.ids)), weights)
         again = replace(predictions.take(rows), ids=tuple(map(str, range(len(rows)))))
-        low = {name: estimate.low for name, estimate in estimates.overall.items()}
-        assert low == pytest.approx({n: v for n, v in values(again).items() if "/" not in n}, abs=1e-12)
+        low = {name: estimate.low for name, estimate in estimates.overall.items() if name != "calibration_error"}
+        assert low == pytest.approx({name: v for name, v in values(again).items() if name in low}, abs=1e-12)
 
 
 def test_perfect_inverted_and_constant_scores() -> None:
@@ -203,12 +212,31 @@ def test_an_auc_below_a_half_is_pointed_out() -> None:
     inverted = good.scores.copy()
     inverted[:, 1] = 1 - inverted[:, 1]
     labels = np.eye(3)[good.labels]
-    notes = evaluate(Predictions("multi-label", good.ids, labels, inverted, good.classes), resamples=2).notes
+    notes = evaluate(Predictions("multi-label", good.ids, labels, inverted, good.classes), resamples=200).notes
     (note,) = (note for note in notes if note.startswith("AUC below 0.5"))
     assert "b (0." in note
     assert "a (" not in note
     assert "inverted" in note
-    assert not any("AUC" in note for note in evaluate(good, resamples=2).notes)
+    assert not any("AUC" in note for note in evaluate(good, resamples=200).notes)
+
+
+def test_chance_is_not_called_worse_than_chance() -> None:
+    """Half of all models that know nothing have an AUC below 0.5, and a correlation below 0."""
+    rng = np.random.default_rng(3)
+    called = unclear = below = 0
+    for _ in range(60):
+        evaluation = evaluate(binary(np.arange(60) % 2, rng.random(60)), resamples=200)
+        below += evaluation.overall["auc"].value < 0.5
+        called += any("worse than chance" in note for note in evaluation.notes)
+        unclear += any("do not tell the ranking from chance" in note for note in evaluation.notes)
+    assert 20 < below < 40
+    assert called <= 4
+    assert unclear >= 52
+    numbers = Predictions("regression", tuple(map(str, range(40))), *rng.normal(size=(2, 40)))
+    numbers = replace(numbers, scores=0.1 * numbers.labels - numbers.scores)
+    evaluation = evaluate(numbers, resamples=200)
+    assert evaluation.overall["pearson"].value < 0 < evaluation.overall["pearson"].high
+    assert not any("correlation" in note for note in evaluation.notes)
 
 
 def test_other_notes() -> None:
@@ -228,7 +256,8 @@ def test_other_notes() -> None:
     rare = binary(np.arange(40) < 3, np.linspace(1, 0, 40))
     assert any("fewer than 10 images" in note and "b (3)" in note for note in evaluate(rare, resamples=200).notes)
     falling = Predictions("regression", ("1", "2", "3"), np.arange(3.0), -np.arange(3.0))
-    assert "The correlation is -1.000, below 0: the labels may be inverted." in evaluate(falling, resamples=200).notes
+    said = "The correlation is -1.000 [-1.000, -1.000], below 0: the labels may be inverted."
+    assert said in evaluate(falling, resamples=200).notes
 
 
 def test_thresholds_decide() -> None:
@@ -373,6 +402,8 @@ def test_other_images_labels_or_classes_are_not_compared() -> None:
         compare(predictions, replace(predictions, labels=labels))
     with pytest.raises(DataError, match=r"single-label of a, b, c, and single-label of a, b"):
         compare(predictions, drawn(2, 20))
+    with pytest.raises(DataError, match=r"single-label of a, b, c, and single-label of the grades a, b, c\."):
+        compare(drawn(3), replace(drawn(3), ordered=True))
 
 
 # The bootstrap
@@ -422,13 +453,55 @@ def test_coverage_is_close_to_95_percent() -> None:
         assert 0.92 < covered(3000, images=200, patients=patients, grouped=True) < 0.97
 
 
-def test_an_interval_that_lies_above_its_calibration_error_is_explained() -> None:
-    """Probabilities that come true exactly: every resample is worse calibrated."""
-    scores = np.repeat([[0.7, 0.3], [0.3, 0.7]], 100, axis=0)
-    labels = np.repeat([0, 1, 1, 0], [70, 30, 70, 30])
-    predictions = Predictions("single-label", tuple(map(str, range(200))), labels, scores, ("no", "yes"))
+def test_resamples_cannot_bound_a_calibration_error() -> None:
+    """Of probabilities that come true it is 0, which chance alone never gives, in the images or in a resample."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        likely = rng.uniform(0.5, 1, 200)
+        predictions = binary(rng.random(200) < likely, likely)
+        evaluation = evaluate(predictions, resamples=50)
+        error, brier = (evaluation.overall[name] for name in ("calibration_error", "brier"))
+        (resampled,) = (
+            measure(predictions, {}, 0.9, weights, per_class=False)["", "calibration_error"]
+            for weights in resampled_weights(predictions, 50, 0)
+        )
+        assert np.percentile(resampled, 2.5) > 0.02  # what an interval would begin at
+        assert error.value > 0.02
+        assert np.isnan([error.low, error.high]).all()
+        assert brier.low < brier.value < brier.high
+    assert re.search(rf"calibration error +{error.value:.3f} *\n", evaluation.table())
+    comparison = compare(predictions, replace(predictions, scores=predictions.scores[:, ::-1].copy()), resamples=20)
+    difference = comparison.differences["calibration_error"]
+    assert difference.value > 0
+    assert np.isnan([difference.low, difference.high, difference.p]).all()
+    assert re.search(r"calibration error +0\.\d+ +0\.\d+ +\+0\.\d+ +- +-", comparison.table())
+
+
+@pytest.mark.parametrize("predictions", [drawn(3), several()], ids=lambda each: each.kind)
+def test_every_interval_contains_its_value(predictions: Predictions) -> None:
     evaluation = evaluate(predictions, resamples=200)
-    assert evaluation.overall["calibration_error"].value < evaluation.overall["calibration_error"].low
-    assert [note for note in evaluation.notes if "its interval lies above its value" in note]
-    badly = replace(predictions, scores=scores[:, ::-1].copy())
-    assert not [note for note in evaluate(badly, resamples=200).notes if "lies above" in note]
+    for values in (evaluation.overall, *evaluation.per_class.values()):
+        for name, estimate in values.items():
+            assert name == "calibration_error" or estimate.low <= estimate.value <= estimate.high
+
+
+def test_a_validation_auc_outside_the_interval_is_pointed_out() -> None:
+    predictions = drawn(3)
+    auc = evaluate(predictions, resamples=200).overall["auc"]
+
+    def said(validation: float | None) -> list[str]:
+        notes = evaluate(predictions, resamples=200, validation_auc=validation).notes
+        return [note for note in notes if "validation AUC" in note]
+
+    assert said(None) == said(auc.value) == said(auc.high - 1e-6) == said(NAN) == []
+    (above,), (below,) = said(auc.high + 0.01), said(auc.low - 0.01)
+    assert f"is above the interval of the test AUC, {auc}: the epoch was chosen" in above
+    assert "is below the interval" in below
+
+
+def test_decisions_that_differ_from_the_most_probable_class_are_explained() -> None:
+    predictions = binary([0, 0, 1, 1], [0.1, 0.3, 0.4, 0.9])
+    (note,) = (n for n in evaluate(predictions, {"a": 0.65, "b": 0.35}, resamples=5).notes if "most probable" in n)
+    assert note.startswith("1 of 4 images are decided otherwise than for their most probable class")
+    for thresholds in ({"a": 0.5, "b": 0.5}, None):
+        assert not any("most probable" in note for note in evaluate(predictions, thresholds, resamples=5).notes)

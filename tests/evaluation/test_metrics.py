@@ -64,10 +64,19 @@ def test_metrics_equal_scikit_learn(classes: int, batch_size: int) -> None:
             "f1": sk.f1_score(true, predicted, average="macro"),
             "precision": sk.precision_score(true, predicted, average="macro"),
             "recall": sk.recall_score(true, predicted, average="macro"),
-            "kappa": sk.cohen_kappa_score(true, predicted, weights="quadratic"),
+            "kappa": sk.cohen_kappa_score(true, predicted),
         },
         abs=1e-6,
     )
+
+
+def test_kappa_is_weighted_where_classes_are_grades() -> None:
+    probabilities, labels = draw(5)
+    grades = classification_metrics(5, "", ordered=True)
+    found = grades(probabilities, labels)
+    weighted = sk.cohen_kappa_score(labels.numpy(), probabilities.argmax(1).numpy(), weights="quadratic")
+    assert float(found["quadratic_kappa"]) == pytest.approx(weighted, abs=1e-6)
+    assert set(found) == NAMES - {"kappa"} | {"quadratic_kappa"}
 
 
 def test_ties_count_half() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,34 +27,40 @@ MULTI = Predictions(
     ("a", "b", "Größe"),
     ("p1", ""),
 )
+GRADES = replace(SINGLE, classes=("0", "1"), scores=np.random.default_rng(0).dirichlet((1, 1), 3), ordered=True)
 NUMBERS = Predictions(
     "regression", ("1.png", "2.png"), np.array([41.5, NAN]), np.array([40.25, -3.0]), groups=("p", "p")
 )
 
 
-def test_a_single_label_file_is_what_test_always_wrote(tmp_path: Path) -> None:
+def test_a_single_label_file(tmp_path: Path) -> None:
     SINGLE.write(tmp_path / "p.csv")
     assert (tmp_path / "p.csv").read_text() == (
-        'path,label,prob_no,"prob_yes, it is"\n'
-        '"x,1.png",no,0.700000,0.300000\n'
-        '"y""2.png","yes, it is",0.600000,0.400000\n'
-        "z.png,,0.100000,0.900000\n"
+        'path,label,most_probable,prob_no,"prob_yes, it is"\n'
+        '"x,1.png",no,no,0.7,0.3\n'
+        '"y""2.png","yes, it is",no,0.6,0.4\n'
+        'z.png,,"yes, it is",0.1,0.9\n'
     )
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
 
-@pytest.mark.parametrize("written", [SINGLE, MULTI, NUMBERS], ids=lambda each: each.kind)
+@pytest.mark.parametrize(
+    "written",
+    [
+        *(SINGLE, MULTI, NUMBERS, GRADES),
+        replace(SINGLE, labels=np.full(3, -1)),
+        replace(MULTI, labels=MULTI.labels * NAN),
+        replace(NUMBERS, labels=NUMBERS.labels * NAN),
+    ],
+    ids=lambda each: f"{each.kind}{'-graded' * each.ordered}{'' if each.known.any() else '-unlabelled'}",
+)
 def test_what_is_written_is_read(written: Predictions, tmp_path: Path) -> None:
     written.write(tmp_path / "p.csv")
     read = Predictions.read(tmp_path / "p.csv")
-    assert (read.kind, read.ids, read.classes, read.groups) == (
-        written.kind,
-        written.ids,
-        written.classes,
-        written.groups,
-    )
+    for name in ("kind", "ids", "classes", "groups", "ordered"):
+        assert getattr(read, name) == getattr(written, name)
     np.testing.assert_array_equal(read.labels, written.labels)
-    np.testing.assert_allclose(read.scores, written.scores, atol=1e-6)
+    np.testing.assert_array_equal(read.scores, written.scores)
     assert read.labels.dtype == (np.int64 if read.kind == "single-label" else np.float64)
 
 
@@ -62,13 +69,20 @@ def test_headers_of_the_other_kinds(tmp_path: Path) -> None:
     NUMBERS.write(tmp_path / "n.csv")
     assert (tmp_path / "m.csv").read_text().splitlines()[:2] == [
         "path,group,label_a,label_b,label_Größe,prob_a,prob_b,prob_Größe",
-        "1.png,p1,0,1,,0.250000,0.500000,1.000000",
+        "1.png,p1,0,1,,0.25,0.5,1",
     ]
     assert (tmp_path / "n.csv").read_text().splitlines() == [
         "path,group,label,prediction",
-        "1.png,p,41.5,40.250000",
-        "2.png,p,,-3.000000",
+        "1.png,p,41.5,40.25",
+        "2.png,p,,-3",
     ]
+
+
+def test_a_file_without_labels_has_no_column_of_them(tmp_path: Path) -> None:
+    replace(SINGLE, labels=np.full(3, -1)).write(tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text().startswith('path,most_probable,prob_no,"prob_yes, it is"\n')
+    replace(MULTI, labels=MULTI.labels * NAN).write(tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_text().startswith("path,group,prob_a,prob_b,prob_Größe\n")
 
 
 def test_columns_may_be_in_any_order(tmp_path: Path) -> None:
@@ -103,6 +117,11 @@ HEAD = "path,label,prob_a,prob_b\n"
         (HEAD + "1,a,high,0.5\n", "line 2: prob_a is 'high', which is not a number"),
         (HEAD + "1,a,,0.5\n", "line 2: prob_a is '', which is not a number"),
         (HEAD + "1,a,0.5,0.5\n2,b,0.5,0.4\n", r"line 3: the probabilities sum to 0\.9, not to 1"),
+        (
+            "path,label,most_probable,prob_a,prob_b\n1,a,b,0.6,0.4\n",
+            r"line 2: most_probable is 'b', which is not the cl",
+        ),
+        ("path,label,grade,prob_a,prob_b\n1,a,a,0.6,0.4\n", "it needs path"),
         ("path,label_a,prob_a\n1,0.5,0.5\n", r"line 2: label_a is '0\.5', which is not 0, 1 or empty"),
         ("path,label,prediction\n1,2,x\n", "line 2: prediction is 'x', which is not a number"),
         ("path,label,prediction\n1,inf,2\n", "line 2: label is 'inf', which is not a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -231,10 +232,21 @@ def test_evaluate_fits_on_validation_images(tmp_path: Path) -> None:
         for folder in ("plain", "set", "cool")
     )
     assert set(plain["thresholds"]) == {*NASTY}
+    assert not any("validation AUC" in note for note in plain["notes"])
     assert given["thresholds"] == plain["thresholds"] | {NASTY[0]: 0.25}
     assert cool["overall"]["calibration_error"]["value"] < plain["overall"]["calibration_error"]["value"]
     assert cool["overall"]["accuracy"] == plain["overall"]["accuracy"]
     assert "temperature" in Page(tmp_path / "cool" / "report.html").text
+
+
+def test_evaluate_holds_the_auc_against_that_of_validation_images(tmp_path: Path) -> None:
+    perfect = single_label(("no", "yes"))
+    perfect.write(tmp_path / "v.csv")
+    scores = np.random.default_rng(1).dirichlet((1, 1), len(perfect.ids))
+    replace(perfect, scores=scores).write(tmp_path / "p.csv")
+    evaluate_file(str(tmp_path / "p.csv"), validation=str(tmp_path / "v.csv"), resamples=100)
+    notes = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))["notes"]
+    assert any(note.startswith("The validation AUC, ") and "is above the interval" in note for note in notes)
 
 
 def test_evaluate_refuses_what_cannot_be_fitted(tmp_path: Path) -> None:

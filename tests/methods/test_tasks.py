@@ -24,6 +24,7 @@ from fpt_lightning.evaluation.calibration import fit_temperature, with_temperatu
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.metrics import multilabel_metrics, regression_metrics
 from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.scores import evaluate
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import TASKS, Coral, make_task
 from fpt_lightning.methods.tuning import EncoderModule, build_on_meta
@@ -430,6 +431,14 @@ def test_a_run_leaves_predictions_and_their_evaluation(
     predictions = Predictions.read(root / "predictions.csv")
     assert predictions.kind == model_for(task).task.KIND
     assert len(predictions.ids) in (5, 6)
+    again = evaluate(predictions, evaluations["best"]["thresholds"]).to_dict()  # from the file, to the last bit
+    assert (again["overall"], again["per_class"]) == (overall, evaluations["best"]["per_class"])
+    logged = json.loads((root / "metrics.json").read_text())["best"]
+    same = {name: value for name, value in logged.items() if name.removeprefix("test_") in overall}
+    assert len(same) >= 2
+    for name, value in same.items():
+        if name != "test_f1":  # which torchmetrics counts absent classes in
+            assert value == pytest.approx(overall[name.removeprefix("test_")]["value"], rel=1e-5, abs=1e-5), name
     assert (root / "confusion_matrix.png").is_file() == (predictions.kind == "single-label")
     main(["predict", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(root / "best.ckpt")])
     unknown = Predictions.read(root / "predict" / "best" / "predictions.csv")

@@ -78,7 +78,7 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
         tried = {path.name for path in (tmp_path / f"out/fundus_grade-64/fpt_plus/fold{fold}").iterdir()}
         assert tried - {"lr0.03-wd0.1"} == {"lr0.001-wd0.1", "lr0.01-wd0.1"}
         assert f"lr{rate:g}-wd0.1" in tried
-    for metric in ("auc", "fold_auc", "kappa"):
+    for metric in ("auc", "fold_auc", "quadratic_kappa"):
         difference = found["stored_linear"][metric]["difference"]
         values = {name: row[metric]["value"] for name, row in found.items()}
         assert difference["value"] == pytest.approx(values["stored_linear"] - values["fpt_plus"])

@@ -121,7 +121,7 @@ def test_grades_with_patients_kept_whole(task: str, tmp_path: Path) -> None:
     of_patients = {(row["group"], row["split"]) for row in split}
     assert len(of_patients) == len({row["patient"] for row in rows()})
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert -1 <= metrics["best"]["test_kappa"] <= 1
+    assert -1 <= metrics["best"]["test_quadratic_kappa"] <= 1
     found = Predictions.read(tmp_path / "run" / "predictions.csv")
     assert found.classes == ("0", "1", "2", "3", "4")
     assert set(found.ids) == {row["image"] for row in split if row["split"] == "test"}

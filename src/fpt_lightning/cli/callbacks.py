@@ -249,12 +249,14 @@ class ResultsWriter(L.Callback):
         checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
         evaluations: what ``evaluation.json`` holds, by checkpoint.
+        validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
     """
 
     def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.metrics: dict[str, dict[str, float | None]] = {}
         self.evaluations: dict[str, dict[str, Any]] = {}
+        self.validation_auc: float | None = None
         self._rows: list[tuple[str, Any, Any]] = []
 
     def on_test_batch_end(
@@ -293,7 +295,7 @@ class ResultsWriter(L.Callback):
             write_confusion(folder, predictions)
         if predictions.known.any():
             assert isinstance(pl_module, ClassificationModule)
-            evaluation = evaluate(predictions, pl_module.thresholds or None)
+            evaluation = evaluate(predictions, pl_module.thresholds or None, validation_auc=self.validation_auc)
             self.evaluations[self.checkpoint] = evaluation.to_dict()
             write_json(folder / "evaluation.json", self.evaluations)
             self._report(folder, trainer, pl_module, predictions, evaluation)

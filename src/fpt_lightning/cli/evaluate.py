@@ -47,7 +47,7 @@ def evaluate(
         DataError: a file that cannot be used as it is.
     """
     found = Predictions.read(predictions)
-    about = {"predictions": predictions}
+    about, validation_auc = {"predictions": predictions}, None
     if calibrate and validation is None:
         raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
     if validation is not None:
@@ -68,7 +68,10 @@ def evaluate(
             found, fitting = (with_temperature(each, temperature) for each in (found, fitting))
             about["temperature"] = f"{temperature:.4g}"
         thresholds = fit_thresholds(fitting) | (thresholds or {})
-    evaluation = scores.evaluate(found, thresholds, resamples=resamples, seed=seed, specificity=specificity)
+        validation_auc = scores.evaluate(fitting, resamples=1).overall["auc"].value
+    evaluation = scores.evaluate(
+        found, thresholds, resamples=resamples, seed=seed, specificity=specificity, validation_auc=validation_auc
+    )
     folder = Path(predictions).parent / "evaluate" if out is None else Path(out)
     if out is None and (kept := keep_beside(folder)) is not None:
         print(f"The earlier evaluation is kept in {kept}.")

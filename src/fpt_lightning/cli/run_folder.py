@@ -74,6 +74,13 @@ def logged(folder: Path, name: str) -> list[float]:
     return [float(row[name]) for row in read_rows(folder / "metrics.csv", "history") if row.get(name)]
 
 
+def logged_at(folder: Path, name: str, epoch: int) -> float | None:
+    """A metric of a run at an epoch; None where it was not logged."""
+    path = folder / "metrics.csv"
+    rows = read_rows(path, "history") if path.is_file() else []
+    return next((float(row[name]) for row in rows if row.get(name) and row["epoch"] == str(epoch)), None)
+
+
 _LOSS = "val_loss"
 
 

@@ -27,6 +27,7 @@ from fpt_lightning.cli.run_folder import (
     checkpoint_callbacks,
     claim,
     is_first_process,
+    logged_at,
 )
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.images import ImageDataModule
@@ -239,6 +240,7 @@ class CommandLine(LightningCLI):
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
                 continue
             self.results.checkpoint = name
+            self.results.validation_auc = logged_at(root, "val_auc", read_checkpoint(path)["epoch"])
             self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True)
 
 

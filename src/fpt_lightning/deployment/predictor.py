@@ -22,7 +22,7 @@ from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.encoder.selection import parts
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
-from fpt_lightning.evaluation.decisions import decide
+from fpt_lightning.evaluation.decisions import checked_thresholds, decide
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.files import write_rows
 from fpt_lightning.methods.features import FeatureModule
@@ -117,8 +117,10 @@ class Predictor:
             path: of a CSV file that is written too, if given.
 
         Returns:
-            ``path``; of a regression ``prediction``; else ``prob_{class}`` and ``decided_{class}`` (0 or 1) of each
-            class, and for single-label data ``most_probable``.
+            ``path``; of a regression ``prediction``; else ``prob_{class}``, ``threshold_{class}`` and
+            ``decided_{class}`` (0 or 1) of each class, and for single-label data ``most_probable``. A class is decided
+            for from its threshold on, so that another than the most probable one may be, or several or none; where the
+            threshold is empty, the class is decided for where it is the most probable.
         """
         classes = predictions.classes
         if predictions.kind == "regression":
@@ -126,6 +128,8 @@ class Predictor:
         else:
             decided = self.decide(predictions).astype(int)
             columns = {f"prob_{name}": predictions.scores[:, i].tolist() for i, name in enumerate(classes)}
+            used = checked_thresholds(predictions, self.module.thresholds)
+            columns |= {f"threshold_{name}": [used.get(name, "")] * len(decided) for name in classes}
             columns |= {f"decided_{name}": decided[:, i].tolist() for i, name in enumerate(classes)}
         if predictions.kind == "single-label":
             columns["most_probable"] = [classes[i] for i in predictions.scores.argmax(1)]

@@ -15,7 +15,7 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import require_labelled
 
 SMALLEST_PROBABILITY = 5e-7
-"""Half of the last decimal of a predictions file: logits are of probabilities from here on."""
+"""Logits are of probabilities from here on: nearer to 0 they would be of rounding."""
 _TEMPERATURES = (0.05, 20.0)
 
 

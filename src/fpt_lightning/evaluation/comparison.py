@@ -13,13 +13,22 @@ from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import label, number
 from fpt_lightning.evaluation.measures import Values, measure
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.resampling import check_numbers, interval, require_labelled, resampled_weights
+from fpt_lightning.evaluation.resampling import (
+    check_numbers,
+    interval,
+    require_labelled,
+    resampled_values,
+    resampled_weights,
+)
 from fpt_lightning.files import align, without_nan
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of two sets of predictions: the second's minus the first's, its 95% interval and two-sided p."""
+    """A metric of two sets of predictions: the second's minus the first's, its 95% interval and two-sided p.
+
+    Interval and p are NaN where there are none, as of the calibration error.
+    """
 
     first: float
     second: float
@@ -56,8 +65,9 @@ class Comparison:
         """For people, a row a metric."""
         rows = [["metric", "first", "second", "difference", "95% interval", "p"]]
         for metric, d in self.differences.items():
-            bounds = f"[{number(d.low, '+')}, {number(d.high, '+')}]"
-            values = [number(d.first), number(d.second), number(d.value, "+"), bounds, f"{d.p:.4f}"]
+            bounded = d.low == d.low
+            bounds = [f"[{number(d.low, '+')}, {number(d.high, '+')}]", f"{d.p:.4f}"] if bounded else ["-", "-"]
+            values = [number(d.first), number(d.second), number(d.value, "+"), *bounds]
             rows.append([label(metric, self.specificity), *values])
         unit = "images" if self.groups is None else f"groups ({self.groups:,})"
         return (
@@ -92,19 +102,22 @@ def compare(
         return [measure(each, thresholds, specificity, weights, per_class=False) for each in pair]
 
     before, after = both(np.ones((1, len(pair[0].ids))))
-    chunks = [both(weights) for weights in resampled_weights(pair[0], resamples, seed)]
+    drawn = (both(weights) for weights in resampled_weights(pair[0], resamples, seed))
+    chunks = [{key: there[key] - here[key] for key in here} for here, there in drawn]
     differences = {}
     for key in before:
-        resampled = np.concatenate([there[key] - here[key] for here, there in chunks])
         values = float(before[key][0]), float(after[key][0])
-        differences[key[1]] = Difference(*values, values[1] - values[0], **interval(resampled))
+        differences[key[1]] = Difference(*values, values[1] - values[0], **interval(resampled_values(chunks, key)))
     return Comparison(len(pair[0].ids), pair[0].group_count, resamples, specificity, differences)
 
 
 def _matched(first: Predictions, second: Predictions) -> Predictions:
     """``second`` in the order of ``first``."""
-    if (first.kind, first.classes) != (second.kind, second.classes):
-        described = [f"{each.kind} of {', '.join(each.classes) or 'no classes'}" for each in (first, second)]
+    if (first.kind, first.classes, first.ordered) != (second.kind, second.classes, second.ordered):
+        described = [
+            f"{each.kind} of {'the grades ' * each.ordered}{', '.join(each.classes) or 'no classes'}"
+            for each in (first, second)
+        ]
         raise DataError(f"the predictions are of different things: {described[0]}, and {described[1]}.")
     place = {id: i for i, id in enumerate(second.ids)}
     differing = sorted({*first.ids} ^ {*second.ids})

@@ -11,7 +11,8 @@ _LABELS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1",
-    "kappa": "quadratic kappa",
+    "kappa": "Cohen's kappa",
+    "quadratic_kappa": "quadratic kappa",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
     "sensitivity_at_specificity": "sensitivity at specificity {specificity:g}",
@@ -34,7 +35,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]" if self.value == self.value else "-"
+        bounds = f" [{number(self.low)}, {number(self.high)}]" if self.low == self.low else ""
+        return f"{number(self.value)}{bounds}"
 
 
 def label(metric: str, specificity: float) -> str:

@@ -95,14 +95,15 @@ def _single_label(predictions: Predictions, weights: NDArray[np.float64]) -> dic
     confusion = _confusion(labels, top, count, weights)  # (R, true, predicted)
     true, predicted, right = confusion.sum(2), confusion.sum(1), confusion.diagonal(axis1=1, axis2=2)
     total = true.sum(1)
-    cost = (np.arange(count)[:, None] - np.arange(count)) ** 2
+    steps = np.abs(np.arange(count)[:, None] - np.arange(count))
+    name, cost = ("quadratic_kappa", steps**2) if predictions.ordered else ("kappa", steps.clip(max=1))
     by_chance = np.einsum("ri,ij,rj->r", true, cost, predicted) / total
     squared = ((scores - (labels[:, None] == np.arange(count))) ** 2).sum(1)
     return {
         "accuracy": right.sum(1) / total,
         "balanced_accuracy": mean_of_known(list(_ratio(right, true).T)),
         "f1": mean_of_known(list(np.where(true > 0, _ratio(2 * right, true + predicted), np.nan).T)),
-        "kappa": 1 - _ratio((confusion * cost).sum((1, 2)), by_chance),
+        name: 1 - _ratio((confusion * cost).sum((1, 2)), by_chance),
         **_calibration(scores.max(1), top == labels, weights, squared),
     }
 

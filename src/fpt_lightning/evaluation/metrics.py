@@ -208,16 +208,18 @@ class PerformanceEfficiency(WrapperMetric):
         self.metric.reset()
 
 
-def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
+def classification_metrics(num_classes: int, prefix: str, ordered: bool = False) -> MetricCollection:
     """The metrics of a stage, from probabilities (B, classes) and labels (B,).
 
     Args:
         num_classes: number of classes.
         prefix: of their names, such as ``val_``.
+        ordered: whether the classes are grades from low to high.
 
     Returns:
         ``auc`` (macro one-vs-rest), ``auc_classes`` (how many classes it is the mean of), ``accuracy``,
-        ``balanced_accuracy``, ``f1``, ``precision``, ``recall`` (macro) and ``kappa`` (quadratic weights).
+        ``balanced_accuracy``, ``f1``, ``precision``, ``recall`` (macro) and ``kappa`` (Cohen's, without weights); of
+        grades ``quadratic_kappa`` in its place.
     """
     return MetricCollection(
         {
@@ -228,7 +230,11 @@ def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
             "f1": MulticlassF1Score(num_classes, average="macro"),
             "precision": MulticlassPrecision(num_classes, average="macro"),
             "recall": MulticlassRecall(num_classes, average="macro"),
-            "kappa": MulticlassCohenKappa(num_classes, weights="quadratic"),
+            **(
+                {"quadratic_kappa": MulticlassCohenKappa(num_classes, weights="quadratic")}
+                if ordered
+                else {"kappa": MulticlassCohenKappa(num_classes)}
+            ),
         },
         prefix=prefix,
         compute_groups=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fpt_lightning.evaluation.decisions import DEFAULT_THRESHOLD
+from fpt_lightning.evaluation.decisions import DEFAULT_THRESHOLD, decide
 from fpt_lightning.evaluation.estimates import Estimate, number
 from fpt_lightning.evaluation.predictions import Predictions
 
@@ -32,9 +32,21 @@ def collect_notes(
     return [
         *_sample_notes(labelled, len(predictions.ids) - len(labelled.ids)),
         *_class_notes(positives, negatives, estimates),
-        *_threshold_notes(predictions, thresholds),
-        *_calibration_notes(estimates.get(("", "calibration_error"))),
+        *_threshold_notes(labelled, thresholds),
     ]
+
+
+def validation_notes(validation: float | None, test: Estimate | None) -> list[str]:
+    """A note where the AUC of validation images lies outside the interval of that of the test images."""
+    if validation is None or test is None or not (validation < test.low or validation > test.high):  # nor NaN
+        return []
+    why = (
+        "the epoch was chosen by its validation, which flatters, or the test images are harder"
+        if validation > test.high
+        else "the test images may be easier, or the same patients as in training"
+    )
+    where = "above" if validation > test.high else "below"
+    return [f"The validation AUC, {number(validation)}, is {where} the interval of the test AUC, {test}: {why}."]
 
 
 def _sample_notes(labelled: Predictions, unlabelled: int) -> list[str]:
@@ -58,11 +70,9 @@ def _class_notes(
     absent = [name for name in positives if not positives[name] and name not in unknown]
     alone = [name for name in positives if positives[name] and not negatives[name]]
     few = [f"{name} ({count})" for name, count in positives.items() if 0 < count < FEW]
-    inverted = [
-        f"{name} ({number(estimate.value)})"
-        for (name, metric), estimate in estimates.items()
-        if name and metric == "auc" and estimate.value < 0.5
-    ]
+    aucs = {name: estimate for (name, metric), estimate in estimates.items() if name and metric == "auc"}
+    inverted = [f"{name} ({estimate})" for name, estimate in aucs.items() if estimate.high < 0.5]
+    unclear = [f"{name} ({estimate})" for name, estimate in aucs.items() if estimate.low <= 0.5 <= estimate.high]
     if unknown:
         notes.append(f"Labels of which nothing is known, left out of the macro means: {', '.join(unknown)}.")
     if absent:
@@ -76,19 +86,24 @@ def _class_notes(
             f"AUC below 0.5: {', '.join(inverted)}. The ranking is worse than chance: labels or class names may be "
             "inverted."
         )
+    if unclear:
+        notes.append(f"These images do not tell the ranking from chance, an AUC of 0.5: {', '.join(unclear)}.")
     correlation = estimates.get(("", "pearson"))
-    if correlation is not None and correlation.value < 0:
-        notes.append(f"The correlation is {number(correlation.value)}, below 0: the labels may be inverted.")
+    if correlation is not None and correlation.high < 0:
+        notes.append(f"The correlation is {correlation}, below 0: the labels may be inverted.")
     return notes
 
 
 def _threshold_notes(predictions: Predictions, given: Mapping[str, float] | None) -> list[str]:
     missing = [name for name in predictions.classes if given and name not in given]
-    rule = "where most probable" if predictions.kind == "single-label" else f"from {DEFAULT_THRESHOLD} on"
-    return [f"Classes without a threshold of their own, decided for {rule}: {', '.join(missing)}."] if missing else []
-
-
-def _calibration_notes(error: Estimate | None) -> list[str]:
-    if error is None or not error.value < error.low:
-        return []
-    return ["Resampling adds noise to the bins of the calibration error: its interval lies above its value."]
+    single = predictions.kind == "single-label"
+    rule = "where most probable" if single else f"from {DEFAULT_THRESHOLD} on"
+    notes = [f"Classes without a threshold of their own, decided for {rule}: {', '.join(missing)}."] if missing else []
+    otherwise = int((decide(predictions, given) != decide(predictions)).any(1).sum()) if single and given else 0
+    if otherwise:
+        notes.append(
+            f"{otherwise:,} of {len(predictions.ids):,} images are decided otherwise than for their most probable "
+            "class, as classes have thresholds: sensitivity and specificity are of the decisions; accuracy, F1, kappa "
+            "and the confusion matrix are of the most probable class."
+        )
+    return notes

@@ -34,6 +34,7 @@ class Predictions:
         scores: (N, C) float64 probabilities; of regression (N,) predicted values.
         classes: C names; none of regression.
         groups: N names of what belongs together, such as a patient, empty where unknown; or none at all.
+        ordered: whether single-label classes are grades from low to high.
 
     Raises:
         DataError: numbers of ids, labels, scores, classes and groups that do not belong together.
@@ -45,6 +46,7 @@ class Predictions:
     scores: NDArray[np.float64]
     classes: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -99,26 +101,27 @@ class Predictions:
     def write(self, path: str | Path) -> None:
         """Write as CSV, whole or not at all.
 
-        The columns are ``path``; ``group`` if there are any; ``label`` and ``prob_{class}`` of each class. Multi-label
-        has ``label_{class}`` (0 or 1) of each class in place of ``label``, regression ``label`` and ``prediction``.
-        What is unknown is empty; scores have 6 decimals.
+        The columns are ``path``; ``group`` if there are any; ``label``, or ``grade`` of ordered classes;
+        ``most_probable``, the class of the largest probability whatever thresholds say; and ``prob_{class}`` of each
+        class. Multi-label has ``label_{class}`` (0 or 1) of each class in place of ``label`` and no ``most_probable``,
+        regression ``label`` and ``prediction``. What is unknown is empty, and there is no column of labels of which all
+        are. Numbers have the digits that they need to be read as they were.
         """
-        grouped = ["group"] if self.groups else []
-        if self.kind == "regression":
-            heads = ["label", "prediction"]
-        else:
-            labels = ["label"] if self.kind == "single-label" else [f"label_{name}" for name in self.classes]
-            heads = [*labels, *(f"prob_{name}" for name in self.classes)]
-        rows = [["path", *grouped, *heads]]
+        labels, scores = _columns(self.kind, self.classes, "grade" if self.ordered else "label")
+        labels = labels if self.known.any() else []
+        top = [self.classes[i] for i in self.scores.argmax(1)] if self.kind == "single-label" else []
+        rows = [["path", *["group"][: len(self.groups)], *labels, *["most_probable"][: len(top)], *scores]]
         for i, id in enumerate(self.ids):
-            scores = [f"{score:.6f}" for score in np.atleast_1d(self.scores[i])]
-            rows.append([id, *self.groups[i : i + 1], *self._written(self.labels[i]), *scores])
+            label = self._written(self.labels[i])[: len(labels)]
+            rows.append(
+                [id, *self.groups[i : i + 1], *label, *top[i : i + 1], *map(_shortest, np.atleast_1d(self.scores[i]))]
+            )
         write_rows(Path(path), rows)
 
     def _written(self, label: Any) -> list[str]:
         if self.kind == "single-label":
             return ["" if label == UNLABELLED else self.classes[label]]
-        return ["" if math.isnan(value) else f"{value:.7g}" for value in np.atleast_1d(label)]
+        return ["" if math.isnan(value) else _shortest(value) for value in np.atleast_1d(label)]
 
     @classmethod
     def read(cls, path: str | Path) -> Predictions:
@@ -131,7 +134,7 @@ class Predictions:
         path = Path(path)
         rows = read_rows(path, "predictions file")
         table = _Table(path, rows)
-        kind, classes = _layout(path, list(rows[0]))
+        kind, classes, labels = _layout(path, list(rows[0]))
         ids = table.texts("path")
         empty = [row.line for row in rows if not row["path"]]
         twice = [id for id, count in Counter(ids).items() if count > 1]
@@ -140,32 +143,54 @@ class Predictions:
             raise DataError(f"{path}, {what}; {_REMEDY}.")
         groups = table.texts("group") if "group" in rows[0] else ()
         if kind == "regression":
-            true = table.numbers("label", unknown=True)
+            true = table.numbers("label", unknown=True) if labels else np.full(len(ids), np.nan)
             return cls(kind, ids, true, table.numbers("prediction"), groups=groups)
         scores = np.column_stack([table.numbers(f"prob_{name}", within=(0, 1)) for name in classes])
         if kind == "multi-label":
-            return cls(kind, ids, table.presences(classes), scores, classes, groups)
+            present = table.presences(labels) if labels else np.full(scores.shape, np.nan)
+            return cls(kind, ids, present, scores, classes, groups)
         table.check_sums(scores)
-        return cls(kind, ids, table.indices(classes), scores, classes, groups)
+        table.check_most_probable(classes, scores)
+        indices = table.indices(labels[0], classes) if labels else np.full(len(ids), UNLABELLED)
+        return cls(kind, ids, indices, scores, classes, groups, ordered="grade" in labels)
 
 
-def _layout(path: Path, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...]]:
-    """The kind of predictions that a file with these columns holds, and the classes."""
+def _shortest(number: float) -> str:
+    """The shortest text that is read as the same number."""
+    return repr(float(number)).removesuffix(".0")
+
+
+def _columns(kind: Kind, classes: Sequence[str], label: str) -> tuple[list[str], list[str]]:
+    """Of the labels, and of the scores."""
+    if kind == "regression":
+        return ["label"], ["prediction"]
+    labels = [label] if kind == "single-label" else [f"label_{name}" for name in classes]
+    return labels, [f"prob_{name}" for name in classes]
+
+
+_KINDS: tuple[tuple[Kind, str, int], ...] = (
+    ("regression", "label", 0),
+    ("single-label", "label", 2),
+    ("single-label", "grade", 2),
+    ("multi-label", "label", 1),
+)
+"""What a file may hold: the kind, the column of a single label, and the fewest classes."""
+
+
+def _layout(path: Path, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...], Sequence[str]]:
+    """The kind of predictions that a file with these columns holds, the classes, and the columns of labels if any."""
     classes = tuple(name.removeprefix("prob_") for name in columns if name.startswith("prob_"))
-    probabilities = [f"prob_{name}" for name in classes]
-    kinds: dict[Kind, list[str]] = {
-        "regression": ["path", "label", "prediction"],
-        "single-label": ["path", "label", *probabilities],
-        "multi-label": ["path", *(f"label_{name}" for name in classes), *probabilities],
-    }
-    fewest = {"regression": 0, "single-label": 2, "multi-label": 1}
-    for kind, needed in kinds.items():
-        if {*columns} - {"group"} == {*needed} and "" not in classes and len(classes) >= fewest[kind]:
-            return kind, classes
+    for kind, label, fewest in _KINDS:
+        labels, scores = _columns(kind, classes, label)
+        single = kind == "single-label"
+        own = {*columns} - {"group", *(["most_probable"] if single else [])}
+        unlabelled = own == {"path", *scores} and (not single or "most_probable" in columns)
+        if (own == {"path", *labels, *scores} or unlabelled) and "" not in classes and len(classes) >= fewest:
+            return kind, classes, [] if unlabelled else labels
     raise DataError(
         f"the predictions file {path} has the columns {', '.join(columns)}: it needs path, group if known, and either "
-        "label and prob_CLASS of each class (two or more), label_CLASS and prob_CLASS of each class, or label and "
-        "prediction."
+        "label (or grade, of ordered classes), most_probable if wanted, and prob_CLASS of each class (two or more); "
+        "label_CLASS and prob_CLASS of each class; or label and prediction."
     )
 
 
@@ -197,20 +222,25 @@ class _Table:
                 self._refuse(i, column, "a probability from 0 to 1")
         return values
 
-    def indices(self, classes: Sequence[str]) -> NDArray[np.int64]:
+    def indices(self, column: str, classes: Sequence[str]) -> NDArray[np.int64]:
         """(N,) class indices, -1 where unknown."""
         index = {name: i for i, name in enumerate(classes)} | {"": UNLABELLED}
-        for i, name in enumerate(self.texts("label")):
+        for i, name in enumerate(self.texts(column)):
             if name not in index:
-                self._refuse(i, "label", f"one of the classes {', '.join(classes)}, or empty")
-        return np.array([index[name] for name in self.texts("label")], dtype=np.int64)
+                self._refuse(i, column, f"one of the classes {', '.join(classes)}, or empty")
+        return np.array([index[name] for name in self.texts(column)], dtype=np.int64)
 
-    def presences(self, classes: Sequence[str]) -> NDArray[np.float64]:
+    def presences(self, columns: Sequence[str]) -> NDArray[np.float64]:
         """(N, C) of 0, 1 and NaN."""
-        labels = np.column_stack([self.numbers(f"label_{name}", unknown=True) for name in classes])
-        for i, column in np.argwhere(~np.isin(labels, (0, 1)) & ~np.isnan(labels)):
-            self._refuse(int(i), f"label_{classes[column]}", "0, 1 or empty")
+        labels = np.column_stack([self.numbers(column, unknown=True) for column in columns])
+        for i, j in np.argwhere(~np.isin(labels, (0, 1)) & ~np.isnan(labels)):
+            self._refuse(int(i), columns[j], "0, 1 or empty")
         return labels
+
+    def check_most_probable(self, classes: Sequence[str], scores: NDArray[np.float64]) -> None:
+        for i, name in enumerate(self.texts("most_probable") if "most_probable" in self.rows[0] else ()):
+            if name not in classes or scores[i, classes.index(name)] < scores[i].max():
+                self._refuse(i, "most_probable", "the class of the largest probability")
 
     def check_sums(self, scores: NDArray[np.float64]) -> None:
         for row, total in zip(self.rows, scores.sum(1), strict=True):

@@ -33,7 +33,7 @@ _HISTORY = {
     "train_loss_epoch": "training",
     "val_loss": "validation",
     "val_auc": "validation AUC",
-    "val_kappa": "validation kappa",
+    "val_quadratic_kappa": "validation quadratic kappa",
     "val_mae": "validation mean absolute error",
     "val_accuracy": "validation accuracy",
 }
@@ -183,7 +183,12 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
     groups = [
         ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}", roc),
         ("Precision-recall", "Dashed: the share of images that have the class.", recall),
-        ("Calibration", "Diagonal: probabilities that come true. Bars: images in each bin.", calibration),
+        (
+            "Calibration",
+            "Diagonal: probabilities that come true. Bars: images in each bin. The calibration error has no interval: "
+            "chance alone makes it larger than 0.",
+            calibration,
+        ),
     ]
     sections = "".join(
         _section(title, f'<div class="panels">{"".join(panels)}</div>', explanation)
@@ -228,7 +233,9 @@ def _confusion(labelled: Predictions) -> str:
         f'{heads}<th scope="col">all</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
     return _section(
-        "Confusion matrix", table, "Images by true class (rows) and most probable class; shares of each row."
+        "Confusion matrix",
+        table,
+        "Images by true class (rows) and most probable class, whatever thresholds say; shares of each row.",
     )
 
 
@@ -298,7 +305,7 @@ def _cell(estimate: Estimate) -> str:
 
 def _bounds(estimate: Estimate) -> str:
     """A range in words of numbers: an en dash between them, or `to` where one is negative."""
-    if estimate.value != estimate.value:
+    if estimate.low != estimate.low:
         return ""
     between = " to " if estimate.low < 0 else "\u2013"
     return f"{number(estimate.low)}{between}{number(estimate.high)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
+WITHOUT_INTERVAL = frozenset({"calibration_error"})
+"""Metrics that the bootstrap cannot bound: chance makes the bins' gaps larger, in the images and again in each
+resample, so that percentiles leave out what is true, and often the value itself."""
 _CHUNK = 2**21  # resampled weights held at once: 16 MiB, and several times that in passing
 
 
@@ -56,6 +59,14 @@ def resampled_weights(predictions: Predictions, count: int, seed: int) -> Iterat
     step = max(1, _CHUNK // len(groups))
     for start in range(0, count, step):
         yield resample(groups, min(step, count - start), generator).astype(np.float64)
+
+
+def resampled_values(
+    chunks: Sequence[Mapping[tuple[str, str], NDArray[np.float64]]], key: tuple[str, str]
+) -> NDArray[np.float64]:
+    """A class's metric in all resamples (R,); nothing of one that they cannot bound."""
+    bounded = () if key[1] in WITHOUT_INTERVAL else chunks
+    return np.concatenate([np.empty(0), *(chunk[key] for chunk in bounded)])
 
 
 def interval(differences: NDArray[np.float64]) -> dict[str, float]:

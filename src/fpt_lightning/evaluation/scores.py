@@ -1,4 +1,4 @@
-"""What predictions are worth: every metric with its bootstrap interval."""
+"""What predictions are worth: metrics with their bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from fpt_lightning.data.manifest import Kind
 from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.measures import measure
-from fpt_lightning.evaluation.notes import collect_notes
+from fpt_lightning.evaluation.notes import collect_notes, validation_notes
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.resampling import check_numbers, interval, require_labelled, resampled_weights
+from fpt_lightning.evaluation.resampling import (
+    check_numbers,
+    interval,
+    require_labelled,
+    resampled_values,
+    resampled_weights,
+)
 from fpt_lightning.files import align, without_nan
 
 
@@ -91,22 +97,24 @@ def evaluate(
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
+    validation_auc: float | None = None,
 ) -> Evaluation:
-    """Score predictions, each number with its 95% percentile bootstrap interval.
+    """Score predictions, each number but the calibration error with its 95% percentile bootstrap interval.
 
     Whole groups are resampled where they are known; an image without one is its own group. A class that has no AUC,
     for want of an image of it or of any other, is left out of the macro means, and so in each resample.
 
     - Single-label: macro AUC and average precision (one-vs-rest); accuracy, balanced accuracy, macro F1 (of the classes
-      that have an image) and quadratic-weighted kappa (of classes in their order) of the most probable class; Brier
-      score, the sum over the classes of squared differences, from 0 to 2; calibration error of the top probability.
+      that have an image) and kappa (Cohen's without weights; of ordered classes, quadratic-weighted) of the most
+      probable class; Brier score, the sum over the classes of squared differences, from 0 to 2; calibration error of
+      the top probability.
     - Multi-label: of each class where its label is known, and the mean over the classes; the Brier score is one class's
       squared difference, from 0 to 1, and the calibration error that of the class's probability.
     - Regression: mean absolute and root mean squared error, R², Pearson and Spearman correlation.
 
     Each class has AUC, average precision, sensitivity and specificity of the decision for it, and the largest
     sensitivity of all thresholds that keep ``specificity``. The calibration error is the expected one (ECE; Guo et al.,
-    ICML 2017) over 15 bins of equal width; resampling adds noise to its bins, so that its interval lies high.
+    ICML 2017) over 15 bins of equal width; it has no interval, as chance alone makes it larger than 0.
 
     Args:
         predictions: unlabelled ones are left out.
@@ -115,6 +123,7 @@ def evaluate(
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: to keep.
+        validation_auc: macro AUC of the same model on its validation images, which is held against the interval here.
 
     Raises:
         ConfigurationError: a threshold of no class, or a number out of its range.
@@ -126,9 +135,7 @@ def evaluate(
     ones = np.ones((1, len(labelled.ids)))
     values = measure(labelled, used, specificity, ones)
     chunks = [measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)]
-    estimates = {
-        key: _estimate(value[0], np.concatenate([chunk[key] for chunk in chunks])) for key, value in values.items()
-    }
+    estimates = {key: _estimate(value[0], resampled_values(chunks, key)) for key, value in values.items()}
     positives, negatives = _class_counts(labelled)
     return Evaluation(
         kind=predictions.kind,
@@ -145,7 +152,10 @@ def evaluate(
             name: {metric: estimate for (of, metric), estimate in estimates.items() if of == name}
             for name in predictions.classes
         },
-        notes=collect_notes(predictions, labelled, thresholds, positives, negatives, estimates),
+        notes=[
+            *collect_notes(predictions, labelled, thresholds, positives, negatives, estimates),
+            *validation_notes(validation_auc, estimates.get(("", "auc"))),
+        ],
     )
 
 

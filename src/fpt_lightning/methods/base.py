@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -52,6 +53,11 @@ def mirrored(batch: Mapping[str, Any]) -> dict[str, Any]:
             "the store with data.mirrored true."
         )
     return {name: value for name, value in flipped.items() if name not in _OF_IMAGES}
+
+
+def _decimal(numbers: Sequence[Any]) -> NDArray[np.float64]:
+    """fp32 numbers as the shortest decimals that stand for them, so that a file of them holds what was scored."""
+    return np.array(numbers, np.float32).astype(str).astype(np.float64)
 
 
 def initialise_head(head: nn.Linear) -> nn.Linear:
@@ -241,9 +247,9 @@ class ClassificationModule(TrainedModule, ABC):
     def predictions(self, rows: Sequence[tuple[str, Any, Any]], groups: Sequence[str] = ()) -> Predictions:
         """Predictions from (id, label, scores) of each image, in ascending order of ids; see ``predict_step``."""
         ids, labels, scores = zip(*rows, strict=True)
-        dtype = np.int64 if self.task.KIND == "single-label" else np.float64
+        known = np.array(labels, np.int64) if self.task.KIND == "single-label" else _decimal(labels)
         classes = () if self.task.KIND == "regression" else self.output_names
-        return Predictions(self.task.KIND, ids, np.array(labels, dtype), np.array(scores), classes, tuple(groups))
+        return Predictions(self.task.KIND, ids, known, _decimal(scores), classes, tuple(groups), self.task.ORDERED)
 
     @staticmethod
     def check_trainer(trainer: L.Trainer) -> None:

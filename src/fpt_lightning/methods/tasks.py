@@ -107,13 +107,13 @@ class Multiclass(Task):
         return logits.softmax(-1)
 
     def metrics(self, prefix: str) -> MetricCollection:
-        return classification_metrics(self.num_classes, prefix)
+        return classification_metrics(self.num_classes, prefix, self.ORDERED)
 
 
 class Ordinal(Multiclass):
     """Grades from low to high as classes: cross-entropy, quadratic-weighted kappa."""
 
-    MONITOR = ("kappa", "max")
+    MONITOR = ("quadratic_kappa", "max")
     ORDERED = True
 
 
@@ -128,7 +128,7 @@ class Coral(Task):
     """
 
     KIND = "single-label"
-    MONITOR = ("kappa", "max")
+    MONITOR = ("quadratic_kappa", "max")
     ORDERED = True
     outputs = 1
 
@@ -155,7 +155,7 @@ class Coral(Task):
         return above[:, :-1] - above[:, 1:]
 
     def metrics(self, prefix: str) -> MetricCollection:
-        return classification_metrics(self.num_classes, prefix)
+        return classification_metrics(self.num_classes, prefix, self.ORDERED)
 
 
 class Multilabel(Task):
