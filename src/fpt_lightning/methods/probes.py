@@ -73,7 +73,7 @@ class AttentiveProbingModule(FeatureModule):
         """Logits (B, classes) of ``features`` (stored) or ``images`` (encoded now)."""
         attended = cross_attention(self.queries, *self.features(batch).layer(-1))  # (B, queries, D)
         heads, queries = self.queries.shape[:2]
-        parts = attended.unflatten(-1, (heads, queries, -1))  # (B, queries, H, queries, channels)
+        parts = attended.view(*attended.shape[:2], heads, queries, -1)  # (B, queries, H, queries, channels)
         gathered = parts.diagonal(dim1=1, dim2=3)  # (B, H, channels, queries)
         logits: Tensor = self.head(self.norm(gathered.transpose(-1, -2).flatten(1)))
         return logits
