@@ -38,6 +38,8 @@ from encoder_precision import compared
 from environment import environment
 from fpt_lightning import PreloadedFeatureDataModule, cli
 from fpt_lightning.cli.run_folder import logged
+from fpt_lightning.data.images import read_image
+from fpt_lightning.data.transforms import normalise, unit_pixels
 from fpt_lightning.datamodules.synthetic import write_fundus_images
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
@@ -202,7 +204,8 @@ def frozen_pass(bench: Bench) -> dict[str, Any]:
     """Tokens selected otherwise than by the CPU in fp32, errors of their keys and values, and seconds an image."""
     size = (bench.resolution, bench.resolution)
     data = bench.data()
-    paths = [data.read_manifest().path(sample) for sample in data.read_manifest().samples[:4]]
+    manifest = data.read_manifest()
+    paths = [manifest.path(sample) for sample in manifest.samples[:4]]
     pixels = torch.stack([_pixels(path, size) for path in paths])
     exact, found = FrozenEncoder(bench.config, size)(pixels), dict[str, Any]()
     for precision in PRECISIONS:
@@ -220,9 +223,6 @@ def frozen_pass(bench: Bench) -> dict[str, Any]:
 
 
 def _pixels(path: Path, size: tuple[int, int]) -> Tensor:
-    from fpt_lightning.data.images import read_image
-    from fpt_lightning.data.transforms import normalise, unit_pixels
-
     return normalise(unit_pixels(read_image(path), size), [0.5] * 3, [0.25] * 3)
 
 

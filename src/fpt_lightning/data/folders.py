@@ -129,15 +129,12 @@ def _splits(folders: Sequence[Path]) -> dict[Path, str]:
     whole = {path: SPLIT_NAMES[path.name.lower()] for path in folders if path.name.lower() in SPLIT_NAMES}
     if whole:
         return whole
-    words = {path: {SPLIT_NAMES[w] for w in _words(path.name) if w in SPLIT_NAMES} for path in folders}
-    named = {path: splits.pop() for path, splits in words.items() if len(splits) == 1}
+    words = {path: set(re.findall("[a-z]+", path.name.lower())) for path in folders}
+    splits = {path: {SPLIT_NAMES[word] for word in own & SPLIT_NAMES.keys()} for path, own in words.items()}
+    named = {path: each.pop() for path, each in splits.items() if len(each) == 1}
     if len(named) < len(folders) or sorted(named.values()) not in (["test", "train"], ["test", "train", "val"]):
         return {}
     return named
-
-
-def _words(name: str) -> list[str]:
-    return re.findall("[a-z]+", name.lower())
 
 
 def _check_one_level(root: Path, folders: Sequence[Path]) -> None:

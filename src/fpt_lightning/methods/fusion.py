@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ class Fusion(nn.Module, ABC):
         heads: H, the frozen encoder's.
         width: D.
         side_width: d.
-        prompt_width: D or d.
         prompts: M.
         dropout: probability at the end.
         saving: whether stored tokens are widened a few at a time on a GPU too, for less memory and more time.
@@ -35,24 +34,31 @@ class Fusion(nn.Module, ABC):
         ConfigurationError: fewer than one prompt.
     """
 
+    FULL_WIDTH: ClassVar[bool]
+    """Whether the prompts have the encoder's width D, rather than the side network's d."""
+
     def __init__(
         self,
         layers: int,
         heads: int,
         width: int,
         side_width: int,
-        prompt_width: int,
-        prompts: int,
-        dropout: float,
+        prompts: int = 16,
+        dropout: float = 0.5,
         saving: bool = False,
     ) -> None:
         super().__init__()
         if prompts < 1:
             raise ConfigurationError(f"prompts is {prompts}: give at least 1.")
         self.heads, self.saving = heads, saving
-        self.prompts = nn.Parameter(torch.randn(layers, prompts, prompt_width) * 1e-6)
+        self.prompts = nn.Parameter(torch.randn(layers, prompts, width if self.FULL_WIDTH else side_width) * 1e-6)
         self.out = nn.Linear(width, side_width)
         self.dropout = nn.Dropout(dropout)
+        self.add_projection(width, side_width)
+
+    @abstractmethod
+    def add_projection(self, width: int, side_width: int) -> None:
+        """Make what ``project`` needs."""
 
     def forward(self, features: Features) -> list[Tensor]:
         """Summarise the selected tokens of every tapped layer.
@@ -97,17 +103,10 @@ class FineGrainedFusion(Fusion):
     shared by all layers, and no projection of queries. Arguments as for ``Fusion``.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        heads: int,
-        width: int,
-        side_width: int,
-        prompts: int = 16,
-        dropout: float = 0.5,
-        saving: bool = False,
-    ) -> None:
-        super().__init__(layers, heads, width, side_width, width, prompts, dropout, saving)
+    FULL_WIDTH = True
+
+    def add_projection(self, width: int, side_width: int) -> None:
+        """See ``Fusion.add_projection``."""
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
     def project(self, prompts: Tensor) -> Tensor:
@@ -128,17 +127,10 @@ class ProjectedFusion(Fusion):
     shared by all layers, and no LayerNorm. Arguments as for ``Fusion``.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        heads: int,
-        width: int,
-        side_width: int,
-        prompts: int = 16,
-        dropout: float = 0.5,
-        saving: bool = False,
-    ) -> None:
-        super().__init__(layers, heads, width, side_width, side_width, prompts, dropout, saving)
+    FULL_WIDTH = False
+
+    def add_projection(self, width: int, side_width: int) -> None:
+        """See ``Fusion.add_projection``."""
         self.query = nn.Linear(side_width, width)
 
     def project(self, prompts: Tensor) -> Tensor:
