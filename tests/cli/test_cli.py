@@ -534,7 +534,7 @@ def test_a_model_is_tested_on_images_of_elsewhere(config: Path, tmp_path: Path) 
     run("test", "--config", config, "--ckpt_path", root / "best.ckpt", *where)
     found = rows(root / "test" / "best-elsewhere" / "predictions.csv")
     assert [row["label"] for row in found] == ["b"] * 4 + ["c"] * 4
-    assert list(found[0]) == ["path", "label", "prob_a", "prob_b", "prob_c"]
+    assert list(found[0]) == ["path", "label", "most_probable", "prob_a", "prob_b", "prob_c"]
     metrics = json.loads((root / "test" / "best-elsewhere" / "metrics.json").read_text())["best"]
     right = [max("abc", key=lambda name: float(row[f"prob_{name}"])) == row["label"] for row in found]
     assert metrics["test_accuracy"] == pytest.approx(sum(right) / 8)
