@@ -35,12 +35,13 @@ from fpt_lightning.store.writing import WritableStore
 from training_step import exponent
 
 ENCODER = EncoderConfig("vit_base_patch16_224.augreg_in21k", pretrained=False)
-CODECS, WORKERS = ("fp16", "int8", "int4"), (0, 1, 2)
+CODECS = ("fp16", "int8", "int4")
+LOADERS = {"1 thread": (1, 0), "2 threads": (2, 0), "1 worker process": (1, 1), "2 worker processes": (1, 2)}
 RESOLUTION, SIDE, BATCH_SIZE, SAMPLES = 512, 128, 16, 512
 GROWTH = (100, 300, 1000, 3000, 10000)
 
 
-def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> PreloadedFeatureDataModule:
+def make_data(folder: Path, codec: str, samples: int, threads: int = 2, workers: int = 0) -> PreloadedFeatureDataModule:
     """A data module on a store of invented content; every sample has the same, so that writing it is quick."""
     url, images = str(folder / f"{codec}-{samples}.zarr"), folder / f"images-{samples}"
     data = PreloadedFeatureDataModule(
@@ -54,6 +55,7 @@ def make_data(folder: Path, codec: str, samples: int, workers: int = 0) -> Prelo
         side_resolution=SIDE,
         batch_size=BATCH_SIZE,
         num_workers=workers,
+        decoding_threads=threads,
     )
     if not images.exists():
         for index in range(samples):
@@ -154,8 +156,8 @@ def report(result: Mapping[str, Any]) -> str:
         "",
         f"Images a second (median of {result['rounds']} turns) of ViT-B at {RESOLUTION} pixels, batches of "
         f"{BATCH_SIZE} of {SAMPLES} samples, shuffled, augmented; {machine['processor']}, {machine['cores']} cores, "
-        "one PyTorch thread, warm page cache. The gather copies the same bytes from memory-mapped arrays and augments "
-        "nothing. Made by `benchmarks/input_pipeline.py`.",
+        "one PyTorch thread, warm page cache. The gather copies the same bytes from memory-mapped arrays on one "
+        "core and augments nothing. Made by `benchmarks/input_pipeline.py`.",
         "",
         "| reader | images/s | x published | x gather |",
         "|---|---:|---:|---:|",
@@ -190,11 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.published is not None:
             functions["published"] = published(args.published, folder)
         for codec in CODECS:
-            for workers in WORKERS:
-                data = make_data(folder, codec, SAMPLES, workers)
-                name = f"{codec}, {workers} worker processes" if workers else f"{codec}, prefetching thread"
+            for name, (threads, workers) in LOADERS.items():
+                data = make_data(folder, codec, SAMPLES, threads, workers)
                 loader = data.train_dataloader()
-                functions[name] = lambda loader=loader: pass_over(loader)  # type: ignore[misc]
+                functions[f"{codec}, {name}"] = lambda loader=loader: pass_over(loader)  # type: ignore[misc]
             functions[f"{codec}, memory-mapped gather"] = gather(data)
         rates = in_turns(functions, args.rounds)
         del functions, loader, data

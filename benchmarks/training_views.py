@@ -47,10 +47,11 @@ class WholeFiles(PreloadedFeatureDataModule):
 
 
 class _WholeFileSamples(StoredSamples):
-    def __getitems__(self, keys: Sequence[Any]) -> Batch:
+    def _batch(self, keys: Sequence[Any], *how: Any) -> Batch:
         assert self.side_views is not None
         images = [read_image(self.manifest.path(self.samples[index])) for _, index in keys]
-        return {**super().__getitems__(keys), "side_images": self.side_views.draw(images, keys)}
+        views = self.side_views.draw(images, keys, self.side_views.empty(len(keys)))
+        return {**super()._batch(keys, *how), "side_images": views}
 
 
 class NeverFlipped(PreloadedFeatureDataModule):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Generator, Iterable
 
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from fpt_lightning.data.prefetch import AHEAD, PrefetchingLoader, usable_threads
+from fpt_lightning.data.prefetch import AHEAD, PrefetchingLoader, items_in_threads, usable_threads
 
 
 class Numbers(Dataset[int]):
@@ -32,8 +33,8 @@ class Numbers(Dataset[int]):
         self.threads.add(threading.current_thread().name)
         return index
 
-    def prepare(self, index: int) -> int:
-        return self[index]
+    def in_threads(self, batches: Iterable[list[int]], threads: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        return items_in_threads(self.__getitem__, self.gather, batches, threads)
 
     def gather(self, items: list[int]) -> dict[str, torch.Tensor]:
         return {"numbers": torch.tensor(items)}
@@ -148,7 +149,7 @@ def test_threads_prepare_items_at_once() -> None:
     together = threading.Barrier(3)
 
     class Waiting(Numbers):
-        def prepare(self, index: int) -> int:
+        def __getitem__(self, index: int) -> int:
             together.wait(10)
             return index
 
@@ -158,7 +159,7 @@ def test_threads_prepare_items_at_once() -> None:
 
 def test_pytorch_starts_no_threads_in_those_of_the_loader() -> None:
     class Threads(Numbers):
-        def prepare(self, index: int) -> int:
+        def __getitem__(self, index: int) -> int:
             return torch.get_num_threads()
 
     before = torch.get_num_threads()

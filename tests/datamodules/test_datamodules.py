@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -244,6 +245,13 @@ def test_workers_change_nothing_in_any_epoch(make: Maker) -> None:
     alone, workers = (ready(make(num_workers=count)).train_dataloader() for count in (0, 2))
     for number in (0, 1, 0):
         assert equal(epoch(workers, number), epoch(alone, number))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_threads_change_nothing_in_any_epoch(make: Maker, threads: int) -> None:
+    alone, several = (ready(make(decoding_threads=count)).train_dataloader() for count in (1, threads))
+    for number in (0, 1, 0):
+        assert equal(epoch(several, number), epoch(alone, number))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -604,17 +612,18 @@ def test_the_input_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("environment.RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "ENCODER", EncoderConfig("test_vit", pretrained=False))
-    for name, value in {"SAMPLES": 40, "WORKERS": (0,), "RESOLUTION": 64, "GROWTH": (20, 40)}.items():
+    loaders = {"1 thread": (1, 0), "2 threads": (2, 0)}
+    for name, value in {"SAMPLES": 40, "LOADERS": loaders, "RESOLUTION": 64, "GROWTH": (20, 40)}.items():
         monkeypatch.setattr(benchmark, name, value)
     (tmp_path / "published_loader.py").write_text("def PublishedDataset(folder):\n    return [(0, 0)] * 8\n")
     benchmark.main(["--published", str(tmp_path), "--rounds", "1"])
     result = json.loads((tmp_path / "input_pipeline.json").read_text())
     assert set(result["rates"]) == {"published"} | {
-        f"{codec}, {reader}" for codec in benchmark.CODECS for reader in ("prefetching thread", "memory-mapped gather")
+        f"{codec}, {reader}" for codec in benchmark.CODECS for reader in (*loaders, "memory-mapped gather")
     }
     assert all(rate["median"] > 0 for rate in result["rates"].values())
     assert len(result["growth"]["opening_seconds"]) == 2
-    assert "| int8, prefetching thread |" in (tmp_path / "input_pipeline.md").read_text()
+    assert "| int8, 2 threads |" in (tmp_path / "input_pipeline.md").read_text()
 
 
 def test_the_views_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,6 +687,24 @@ def test_evaluation_and_plain_training_take_the_images_themselves(mirrored: Make
     one, other = (ready(mirrored(mirrored=choice, augmentation="none")) for choice in (True, False))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         assert equal(list(getattr(one, name)()), list(getattr(other, name)()))
+
+
+def test_threads_part_both_views_of_a_batch(mirrored: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers, read_into = set[str](), FeatureStore.read_into
+
+    def noted(*args: Any) -> None:
+        readers.add(threading.current_thread().name)
+        read_into(*args)
+
+    monkeypatch.setattr(FeatureStore, "read_into", noted)
+    alone, several = (
+        list(ready(attach(mirrored(decoding_threads=count), test_time_mirroring=True)).val_dataloader())
+        for count in (1, 3)
+    )
+    assert equal([batch.pop("mirrored") for batch in alone], [batch.pop("mirrored") for batch in several])
+    assert equal(alone, several)
+    assert readers - {"prefetch"} <= {f"decoding_{number}" for number in range(3)}
+    assert len(readers) > 2
 
 
 # Where the store is in memory, and where worker processes start in different ways

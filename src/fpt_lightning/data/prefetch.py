@@ -40,9 +40,9 @@ class PrefetchingLoader(DataLoader[Any]):
     are too large to be moved between processes. Whatever stops the loop stops the threads.
 
     Args:
-        dataset: with several threads it has ``prepare(key)``, which any of them calls, for one item, and
-            ``gather(items)``, for a batch of what that gave (a dict, where memory is pinned).
-        threads: that prepare items; one prepares whole batches.
+        dataset: with several threads it has ``in_threads(batches, threads)``, a generator of what it gives for batches
+            of keys, which threads prepare (``items_in_threads``); of dicts, where memory is pinned.
+        threads: of this process; one prepares whole batches.
         **kwargs: as of ``torch.utils.data.DataLoader``.
     """
 
@@ -53,41 +53,49 @@ class PrefetchingLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers:
             return super().__iter__()
-        return _ahead(super().__iter__() if self.threads == 1 else self._by_items())
+        return _ahead(super().__iter__() if self.threads == 1 else self._in_threads())
 
-    def _by_items(self) -> Iterator[Any]:
+    def _in_threads(self) -> Iterator[Any]:
         dataset: Any = self.dataset
         batches = self.sampler if self.batch_sampler is None else self.batch_sampler
-        prepared = _in_threads(dataset.prepare, batches, self.threads)
+        prepared = dataset.in_threads(batches, self.threads)
         try:
-            yield from map(self._gathered, prepared)  # which holds no batch while the next is made
+            yield from map(self._pinned, prepared)  # which holds no batch while the next is made
         finally:
             prepared.close()
 
-    def _gathered(self, items: list[Any]) -> Any:
-        dataset: Any = self.dataset
-        batch = dataset.gather(items)
+    def _pinned(self, batch: Any) -> Any:
         if self.pin_memory:
             batch = {n: part.pin_memory() if isinstance(part, Tensor) else part for n, part in batch.items()}
         return batch
 
 
-def _in_threads(
-    prepare: Callable[[Any], Any], batches: Iterable[Sequence[Any]], threads: int
-) -> Generator[list[Any], None, None]:
-    """Prepared items in batches, in their order; beside those of the batch that is asked for, one a thread is ahead."""
+def items_in_threads(
+    prepare: Callable[[Any], Any],
+    gather: Callable[[list[Any]], Any],
+    batches: Iterable[Sequence[Any]],
+    threads: int,
+) -> Generator[Any, None, None]:
+    """Batches of items that take long; beside those of the batch that is asked for, one item a thread is ahead.
+
+    Args:
+        prepare: an item by its key, in any of the threads.
+        gather: a batch of prepared items.
+        batches: keys.
+        threads: that prepare items.
+    """
     given = [list(batch) for batch in batches]
     ahead, pending = chain.from_iterable(given), deque[Future[Any]]()
-    pool = _pool(threads)
+    pool = thread_pool(threads)
     try:
         for batch in given:
             pending += [pool.submit(prepare, key) for key in islice(ahead, max(0, len(batch) + threads - len(pending)))]
-            yield [pending.popleft().result() for _ in batch]
+            yield gather([pending.popleft().result() for _ in batch])
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
     """Threads in which PyTorch's operations start no others; everywhere else they do as before."""
     everywhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
 

@@ -49,10 +49,10 @@ def stored_copy(image: NDArray[np.uint8] | NDArray[np.uint16], size: int) -> NDA
     return small.permute(1, 2, 0).contiguous().numpy()
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """``(pixels - mean) / std`` for each channel of (..., 3, height, width) in [0, 1]."""
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
+    """``(pixels - mean) / std`` for each channel of (..., 3, height, width) in [0, 1], in ``out`` if given."""
     shape = (3, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)).div_(pixels.new_tensor(std).view(shape))
+    return torch.sub(pixels, pixels.new_tensor(mean).view(shape), out=out).div_(pixels.new_tensor(std).view(shape))
 
 
 class ViewTransform:
@@ -91,7 +91,7 @@ class ViewTransform:
         return self.draw([image], [seed])[0]
 
     def draw(self, images: Iterable[NDArray[Any]], seeds: Sequence[int]) -> Tensor:
-        """One view of each of B images: (B, 3, height, width), fp32 in [0, 1]."""
+        """One view of each of B images: (B, 3, height, width), fp32 in [0, 1], in any order of memory."""
         if self.augmentation == "none":
             return torch.stack([unit_pixels(image, self.size) for image in images])
         views = np.empty((len(seeds), *self.size, 3), np.float32)
@@ -101,7 +101,7 @@ class ViewTransform:
                 np.divide(draw(image, seed), 255, out=view, dtype=np.float32)
             else:  # albumentations takes uint8, or fp32 in [0, 1]
                 view[:] = draw(image.astype(np.float32) / np.iinfo(image.dtype).max, seed)
-        return torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(views).permute(0, 3, 1, 2)
 
     def _drawing(self, shape: tuple[int, ...]) -> _Steps:
         interpolation = _shrinking(shape, self.size)

@@ -17,7 +17,7 @@ from fpt_lightning.data.images import OnError
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 from fpt_lightning.data.sources import Fill, read_manifest
-from fpt_lightning.datamodules.samples import EpochSampler, ImageSamples, Samples, collated, labels_of, start_worker
+from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, labels_of, start_worker
 from fpt_lightning.errors import DataError, check_at_least
 
 
@@ -43,8 +43,8 @@ class ManifestDataModule(L.LightningDataModule):
         allow_overlap: whether groups and identical files may be in several splits, with a warning.
         batch_size: of every stage; of predict, for a method that trains the encoder.
         num_workers: processes that prepare batches; with none, threads do (``decoding_threads``).
-        decoding_threads: threads that read, decode and resize images: in the frozen pass, in predict, and for a method
-            that trains on images (``fpt_lightning.data.prefetch.usable_threads``).
+        decoding_threads: threads that read, decode, resize and augment
+            (``fpt_lightning.data.prefetch.usable_threads``); for stored features four at most.
         on_error: of images that cannot be read: ``stop``, or ``skip`` to leave them out of every stage, with a warning
             and a list: ``left_out.csv`` in the run's folder, for which all images are read once before the first batch;
             of a store ``{store}.left_out.csv``.
@@ -182,7 +182,7 @@ class ManifestDataModule(L.LightningDataModule):
         processes = 1 if self.trainer is None else self.trainer.num_devices
         return PrefetchingLoader(
             dataset,
-            threads=usable_threads(self.decoding_threads, processes) if isinstance(dataset, ImageSamples) else 1,
+            threads=usable_threads(self.decoding_threads, processes),
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from fpt_lightning.data.images import ImageReader
 from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.prefetch import items_in_threads, thread_pool
 from fpt_lightning.data.transforms import ViewTransform, normalise, stored_copy
 from fpt_lightning.store.store import FeatureStore
 
@@ -51,6 +52,7 @@ class Batch(TypedDict, total=False):
 
 STORED = frozenset({"features", "pooled"})
 """Inputs that a feature store holds."""
+_PARTS = 4  # of a batch; more would wait for Python's lock, which augmenting holds for much of its time
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -93,10 +95,14 @@ class Views:
     std: tuple[float, ...]
     seed: int
 
-    def draw(self, images: Iterable[NDArray[Any]], keys: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, 3, height, width), fp32, from B images (height, width, 3) and their (epoch, index)."""
+    def empty(self, count: int) -> Tensor:
+        """Room for (count, 3, height, width), fp32."""
+        return torch.empty(count, 3, *self.transform.size)
+
+    def draw(self, images: Iterable[NDArray[Any]], keys: Sequence[tuple[int, int]], out: Tensor) -> Tensor:
+        """B views (``empty``), in ``out``, from B images (height, width, 3) and their (epoch, index)."""
         seeds = [int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]) for key in keys]
-        return normalise(self.transform.draw(images, seeds), self.mean, self.std)
+        return normalise(self.transform.draw(images, seeds), self.mean, self.std, out)
 
 
 class Samples(Dataset[Batch], ABC):
@@ -115,6 +121,10 @@ class Samples(Dataset[Batch], ABC):
     @abstractmethod
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
         """A batch; an index alone, as Lightning's ``overfit_batches`` draws them, is of epoch 0."""
+
+    @abstractmethod
+    def in_threads(self, batches: Iterable[Sequence[Any]], threads: int) -> Generator[Batch, None, None]:
+        """The same of several batches (``PrefetchingLoader``)."""
 
     def _labelled(self, samples: Sequence[Sample]) -> Batch:
         return {"ids": [sample.id for sample in samples], "labels": labels_of(self.manifest, samples)}
@@ -138,15 +148,19 @@ class ImageSamples(Samples):
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
         return self.gather([self.prepare(key) for key in keys])
 
+    def in_threads(self, batches: Iterable[Sequence[Any]], threads: int) -> Generator[Batch, None, None]:
+        return items_in_threads(self.prepare, self.gather, batches, threads)
+
     def prepare(self, key: tuple[int, int] | int) -> tuple[Sample, dict[str, Tensor]]:
         """A sample with its views (1, 3, height, width), in any thread."""
         drawn_for = _with_epoch(key)
         sample = self.samples[drawn_for[1]]
         image, views = self.reader(self.manifest.path(sample)), {}
         if self.views is not None:
-            views["images"] = self.views.draw([image], [drawn_for])
+            views["images"] = self.views.draw([image], [drawn_for], self.views.empty(1))
         if self.side_views is not None:
-            views["side_images"] = self.side_views.draw([stored_copy(image, self.image_size)], [drawn_for])
+            copy = stored_copy(image, self.image_size)
+            views["side_images"] = self.side_views.draw([copy], [drawn_for], self.side_views.empty(1))
         return sample, views
 
     def gather(self, prepared: Sequence[tuple[Sample, dict[str, Tensor]]]) -> Batch:
@@ -173,19 +187,40 @@ class StoredSamples(Samples):
         self.store, self.arrays, self.mirror_seed, self.both = store, arrays, mirror_seed, both
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
-        drawn_for = [_with_epoch(key) for key in keys]
-        samples = [self.samples[index] for _, index in drawn_for]
+        return self._batch(keys, 1, map)
+
+    def in_threads(self, batches: Iterable[Sequence[Any]], threads: int) -> Generator[Batch, None, None]:
+        """Each batch is parted among the threads: items ahead of it would need room for another."""
+        threads = min(threads, _PARTS)
+        with thread_pool(threads) as pool:
+            for keys in batches:
+                yield self._batch(keys, threads, pool.map)
+
+    def _batch(self, keys: Sequence[tuple[int, int] | int], parts: int, each: Callable[..., Iterable[None]]) -> Batch:
+        drawn_for, count = [_with_epoch(key) for key in keys], len(keys)
+        samples, parts = [self.samples[index] for _, index in drawn_for], min(parts, count)
         rows = [
             self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, drawn_for, strict=True)
         ]
-        images = [] if self.side_views is None else ["images"]
-        read = self.store.read_all(rows, [*self.arrays, *images])
+        side_views = self.side_views
+        read = self.store.buffers(count, [*self.arrays, *([] if side_views is None else ["images"])])
+        mirrored = self.store.buffers(count, self.arrays if self.both else [])
+        views = None if side_views is None else side_views.empty(count)
+
+        def fill(part: slice) -> None:
+            self.store.read_into(rows[part], {name: block[part] for name, block in read.items()})
+            if self.both:
+                others = [row + 1 for row in rows[part]]
+                self.store.read_into(others, {name: block[part] for name, block in mirrored.items()})
+            if side_views is not None and views is not None:
+                side_views.draw(read["images"][part], drawn_for[part], views[part])
+
+        list(each(fill, [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]))
         batch: dict[str, Any] = {name: torch.from_numpy(read[name]) for name in self.arrays}
         if self.both:
-            mirrored = self.store.read_all([row + 1 for row in rows], self.arrays)
             batch["mirrored"] = {name: torch.from_numpy(block) for name, block in mirrored.items()}
-        if self.side_views is not None:
-            batch["side_images"] = self.side_views.draw(read["images"], drawn_for)
+        if views is not None:
+            batch["side_images"] = views
         return cast(Batch, {**self._labelled(samples), **batch})
 
     def _mirrored(self, key: tuple[int, int]) -> bool:

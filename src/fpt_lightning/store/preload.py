@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -26,7 +26,7 @@ from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.pages import file_and_page
-from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
+from fpt_lightning.data.prefetch import PrefetchingLoader, items_in_threads, usable_threads
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
@@ -428,6 +428,10 @@ class _PreloadImages(Dataset[_PreloadBatch]):
 
     def __getitem__(self, batch: list[Rows]) -> _PreloadBatch:
         return self.gather([self.prepare(rows) for rows in batch])
+
+    def in_threads(self, batches: Iterable[list[Rows]], threads: int) -> Generator[_PreloadBatch, None, None]:
+        """The same of several batches (``PrefetchingLoader``)."""
+        return items_in_threads(self.prepare, self.gather, batches, threads)
 
     def prepare(self, rows: Rows) -> _Decoded:
         """Read, resize and normalise one image, in any thread."""

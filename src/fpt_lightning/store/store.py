@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,22 @@ class FeatureStore(StoreIndex):
 
     def read_all(self, rows: Sequence[int], names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Rows of several arrays, as ``read`` gives those of one; of a store that is far away, all at once."""
-        blocks, wrong = self._read(rows, names)
-        for (row, name), error in wrong.items():
+        blocks = self.buffers(len(rows), names)
+        self.read_into(rows, blocks)
+        return blocks
+
+    def buffers(self, count: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Room for ``count`` rows of several arrays, used again once nobody holds it."""
+        arrays = {name: self.sample_arrays[name] for name in names}
+        return {name: self._buffers.take((count, *size), dtype) for name, (size, dtype) in arrays.items()}
+
+    def read_into(self, rows: Sequence[int], blocks: Mapping[str, NDArray[Any]]) -> None:
+        """Fill ``buffers``, or a part of them; raises as ``read``."""
+        for (row, name), error in self._read(rows, blocks).items():
             raise DamagedStoreError(
                 f"the feature store {self.url} cannot give the {name} of {self.name(row)}: "
                 f"{type(error).__name__}: {error}."
             ) from error
-        return blocks
 
     def damage(self, rows: Sequence[int], name: str) -> dict[int, str]:
         """What is wrong with those of the rows that ``read`` could not give.
@@ -140,15 +149,12 @@ class FeatureStore(StoreIndex):
         Raises:
             StoreError: the storage cannot be reached.
         """
-        return {row: str(error) for (row, _), error in self._read(rows, [name])[1].items()}
+        wrong = self._read(rows, self.buffers(len(rows), [name]))
+        return {row: str(error) for (row, _), error in wrong.items()}
 
-    def _read(
-        self, rows: Sequence[int], names: Sequence[str]
-    ) -> tuple[dict[str, NDArray[Any]], dict[tuple[int, str], Exception]]:
-        blocks, wanted = dict[str, NDArray[Any]](), dict[tuple[int, str, int], Chunk]()
-        for name in names:
-            size, dtype = self.sample_arrays[name]
-            block = blocks[name] = self._buffers.take((len(rows), *size), dtype)
+    def _read(self, rows: Sequence[int], blocks: Mapping[str, NDArray[Any]]) -> dict[tuple[int, str], Exception]:
+        wanted = dict[tuple[int, str, int], Chunk]()
+        for name, block in blocks.items():
             if name in self._memory:
                 np.take(self._memory[name].numpy(), rows, 0, out=block, mode="clip")  # "raise" would buffer the output
                 continue
@@ -156,7 +162,7 @@ class FeatureStore(StoreIndex):
                 path = self.shard_path(name, row // SHARD)
                 wanted[row, name, i] = Chunk(path, row % SHARD, sample, self._checksum(row, name))
         errors = self._fetch(list(wanted.values()))
-        return blocks, {key[:2]: error for key, error in zip(wanted, errors, strict=True) if error is not None}
+        return {key[:2]: error for key, error in zip(wanted, errors, strict=True) if error is not None}
 
     def _fetch(self, chunks: Sequence[Chunk]) -> Sequence[Exception | None]:
         if self._cache is not None:
