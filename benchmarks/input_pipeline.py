@@ -36,12 +36,19 @@ from training_step import exponent
 
 ENCODER = EncoderConfig("vit_base_patch16_224.augreg_in21k", pretrained=False)
 CODECS = ("fp16", "int8", "int4")
-LOADERS = {"1 thread": (1, 0), "2 threads": (2, 0), "1 worker process": (1, 1), "2 worker processes": (1, 2)}
+LOADERS: dict[str, dict[str, Any]] = {
+    "1 thread": {"decoding_threads": 1},
+    "2 threads": {"decoding_threads": 2},
+    "1 worker process": {"num_workers": 1},
+    "2 worker processes": {"num_workers": 2},
+    "1 thread, device augments": {"decoding_threads": 1, "augment_on": "device"},
+    "2 threads, device augments": {"decoding_threads": 2, "augment_on": "device"},
+}
 RESOLUTION, SIDE, BATCH_SIZE, SAMPLES = 512, 128, 16, 512
 GROWTH = (100, 300, 1000, 3000, 10000)
 
 
-def make_data(folder: Path, codec: str, samples: int, threads: int = 2, workers: int = 0) -> PreloadedFeatureDataModule:
+def make_data(folder: Path, codec: str, samples: int, **settings: Any) -> PreloadedFeatureDataModule:
     """A data module on a store of invented content; every sample has the same, so that writing it is quick."""
     url, images = str(folder / f"{codec}-{samples}.zarr"), folder / f"images-{samples}"
     data = PreloadedFeatureDataModule(
@@ -54,8 +61,7 @@ def make_data(folder: Path, codec: str, samples: int, threads: int = 2, workers:
         allow_overlap=True,
         side_resolution=SIDE,
         batch_size=BATCH_SIZE,
-        num_workers=workers,
-        decoding_threads=threads,
+        **settings,
     )
     if not images.exists():
         for index in range(samples):
@@ -192,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.published is not None:
             functions["published"] = published(args.published, folder)
         for codec in CODECS:
-            for name, (threads, workers) in LOADERS.items():
-                data = make_data(folder, codec, SAMPLES, threads, workers)
+            for name, settings in LOADERS.items():
+                data = make_data(folder, codec, SAMPLES, **settings)
                 loader = data.train_dataloader()
                 functions[f"{codec}, {name}"] = lambda loader=loader: pass_over(loader)  # type: ignore[misc]
             functions[f"{codec}, memory-mapped gather"] = gather(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 import shutil
 import threading
 from collections import Counter
@@ -612,7 +613,7 @@ def test_the_input_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("environment.RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "ENCODER", EncoderConfig("test_vit", pretrained=False))
-    loaders = {"1 thread": (1, 0), "2 threads": (2, 0)}
+    loaders = {"1 thread": {"decoding_threads": 1}, "2 threads": {"decoding_threads": 2}}
     for name, value in {"SAMPLES": 40, "LOADERS": loaders, "RESOLUTION": 64, "GROWTH": (20, 40)}.items():
         monkeypatch.setattr(benchmark, name, value)
     (tmp_path / "published_loader.py").write_text("def PublishedDataset(folder):\n    return [(0, 0)] * 8\n")
@@ -687,6 +688,67 @@ def test_evaluation_and_plain_training_take_the_images_themselves(mirrored: Make
     one, other = (ready(mirrored(mirrored=choice, augmentation="none")) for choice in (True, False))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         assert equal(list(getattr(one, name)()), list(getattr(other, name)()))
+
+
+# Views that the device draws
+
+
+def test_the_device_draws_side_images_of_the_tokens_view(mirrored: Maker) -> None:
+    data = ready(mirrored(augment_on="device"))
+    assert isinstance(data, PreloadedFeatureDataModule)
+    assert data.store is not None
+    sides = Counter[bool]()
+    for batch in data.train_dataloader():
+        assert "side_images" not in batch
+        batch = data.on_after_batch_transfer(batch, 0)
+        assert not {"copies", "view_numbers"} & batch.keys()
+        assert batch["side_images"].shape[1:] == (3, 32, 32)
+        for id, features, view in zip(batch["ids"], batch["features"], batch["side_images"], strict=True):
+            falls = bool(view[0, :, 0].mean() > view[0, :, -1].mean())
+            np.testing.assert_array_equal(features, data.store.read([data.store.rows[id] + falls], "features")[0])
+            sides[falls] += 1
+    assert min(sides.values()) > 3
+    assert "side_images" in next(iter(data.val_dataloader()))
+
+
+def test_the_device_draws_views_by_seed_and_epoch(stored: Maker) -> None:
+    runs = []
+    for threads in (1, 3):
+        data = ready(stored(augment_on="device", decoding_threads=threads, image_size=64))
+        loader = data.train_dataloader()
+        runs.append([[data.on_after_batch_transfer(b, 0) for b in epoch(loader, number)] for number in (0, 1, 0)])
+    first, second, again = runs[0]
+    assert equal(first, again)
+    views = by_id(first), by_id(second)
+    assert not any(torch.equal(view, views[1][id]) for id, view in views[0].items())
+    assert all(equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_training_takes_views_of_the_device(
+    tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
+) -> None:
+    model, trainer = tiny_model(), quiet_trainer(tmp_path)
+    data = tiny_data(side_resolution=32, image_size=64, augment_on="device")
+    data.preload(model, trainer)
+    seen = list[Tensor]()
+    model.side.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    trainer.fit(model, data)
+    assert {tuple(images.shape[1:]) for images in seen} == {(3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"augmentation": "strong"}, "data.augmentation 'strong' is not made"),
+        ({"image_size": 256}, "data.image_size is 256 for a side resolution of 32: set it to 64"),
+    ],
+)
+def test_what_the_device_cannot_draw_is_refused_first(stored: Maker, changes: dict[str, Any], words: str) -> None:
+    data = attach(stored(augment_on="device", **{"image_size": 64, **changes}))
+    with pytest.raises(ConfigurationError, match=re.escape(words)):
+        data.check("fit")
+    with pytest.raises(ConfigurationError, match=r"data\.augment_on is 'gpu': choose 'loader' or 'device'"):
+        stored(augment_on="gpu")
 
 
 def test_threads_part_both_views_of_a_batch(mirrored: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

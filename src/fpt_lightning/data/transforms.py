@@ -18,6 +18,8 @@ from fpt_lightning.errors import ConfigurationError
 
 Augmentation = Literal["default", "strong", "none"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+SCALE, RATIO, JITTER = (0.8, 1.0), (0.7, 1.3), (0.8, 1.2)
+"""Of the published set: area and aspect of crops, brightness and contrast (paper, section 4.2.1)."""
 
 
 def resize(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, int]) -> Tensor:
@@ -148,7 +150,7 @@ def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, inte
     import cv2
 
     steps = [
-        A.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=(0.7, 1.3), interpolation=interpolation),
+        A.RandomResizedCrop(size, scale=SCALE, ratio=RATIO, interpolation=interpolation),
         *([A.HorizontalFlip(p=0.5)] if mirror else []),
     ]
     if augmentation == "strong":
@@ -157,5 +159,5 @@ def _albumentations(size: tuple[int, int], augmentation: str, mirror: bool, inte
             A.Rotate(limit=30, border_mode=cv2.BORDER_CONSTANT, p=0.5),
             A.GaussianBlur(sigma_limit=(0.1, 1.5), p=0.3),
         ]
-    steps.append(A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(1, 1), hue=(0, 0), p=1.0))
+    steps.append(A.ColorJitter(brightness=JITTER, contrast=JITTER, saturation=(1, 1), hue=(0, 0), p=1.0))
     return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
+from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
-from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples
+from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, StoreError
 from fpt_lightning.store.codecs import check_codec
@@ -41,6 +43,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
             process (rank) has its own.
+        augment_on: where the ``default`` side images of training are drawn: in the ``loader``, or on the ``device``, a
+            batch at once, which the loader would keep waiting (in a loop of your own, ``on_after_batch_transfer``).
         check: how image files are held against those that the store is of: ``time`` by their size and time of change,
             and by their content where the time alone differs; ``digest`` reads all of them, once a process.
         **kwargs: see ``ImageDataModule``.
@@ -56,6 +60,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         mirrored: bool = False,
         cache: str | None = None,
         in_memory: bool = False,
+        augment_on: Literal["loader", "device"] = "loader",
         check: Literal["time", "digest"] = "time",
         **kwargs: Any,
     ) -> None:
@@ -63,6 +68,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
         check_codec(codec)
         self.url, self.codec, self.mirrored = resolve(store), codec, mirrored
         self.cache, self.in_memory = cache, in_memory
+        if augment_on not in ("loader", "device"):
+            raise ConfigurationError(f"data.augment_on is {augment_on!r}: choose 'loader' or 'device'.")
+        self.augment_on: str = augment_on
+        self._device_views: DeviceViews | None = None  # of the training loader
         if check not in ("time", "digest"):
             raise ConfigurationError(f"data.check is {check!r}: choose 'time' or 'digest'.")
         self.by_content = check == "digest"
@@ -182,6 +191,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
 
     def _check_model(self, stage: str) -> None:
         super()._check_model(stage)
+        if stage == "fit" and self._augments_on_device(self.augmentation):
+            self._on_device((0.0,), (1.0,), self.mirrored)
         if STORED & self._inputs() and self._declared("test_time_mirroring") and not self.mirrored:
             raise ConfigurationError(
                 f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
@@ -252,13 +263,35 @@ class PreloadedFeatureDataModule(ImageDataModule):
             rank_zero_warn(f"{told}: every stage goes on without them.")
         self.manifest, self._complete = listed.without(left_out), listed
 
+    def _augments_on_device(self, augmentation: str) -> bool:
+        return self.augment_on == "device" and augmentation != "none" and "side_images" in self._inputs()
+
+    def _on_device(self, mean: Sequence[float], std: Sequence[float], mirrored: bool) -> DeviceViews:
+        if self.augmentation != "default":
+            raise ConfigurationError(
+                f"data.augment_on is 'device', where data.augmentation {self.augmentation!r} is not made: choose "
+                "'default', or augment in the loader."
+            )
+        return DeviceViews(self._side_resolution(), self.image_size, not mirrored, mean, std, self.seed or 0)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw the side images that were left to the device."""
+        if isinstance(batch, dict) and "copies" in batch:
+            assert self._device_views is not None
+            batch["side_images"] = self._device_views(batch.pop("copies"), batch.pop("view_numbers"))
+        return batch
+
     def _dataset(self, split: str, augmentation: str) -> Samples:
         stored = STORED & self._inputs()
         if not stored:
             return super()._dataset(split, augmentation)
         assert self.store is not None
         spec = self.store.specification
-        side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
+        if self._augments_on_device(augmentation):
+            self._device_views = self._on_device(spec.mean, spec.std, spec.mirrored)
+            side_views: Views | DeviceViews | None = self._device_views
+        else:
+            side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
         inputs = sorted(stored) if self.explained is None else [*sorted(stored), "indices"]
         samples, arrays = self.labelled.split(split), self.store.arrays_of(inputs)
         seed = self.seed if spec.mirrored and augmentation != "none" else None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.images import ImageReader
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.data.prefetch import items_in_threads, thread_pool
@@ -28,6 +29,8 @@ class Batch(TypedDict, total=False):
         labels: (B,), int64, -1 where unlabelled; (B, classes), fp32, NaN where unknown, in a multi-label task; (B,),
             fp32, in a regression.
         side_images: (B, 3, side, side), fp32, normalised, augmented in training.
+        copies: in place of them, low-resolution copies (B, size, size, 3), uint8, of which the device makes views.
+        view_numbers: that decide these views (``fpt_lightning.data.device_views.DeviceViews.numbers``).
         features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
         key_scales: of the codec, where it has any (``fpt_lightning.store.codecs.Features``).
         value_scales: like those of the keys.
@@ -41,6 +44,8 @@ class Batch(TypedDict, total=False):
     ids: list[str]
     labels: Tensor
     side_images: Tensor
+    copies: Tensor
+    view_numbers: Tensor
     features: Tensor
     key_scales: Tensor
     value_scales: Tensor
@@ -171,19 +176,23 @@ class ImageSamples(Samples):
 
 
 class StoredSamples(Samples):
-    """Samples read from a feature store: of one view drawn by ``mirror_seed``, of the image, or of both views."""
+    """Samples read from a feature store: of one view drawn by ``mirror_seed``, of the image, or of both views.
+
+    Side images are drawn here, or left to the device by ``DeviceViews``.
+    """
 
     def __init__(
         self,
         manifest: Manifest,
         samples: Sequence[Sample],
-        side_views: Views | None,
+        side_views: Views | DeviceViews | None,
         store: FeatureStore,
         arrays: Sequence[str],
         mirror_seed: int | None,
         both: bool = False,
     ) -> None:
-        super().__init__(manifest, samples, side_views)
+        super().__init__(manifest, samples, side_views if isinstance(side_views, Views) else None)
+        self.device_views = side_views if isinstance(side_views, DeviceViews) else None
         self.store, self.arrays, self.mirror_seed, self.both = store, arrays, mirror_seed, both
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
@@ -202,8 +211,9 @@ class StoredSamples(Samples):
         rows = [
             self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, drawn_for, strict=True)
         ]
-        side_views = self.side_views
-        read = self.store.buffers(count, [*self.arrays, *([] if side_views is None else ["images"])])
+        side_views, device_views = self.side_views, self.device_views
+        copies = [] if side_views is None and device_views is None else ["images"]
+        read = self.store.buffers(count, [*self.arrays, *copies])
         mirrored = self.store.buffers(count, self.arrays if self.both else [])
         views = None if side_views is None else side_views.empty(count)
 
@@ -221,6 +231,8 @@ class StoredSamples(Samples):
             batch["mirrored"] = {name: torch.from_numpy(block) for name, block in mirrored.items()}
         if views is not None:
             batch["side_images"] = views
+        if device_views is not None:
+            batch |= {"copies": torch.from_numpy(read["images"]), "view_numbers": device_views.numbers(drawn_for)}
         return cast(Batch, {**self._labelled(samples), **batch})
 
     def _mirrored(self, key: tuple[int, int]) -> bool:
