@@ -366,28 +366,25 @@ def small_gpu(bench: Bench) -> dict[str, Any]:
 
 def rates(bench: Bench) -> dict[str, Any]:
     """Images a second of the frozen pass, of the loader and of training, and the share that waits for input."""
-    module, data = bench.model(), bench.data("rates")
+    module, data = bench.model(), bench.data("rates", image_size=2 * bench.side_resolution)
     start = time.perf_counter()
     data.preload(module, bench.trainer(), overwrite=True)
     stored = len(data.read_manifest().samples) / (time.perf_counter() - start)
     trainer = bench.trainer(max_epochs=1, limit_val_batches=0)
     trainer.fit(module, data)  # warms up, and leaves the loader's data set up
-    loader = data.train_dataloader()
-    start = time.perf_counter()
-    batches = list(loader)
-    images = sum(len(batch["labels"]) for batch in batches)
-    loaded = images / (time.perf_counter() - start)
-    clock = _Clock()
-    bench.trainer(max_epochs=3, limit_val_batches=0, callbacks=[clock]).fit(bench.model(), data)
-    alone = _steps(bench.model().to(device()), batches[0])
-    trained = images / clock.seconds
-    return {
-        "preload": stored,
-        "loader": loaded,
-        "training": trained,
-        "steps_alone": alone,
-        "input_bound": max(0.0, 1 - trained / alone),
-    }
+    found = {"preload": stored, "steps_alone": _steps(bench.model().to(device()), next(iter(data.train_dataloader())))}
+    for where in ("loader", "device"):
+        data.augment_on = where
+        loader = data.train_dataloader()
+        start = time.perf_counter()
+        images = sum(len(batch["labels"]) for batch in loader)
+        found[f"loader, augmented on the {where}"] = images / (time.perf_counter() - start)
+        clock = _Clock()
+        bench.trainer(max_epochs=3, limit_val_batches=0, callbacks=[clock]).fit(bench.model(), data)
+        trained = images / clock.seconds
+        found[f"training, augmented on the {where}"] = trained
+        found[f"input_bound, augmented on the {where}"] = max(0.0, 1 - trained / found["steps_alone"])
+    return found
 
 
 def compiled(bench: Bench) -> dict[str, Any]:

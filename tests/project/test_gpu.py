@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fpt_lightning import PreloadedFeatureDataModule
+from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.deployment.predictor import Predictor
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
@@ -42,6 +43,18 @@ def test_the_encoder_gives_what_it_gives_on_the_cpu(cuda: torch.device) -> None:
     assert torch.equal(here.indices, there.indices.cpu())
     torch.testing.assert_close(there.features.cpu(), here.features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(there.pooled.cpu(), here.pooled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_views_of_a_batch_are_those_of_the_cpu(cuda: torch.device) -> None:
+    views = DeviceViews(32, 64, True, (0.4,), (0.2,), 0)
+    images, numbers = (
+        torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8),
+        views.numbers([(0, i) for i in range(8)]),
+    )
+    torch.testing.assert_close(
+        views(images.to(cuda), numbers.to(cuda)).cpu(), views(images, numbers), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.gpu

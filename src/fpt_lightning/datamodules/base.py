@@ -44,7 +44,7 @@ class ManifestDataModule(L.LightningDataModule):
         batch_size: of every stage; of predict, for a method that trains the encoder.
         num_workers: processes that prepare batches; with none, threads do (``decoding_threads``).
         decoding_threads: threads that read, decode, resize and augment
-            (``fpt_lightning.data.prefetch.usable_threads``); for stored features four at most.
+            (``fpt_lightning.data.prefetch.usable_threads``); for stored features two at most.
         on_error: of images that cannot be read: ``stop``, or ``skip`` to leave them out of every stage, with a warning
             and a list: ``left_out.csv`` in the run's folder, for which all images are read once before the first batch;
             of a store ``{store}.left_out.csv``.

@@ -57,7 +57,7 @@ class Batch(TypedDict, total=False):
 
 STORED = frozenset({"features", "pooled"})
 """Inputs that a feature store holds."""
-_PARTS = 4  # of a batch; more would wait for Python's lock, which augmenting holds for much of its time
+_PARTS = 2  # of a batch; more would wait for Python's lock, which augmenting holds for much of its time
 
 
 class EpochSampler(DistributedSampler[Any]):
