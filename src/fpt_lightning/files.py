@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import stat
 import warnings
 from collections import Counter
@@ -251,9 +252,25 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines of columns, the first on the left, the others on the right."""
+def screen_width() -> int:
+    """Columns of the terminal; 80 where there is none and COLUMNS does not say."""
+    return shutil.get_terminal_size().columns
+
+
+def align(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Rows of cells as lines of columns, the first on the left, the others on the right.
+
+    Args:
+        rows: of equal length.
+        width: of the lines; a wider table is parted into several below each other, each with the first column.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    fitting, used = 1, widths[0]
+    while fitting < len(widths) and (width is None or fitting == 1 or used + 2 + widths[fitting] <= width):
+        used, fitting = used + 2 + widths[fitting], fitting + 1
+    if fitting < len(widths):
+        parted = [row[:fitting] for row in rows], [[row[0], *row[fitting:]] for row in rows]
+        return "\n\n".join(align(part, width) for part in parted)
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)

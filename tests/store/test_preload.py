@@ -595,14 +595,6 @@ def test_the_announcement(tiny_data: MakeData, tmp_path: Path, monkeypatch: pyte
     assert "about 40 s" in lines[1]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (360000, "100.0 h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert preload._duration(seconds) == text
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_the_shards(tiny_data: MakeData, image_root: Path, tmp_path: Path, world_size: int) -> None:
     write_images(image_root, {"a": 25, "b": 25})

@@ -43,7 +43,7 @@ class LearnableParameters(L.Callback):
             learnable, frozen = pl_module.learnable_parameters, pl_module.frozen_parameters
             rank_zero_info(
                 f"learnable parameters: {learnable:,}; {100 * pl_module.learnable_ratio:.2f}% of the total "
-                f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}"
+                f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}; on {device_name(pl_module.device)}"
             )
 
 
@@ -248,15 +248,17 @@ class ResultsWriter(L.Callback):
             What is there from before is kept beside, as ``{checkpoint}-1``.
         checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
-        evaluations: what ``evaluation.json`` holds, by checkpoint.
+        evaluations: of the test images, by checkpoint; ``evaluation.json`` holds them.
+        told: where they are.
         validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
     """
 
     def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.metrics: dict[str, dict[str, float | None]] = {}
-        self.evaluations: dict[str, dict[str, Any]] = {}
+        self.evaluations: dict[str, Evaluation] = {}
         self.validation_auc: float | None = None
+        self.told = ""
         self._rows: list[tuple[str, Any, Any]] = []
 
     def on_test_batch_end(
@@ -296,11 +298,10 @@ class ResultsWriter(L.Callback):
         if predictions.known.any():
             assert isinstance(pl_module, ClassificationModule)
             evaluation = evaluate(predictions, pl_module.thresholds or None, validation_auc=self.validation_auc)
-            self.evaluations[self.checkpoint] = evaluation.to_dict()
-            write_json(folder / "evaluation.json", self.evaluations)
+            self.evaluations[self.checkpoint] = evaluation
+            write_json(folder / "evaluation.json", {name: each.to_dict() for name, each in self.evaluations.items()})
             self._report(folder, trainer, pl_module, predictions, evaluation)
-            rank_zero_info(f"\n{evaluation.table()}\n")
-        rank_zero_info(f"metrics, predictions and the report of {self.checkpoint} are in {folder}")
+        self.told = f"metrics, predictions and the report are in {folder}"
 
     def _report(
         self,

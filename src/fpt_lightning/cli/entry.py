@@ -67,6 +67,18 @@ _SETTINGS = ("MisconfigurationException", "UsageError")
 _RESTORES = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 """What stumbles over a checkpoint whose state of training is not what Lightning writes."""
 
+_NOISE = (
+    "💡 Tip",
+    "GPU available",
+    "Loaded model weights",
+    "Restored all states",
+    "Restoring states",
+    "Seed set to",
+    "TPU available",
+    "`Trainer.fit` stopped",
+)
+"""How Lightning's messages begin that tell nothing new."""
+
 _GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store holds, and damage of it"}
 
 
@@ -153,10 +165,8 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls what jsonargparse 5 drops
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)  # each operation that is not folded
-    noise = ("💡 Tip", "TPU available")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(noise)
-    )
+    for module in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{module}").addFilter(lambda record: not record.getMessage().startswith(_NOISE))
 
 
 def _spelled(args: list[str]) -> list[str]:

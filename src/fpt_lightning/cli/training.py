@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -29,6 +29,7 @@ from fpt_lightning.cli.run_folder import (
     is_first_process,
     logged_at,
 )
+from fpt_lightning.cli.screen import CheckpointResult, ImageProgress, results
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
@@ -86,6 +87,7 @@ class CommandLine(LightningCLI):
             ConfigurationError: an option that there is not, or a value of another type.
         """
         try:
+            self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             command = next((arg for arg in args or sys.argv[1:] if arg in self._subcommand_parsers), "")
@@ -123,6 +125,9 @@ class CommandLine(LightningCLI):
             kwargs["enable_checkpointing"] = False
         if self.subcommand in ("preload", "plan", "explain"):
             loggers, callbacks = [], []
+        bars = [each for each in _as_list(config["callbacks"] or []) if isinstance(each, ProgressBar)]
+        if config["enable_progress_bar"] is not False and self.subcommand != "plan" and not bars:
+            callbacks.append(ImageProgress(f"val_{self.model.task.MONITOR[0]}"))
         if self.subcommand in ("preload", "explain"):
             kwargs["precision"] = None  # the frozen pass and the pictures are in fp32, whatever trains
         if self.subcommand == "plan":  # for whatever device, here
@@ -223,7 +228,12 @@ class CommandLine(LightningCLI):
             settings = {name: config[name] for name in _PRELOAD_SETTINGS}
             strategy = config["strategy"] if isinstance(config["strategy"], str) else "auto"
             trainer = L.Trainer(
-                **settings, strategy=strategy, logger=False, enable_checkpointing=False, enable_model_summary=False
+                **settings,
+                strategy=strategy,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                callbacks=None if settings["enable_progress_bar"] is False else [ImageProgress()],
             )
             self.datamodule.preload(self.model, trainer)
 
@@ -232,16 +242,34 @@ class CommandLine(LightningCLI):
         root = Path(self.trainer.default_root_dir)
         if self._get(self.config, "trainer").fast_dev_run:
             return
-        self.results.folder = root
+        self.results.folder, tested = root, list[CheckpointResult]()
+        metric = f"val_{self.model.task.MONITOR[0]}"
         for name in ("last", "best"):
             path = root / f"{name}.ckpt"
             if not path.is_file():
                 why = "no epoch was validated" if name == "best" else "no epoch was finished"
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
                 continue
+            epoch = read_checkpoint(path)["epoch"]
             self.results.checkpoint = name
-            self.results.validation_auc = logged_at(root, "val_auc", read_checkpoint(path)["epoch"])
-            self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True)
+            self.results.validation_auc = logged_at(root, "val_auc", epoch)
+            self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True, verbose=False)
+            if name in self.results.evaluations:
+                value = logged_at(root, metric, epoch)
+                tested.insert(0, CheckpointResult(name, epoch + 1, metric, value, self.results.evaluations[name]))
+        if tested:
+            print(f"\n{results(tested)}\n")
+        self._say_where()
+
+    def after_test(self) -> None:
+        """Say what came out."""
+        for evaluation in self.results.evaluations.values():
+            print(f"\n{evaluation.table()}\n")
+        self._say_where()
+
+    def _say_where(self) -> None:
+        if self.results.told:
+            print(self.results.told)
 
 
 def _check_writable(folder: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from fpt_lightning.data.images import FULL_RANGE, ImageReader, OnError, is_deep, read_image
 from fpt_lightning.data.transforms import resize
 from fpt_lightning.errors import ConfigurationError, ImageError
+from fpt_lightning.progress import track
 
 SAMPLED = 1000
 """Images at most that anything is measured over.
@@ -69,7 +69,7 @@ def value_range(
 
     deep = deep_pictures(paths)
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(extremes, deep), "range of the training images", len(deep), unit="image"))
+        found = list(track(pool.map(extremes, deep), "range of the training images", len(deep)))
     known = [each for each in found if isinstance(each, tuple)]
     _check_readable([each for each in found if isinstance(each, str)], len(deep), on_error)
     low, high = min(each[0] for each in known), max(each[1] for each in known)
@@ -114,7 +114,7 @@ def channel_statistics(
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(moments, paths), "mean and std of the training images", len(paths), unit="image"))
+        found = list(track(pool.map(moments, paths), "mean and std of the training images", len(paths)))
     _check_readable([each for each in found if isinstance(each, str)], len(paths), on_error)
     mean, squares = np.mean([each for each in found if not isinstance(each, str)], axis=0)
     std = np.sqrt(np.maximum(squares - np.square(mean), 0))

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.files import PARTIAL, whole_file, write_json
+from fpt_lightning.progress import track
 
 CLASSES: tuple[str, ...] = ("healthy", "granular", "striated")
 
@@ -131,7 +131,7 @@ def write_fundus_images(root: str | Path, count: int = 300, seed: int = 0, size:
     if not missing:
         return
     write_json(root / _MARKER, parameters)
-    for name, index in tqdm(missing.items(), desc="drawing fundus images", unit="image"):
+    for name, index in track(missing.items(), "drawing fundus images", len(missing)):
         image = fundus_image(index % len(CLASSES), seed * 1_000_000 + index, size)
         with whole_file(root / name) as partial:
             Image.fromarray(image).save(partial, format="png", compress_level=1)

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from fpt_lightning.datasets.pieces import Pieces, Wanted
 from fpt_lightning.datasets.recipe import Found, Layout, Recipe, files, label_of
 from fpt_lightning.datasets.xlsx import read_sheet
 from fpt_lightning.errors import DataError
+from fpt_lightning.progress import track
 
 URL = "https://www.cancerimagingarchive.net/collection/cmmd/"
 _TABLE = "CMMD_clinicaldata_revision.xlsx"
@@ -40,7 +39,7 @@ def _read(found: Found, pieces: Pieces) -> None:
             raise DataError(f"{table}: the {side} breast of {patient} has two classifications.")
     seen = set()
     paths = [path for part in pieces.every("CMMD/") for path in files(part) if path.suffix.lower() in ("", ".dcm")]
-    for path in tqdm(paths, desc="DICOM headers", unit="image"):
+    for path in track(paths, "DICOM headers", len(paths)):
         breast = _breast(path)
         if isinstance(breast, str):
             found.leave_out(path, breast, foreign=not path.suffix and "unreadable" in breast)  # such as LICENSE

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from fpt_lightning.data.folders import IMAGE_SUFFIXES
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.manifest import Manifest, Sample
@@ -18,6 +16,7 @@ from fpt_lightning.data.splits import draw_validation, random_split
 from fpt_lightning.datasets import DATASETS, Found, Layout, Recipe
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
 from fpt_lightning.files import file_digest, write_rows
+from fpt_lightning.progress import track
 
 LEFT_OUT = "left_out.csv"
 
@@ -95,9 +94,7 @@ def _drop_unreadable(found: Found) -> dict[str, list[Sample]]:
     alike: defaultdict[str, list[Sample]] = defaultdict(list)
     with ThreadPoolExecutor() as pool:
         problems = pool.map(_problem, [found.root / sample.id for sample in samples])
-        for sample, problem in zip(
-            samples, tqdm(problems, "reading every image", len(samples), unit="image"), strict=True
-        ):
+        for sample, problem in zip(samples, track(problems, "reading every image", len(samples)), strict=True):
             if problem:
                 path, reason = found.root / sample.id, problem.replace(f"{found.root}{os.sep}", "")
                 found.leave_out(path, f"unreadable: {reason}", foreign=path.suffix.lower() not in IMAGE_SUFFIXES)

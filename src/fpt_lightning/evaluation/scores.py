@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from fpt_lightning.evaluation.resampling import (
     resampled_values,
     resampled_weights,
 )
-from fpt_lightning.files import align, without_nan
+from fpt_lightning.files import align, screen_width, without_nan
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ class Evaluation:
         return f"{sample}; 95% intervals from {self.resamples:,} bootstrap resamples of {unit}."
 
     def table(self) -> str:
-        """For people: the metrics, the classes, the notes."""
-        parts = [
-            self.basis(),
-            align([[label(name, self.specificity), str(value)] for name, value in self.overall.items()]),
-        ]
+        """For people, as wide as the terminal: the metrics, the classes, the notes."""
+        return "\n\n".join([textwrap.fill(self.basis(), screen_width()), align(self.overall_rows()), *self.details()])
+
+    def overall_rows(self) -> list[list[str]]:
+        """Each metric of all images with its value, as they are shown."""
+        return [[label(name, self.specificity), str(value)] for name, value in self.overall.items()]
+
+    def details(self) -> list[str]:
+        """Paragraphs as wide as the terminal: the classes, the thresholds, the notes."""
+        parts, width = [], screen_width()
         if self.per_class:
             metrics = list(next(iter(self.per_class.values())))
             rows = [["class", "positives", *(label(metric, self.specificity) for metric in metrics)]]
@@ -83,11 +89,11 @@ class Evaluation:
                 [name, f"{self.positives[name]:,}", *(str(values[metric]) for metric in metrics)]
                 for name, values in self.per_class.items()
             ]
-            parts.append(align(rows))
+            parts.append(align(rows, width))
         if self.thresholds:
             listed = ", ".join(f"{name} {number(value)}" for name, value in self.thresholds.items())
-            parts.append(f"Thresholds: {listed}.")
-        return "\n\n".join([*parts, *self.notes])
+            parts.append(textwrap.fill(f"Thresholds: {listed}.", width))
+        return [*parts, *(textwrap.fill(note, width) for note in self.notes)]
 
 
 def evaluate(

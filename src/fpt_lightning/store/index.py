@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from fpt_lightning.data.image_files import ImageFiles, short_digest
 from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.errors import StaleStoreError, StoreError
+from fpt_lightning.progress import track
 from fpt_lightning.store.layout import (
     ABSENT,
     COMPLETE,
@@ -226,7 +226,7 @@ class StoreIndex:
         doubtful = stored if by_content else stored & (records[..., 2] != files.changed[:, None])
         read = np.flatnonzero(doubtful.any(1) & ~another).tolist()
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            digests = tqdm(pool.map(files.digest, read), "images read again", len(read), disable=not read)
+            digests = track(pool.map(files.digest, read), "images read again", len(read))
             for position, digest in zip(read, digests, strict=True):
                 another[position] = (doubtful[position] & (records[position, :, 3] != digest)).any()
         return [files.ids[position] for position in np.flatnonzero(another)]

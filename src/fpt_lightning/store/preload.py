@@ -36,6 +36,7 @@ from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.encoder.selection import number_of_tokens
 from fpt_lightning.errors import ImageError, StoreError
 from fpt_lightning.files import read_rows, write_rows
+from fpt_lightning.progress import duration
 from fpt_lightning.store.codecs import check_codec, encode
 from fpt_lightning.store.damage import forget_damaged
 from fpt_lightning.store.index import FileRecord
@@ -350,7 +351,7 @@ class FrozenPass(L.LightningModule):
             f"preload: {len(missing):,} of {spec.views * len(self.manifest.samples):,} images"
             f"{' and mirror images' if spec.mirrored else ''} through {spec.encoder} at "
             f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: {len(missing) * size / 1e6:,.0f} MB "
-            f"({size / 1e6:.2f} MB an image), about {_duration(seconds)} on {self.trainer.world_size} device(s)"
+            f"({size / 1e6:.2f} MB an image), about {duration(seconds)} on {self.trainer.world_size} device(s)"
         )
 
     def _seconds_per_image(self) -> float:
@@ -566,9 +567,3 @@ def _check_space(url: str, needed: int) -> None:
             f"the feature store {url} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free: choose "
             "another data.store, or a smaller token_ratio, resolution or codec."
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
