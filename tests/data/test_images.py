@@ -762,7 +762,7 @@ def test_views_of_a_batch_are_those_of_its_images() -> None:
     expected = torch.stack([transform(image, seed) for image, seed in zip(images, seeds, strict=True)])
     with ThreadPoolExecutor(4) as pool:
         for views in pool.map(lambda _: transform.draw(images, seeds), range(8)):
-            assert torch.equal(views, expected)
+            torch.testing.assert_close(views, expected, rtol=0, atol=1e-6)  # NumPy's last bit depends on addresses
 
 
 def test_strong_views_are_also_turned() -> None:

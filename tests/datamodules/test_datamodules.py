@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -756,6 +757,7 @@ def test_threads_part_both_views_of_a_batch(mirrored: Maker, monkeypatch: pytest
 
     def noted(*args: Any) -> None:
         readers.add(threading.current_thread().name)
+        time.sleep(0.01)  # so that no thread does the other's share
         read_into(*args)
 
     monkeypatch.setattr(FeatureStore, "read_into", noted)

@@ -438,7 +438,8 @@ def test_a_run_leaves_predictions_and_their_evaluation(
     assert len(same) >= 2
     for name, value in same.items():
         if name != "test_f1":  # which torchmetrics counts absent classes in
-            assert value == pytest.approx(overall[name.removeprefix("test_")]["value"], rel=1e-5, abs=1e-5), name
+            near = 1e-3 if task == "regression" else 1e-5  # torchmetrics sums in fp32, of numbers that hardly differ
+            assert value == pytest.approx(overall[name.removeprefix("test_")]["value"], rel=near, abs=near), name
     assert (root / "confusion_matrix.png").is_file() == (predictions.kind == "single-label")
     main(["predict", "--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(root / "best.ckpt")])
     unknown = Predictions.read(root / "predict" / "best" / "predictions.csv")
