@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,14 +12,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.errors import ConfigurationError, in_one_line
-from fpt_lightning.files import keep_beside, make_folder, read_rows, take_lock, whole_file, write_text
+from fpt_lightning.files import keep_beside, make_folder, read_rows, take_lock, whole_file, write_rows, write_text
 
 
 def is_first_process() -> bool:
@@ -84,35 +84,58 @@ def logged_at(folder: Path, name: str, epoch: int) -> float | None:
 _LOSS = "val_loss"
 
 
-class RunLogger(CSVLogger):
-    """``metrics.csv`` in the run's own folder; a resumed run goes on where its checkpoint was written.
+class RunLogger(Logger):
+    """``metrics.csv`` in the run's own folder, a row an epoch; test metrics and single steps are not of an epoch.
 
     Args:
-        save_dir: the run's folder.
-        resumed_at: the global step of the checkpoint that a run goes on from.
+        folder: of the run.
+        resumed_at: the epoch, from 0, of the checkpoint that a run goes on from: rows of later ones are dropped.
     """
 
-    def __init__(self, save_dir: str, resumed_at: int | None = None) -> None:
-        super().__init__(save_dir, name="", version="")
-        self.resumed_at = resumed_at
+    def __init__(self, folder: str, resumed_at: int | None = None) -> None:
+        super().__init__()
+        self.path, self._pending, self._changed = Path(folder) / "metrics.csv", dict[str, Any](), False
+        earlier = read_rows(self.path, "history") if resumed_at is not None and self.path.is_file() else []
+        self._rows = dict[int, dict[str, Any]]()
+        for row in earlier:  # of versions before, several of an epoch
+            if resumed_at is not None and row["epoch"].isdecimal() and int(row["epoch"]) <= resumed_at:
+                self._rows.setdefault(int(row["epoch"]), {}).update({n: value for n, value in row.items() if value})
 
     @property
-    def experiment(self) -> Any:
-        if self._experiment is None and self.resumed_at is not None:
-            path = Path(self.log_dir) / "metrics.csv"
-            earlier = path.with_name("metrics.csv.earlier")  # stays until its rows are written again
-            if path.is_file() and not earlier.is_file():
-                os.replace(path, earlier)
-            rows = list(csv.DictReader(earlier.open(newline=""))) if earlier.is_file() else []
-            # a kill may have cut the last row
-            whole = [row for row in rows if None not in row.values() and row["step"].isdecimal()]
-            kept = [{k: v for k, v in row.items() if v != ""} for row in whole if int(row["step"]) < self.resumed_at]
-            writer: Any = super().experiment
-            writer.metrics = kept
-            writer.save()
-            earlier.unlink(missing_ok=True)
-            return writer
-        return super().experiment
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the row of the epoch, or to that of the next one where none is named."""
+        kept = {name: value for name, value in metrics.items() if not name.endswith("_step")}
+        epoch = kept.pop("epoch", None)
+        if epoch is None:
+            self._pending |= kept
+        elif kept:
+            row = self._rows.setdefault(int(epoch), {"epoch": int(epoch)})
+            row |= {"step": step, **self._pending, **kept}
+            self._pending, self._changed = {}, True
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self._changed:
+            names = sorted({name for row in self._rows.values() for name in row} - {"epoch", "step"})
+            columns = ["epoch", "step", *names]
+            rows = [[row.get(name, "") for name in columns] for _, row in sorted(self._rows.items())]
+            write_rows(self.path, [columns, *rows])
+            self._changed = False
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -153,6 +176,9 @@ class SaveRunConfig(SaveConfigCallback):
         if goes_on and path.is_file() and path.read_text(encoding="utf-8") != text:
             rank_zero_info(f"the run goes on with other settings: those until now are in {keep_beside(path)}")
         write_text(path, text)
+        data = self.config.data.init_args.as_dict()
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"data": data})
 
 
 class BestCheckpoint(ModelCheckpoint):

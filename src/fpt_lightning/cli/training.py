@@ -109,7 +109,7 @@ class CommandLine(LightningCLI):
         given = config["logger"]
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
         if fit and given is not False and not config["fast_dev_run"]:
-            loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["global_step"])]
+            loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["epoch"])]
         callbacks = [self.results, PeakMemory()]
         if fit:
             plugins = _as_list(config["plugins"] or [])
@@ -243,23 +243,31 @@ class CommandLine(LightningCLI):
         if self._get(self.config, "trainer").fast_dev_run:
             return
         self.results.folder, tested = root, list[CheckpointResult]()
-        metric = f"val_{self.model.task.MONITOR[0]}"
-        for name in ("last", "best"):
+        for name in ("last", "best"):  # whose files stay
             path = root / f"{name}.ckpt"
-            if not path.is_file():
+            if path.is_file():
+                tested = self._test(name, path) + tested
+            else:
                 why = "no epoch was validated" if name == "best" else "no epoch was finished"
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
-                continue
-            epoch = read_checkpoint(path)["epoch"]
-            self.results.checkpoint = name
-            self.results.validation_auc = logged_at(root, "val_auc", epoch)
-            self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True, verbose=False)
-            if name in self.results.evaluations:
-                value = logged_at(root, metric, epoch)
-                tested.insert(0, CheckpointResult(name, epoch + 1, metric, value, self.results.evaluations[name]))
         if tested:
             print(f"\n{results(tested)}\n")
         self._say_where()
+
+    def _test(self, name: str, path: Path) -> list[CheckpointResult]:
+        """Test one of the run's checkpoints; loggers get its metrics under its own name."""
+        root, epoch, metric = path.parent, read_checkpoint(path)["epoch"], f"val_{self.model.task.MONITOR[0]}"
+        self.results.checkpoint, self.results.validation_auc = name, logged_at(root, "val_auc", epoch)
+        loggers, self.trainer.loggers = self.trainer.loggers, []
+        self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True, verbose=False)
+        self.trainer.loggers = loggers
+        found = {key: float(v) for key, v in self.trainer.callback_metrics.items() if key.startswith("test_")}
+        for logger in loggers:
+            logger.log_metrics({f"{name}_{key}": v for key, v in found.items()}, self.trainer.global_step)
+        if name not in self.results.evaluations:  # in another process, or of images without labels
+            return []
+        value = logged_at(root, metric, epoch)
+        return [CheckpointResult(name, epoch + 1, metric, value, self.results.evaluations[name])]
 
     def after_test(self) -> None:
         """Say what came out."""
