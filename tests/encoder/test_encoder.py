@@ -545,7 +545,11 @@ def test_select_tokens_keeps_each_heads_own() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vit_basse_patch16_224", "'vit_basse_patch16_224' is not a model of timm .* similar names"),
+        (
+            "vit_basse_patch16_224",
+            "'vit_basse_patch16_224' is not a model of timm .*; the nearest are vit_base_patch16_2",
+        ),
+        ("dinov2_small", "the nearest are vit_small_patch14_dinov2, vit_small_patch14_reg4_dinov2, "),
         ("resnet18", r"'resnet18' \(ResNet\) is not a plain vision transformer"),
         ("convnext_atto", "'convnext_atto' .* is not a plain vision transformer"),
         ("swin_tiny_patch4_window7_224", r"\(SwinTransformer\) is not a plain vision transformer"),

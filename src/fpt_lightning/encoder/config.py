@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, cast
 
@@ -76,6 +78,18 @@ def check_resolution(argument: str, resolution: tuple[int, int], patch_size: tup
         )
 
 
+def _similar(name: str) -> list[str]:
+    """Names of timm's ViTs that share most words with a name, and of these the nearest."""
+    asked = name.lower().split(".")[0]
+    words = [word for word in re.split(r"[^a-z0-9]+", asked) if len(word) > 2]
+
+    def nearness(known: str) -> tuple[int, float]:
+        return sum(word in known for word in words), SequenceMatcher(None, asked, known).ratio()
+
+    vits = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="eva")]
+    return sorted(vits, key=nearness, reverse=True)[:3]
+
+
 @cache
 def encoder_shape(name: str) -> EncoderShape:
     """The shape of timm's model ``name``, from a build without memory for weights (about 0.2 s).
@@ -88,8 +102,8 @@ def encoder_shape(name: str) -> EncoderShape:
     if not timm.is_model(name):
         if "/" in name:
             raise EncoderError(f"encoder {name!r} is not a model of timm: of a repository, give 'hf-hub:{name}'.")
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise EncoderError(f"encoder {name!r} is not a model of timm {timm.__version__}; similar names: {near}.")
+        near = ", ".join(_similar(name))
+        raise EncoderError(f"encoder {name!r} is not a model of timm {timm.__version__}; the nearest are {near}.")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, num_classes=1000)
