@@ -16,6 +16,7 @@ from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from fpt_lightning.cli.options import short_help
 from fpt_lightning.errors import ConfigurationError, FPTError, in_one_line
 
 
@@ -57,6 +58,8 @@ COMMANDS: dict[str, Command] = {
 }
 """By name, in the order of use."""
 
+_ALL = ("--help", "all")
+"""Asks for all options, where ``--help`` tells those that people change."""
 _AUTO = Command("every method on stored features, compared on validation", "cli.auto:fit_all")  # fit --model auto
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -87,7 +90,10 @@ def main(args: Sequence[str] | None = None) -> None:
     _quieten()
     given = sys.argv[1:] if args is None else list(args)
     try:
-        _run(_spelled(given))
+        if (command := _asks_help(given)) is not None:
+            print(short_help(command, COMMANDS[command].help))
+            return
+        _run(_spelled([arg for arg, before in zip(given, ["", *given], strict=False) if (before, arg) != _ALL]))
     except Exception as raised:
         told = _for_people(raised)
         if told is None or os.environ.get("FPT_TRACEBACK"):
@@ -119,6 +125,13 @@ def _run(args: list[str]) -> None:
         except argparse.ArgumentError as error:
             options = [option for name in called for option in signature(COMMANDS[name].load()).parameters]
             raise ConfigurationError(in_words(str(error), options)) from error
+
+
+def _asks_help(args: Sequence[str]) -> str | None:
+    """Which of the commands that train or use a model is to be explained shortly."""
+    named = [name for name, command in COMMANDS.items() if command.source == _TRAINING]
+    asked = {"-h", "--help"} & set(args) and _ALL not in pairwise(args)
+    return next((name for name in named if asked and name.split() == list(args[: len(name.split())])), None)
 
 
 def _asks_auto(args: Sequence[str]) -> bool:
