@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 import fpt_lightning
+from fpt_lightning.data.tables import fields_of
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import scores
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
+from fpt_lightning.evaluation.subgroups import evaluate_subgroups
 from fpt_lightning.files import keep_beside, write_json
 
 
@@ -26,6 +28,9 @@ def evaluate(
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
+    by: list[str] | None = None,
+    manifest: str | None = None,
+    image_column: str = "image",
 ) -> None:
     """Score a predictions file: a table, ``evaluation.json`` and ``report.html``.
 
@@ -40,16 +45,26 @@ def evaluate(
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: at which a sensitivity is given.
+        by: columns of ``manifest``, such as sex or site, by whose values the images are scored in subgroups too.
+        manifest: CSV file that lists the images of the predictions.
+        image_column: its column of image paths, which are those of the predictions.
 
     Raises:
-        ConfigurationError: ``calibrate`` without ``validation``, validation images of other classes, or a number out of
-            its range.
+        ConfigurationError: ``calibrate`` without ``validation``, ``by`` without ``manifest`` or the reverse, validation
+            images of other classes, or a number out of its range.
         DataError: a file that cannot be used as it is.
     """
     found = Predictions.read(predictions)
     about, validation_auc = {"predictions": predictions}, None
+    if manifest is not None:
+        about["manifest"] = manifest
     if calibrate and validation is None:
         raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
+    if (manifest is None) != (not by):
+        raise ConfigurationError(
+            f"by is {by} and manifest {manifest}: give columns, such as --by sex, and the --manifest that has them."
+        )
+    columns = {} if not by or manifest is None else fields_of(Path(manifest), image_column, found.ids, by)
     if validation is not None:
         fitting = Predictions.read(validation)
         if (fitting.kind, fitting.classes) != (found.kind, found.classes):
@@ -72,10 +87,20 @@ def evaluate(
     evaluation = scores.evaluate(
         found, thresholds, resamples=resamples, seed=seed, specificity=specificity, validation_auc=validation_auc
     )
+    breakdowns = evaluate_subgroups(found, columns, thresholds, resamples=resamples, seed=seed, specificity=specificity)
     folder = Path(predictions).parent / "evaluate" if out is None else Path(out)
     if out is None and (kept := keep_beside(folder)) is not None:
         print(f"The earlier evaluation is kept in {kept}.")
-    write_json(folder / "evaluation.json", evaluation.to_dict())
+    subgroups = {"subgroups": {each.column: each.to_dict() for each in breakdowns}} if breakdowns else {}
+    write_json(folder / "evaluation.json", evaluation.to_dict() | subgroups)
     about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
-    write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
-    print(f"{evaluation.table()}\n\nThe report is {folder / 'report.html'}.")
+    write_report(
+        folder / "report.html",
+        found,
+        evaluation,
+        title=title or Path(predictions).name,
+        breakdowns=breakdowns,
+        about=about,
+    )
+    tables = [evaluation.table(), *(each.table() for each in breakdowns)]
+    print("\n\n".join([*tables, f"The report is {folder / 'report.html'}."]))

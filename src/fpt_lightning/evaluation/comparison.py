@@ -37,6 +37,10 @@ class Difference:
     high: float
     p: float
 
+    def __str__(self) -> str:
+        bounds = f" [{number(self.low, '+')}, {number(self.high, '+')}]" if self.low == self.low else ""
+        return f"{number(self.value, '+')}{bounds}"
+
 
 @dataclass(frozen=True)
 class Comparison:

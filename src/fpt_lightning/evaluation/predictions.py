@@ -98,6 +98,12 @@ class Predictions:
         positive = labels == index if self.kind == "single-label" else labels[:, index] == 1
         return known, positive, self.scores[known, index]
 
+    def class_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """By class, how many images have it and how many do not; those where it is unknown are neither."""
+        found = {name: self.of_class(i)[1] for i, name in enumerate(self.classes)}
+        positives = {name: int(positive.sum()) for name, positive in found.items()}
+        return positives, {name: len(found[name]) - count for name, count in positives.items()}
+
     def write(self, path: str | Path) -> None:
         """Write as CSV, whole or not at all.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fpt_lightning.data.manifest import Kind
 from fpt_lightning.evaluation.decisions import checked_thresholds
@@ -18,8 +16,8 @@ from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.notes import collect_notes, validation_notes
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import (
+    bounded,
     check_numbers,
-    interval,
     require_labelled,
     resampled_values,
     resampled_weights,
@@ -141,8 +139,8 @@ def evaluate(
     ones = np.ones((1, len(labelled.ids)))
     values = measure(labelled, used, specificity, ones)
     chunks = [measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)]
-    estimates = {key: _estimate(value[0], resampled_values(chunks, key)) for key, value in values.items()}
-    positives, negatives = _class_counts(labelled)
+    estimates = {key: bounded(value[0], resampled_values(chunks, key)) for key, value in values.items()}
+    positives, negatives = labelled.class_counts()
     return Evaluation(
         kind=predictions.kind,
         images=len(labelled.ids),
@@ -163,14 +161,3 @@ def evaluate(
             *validation_notes(validation_auc, estimates.get(("", "auc"))),
         ],
     )
-
-
-def _class_counts(predictions: Predictions) -> tuple[dict[str, int], dict[str, int]]:
-    found = {name: predictions.of_class(i)[1] for i, name in enumerate(predictions.classes)}
-    positives = {name: int(positive.sum()) for name, positive in found.items()}
-    return positives, {name: len(found[name]) - count for name, count in positives.items()}
-
-
-def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    bounds = interval(resampled)
-    return Estimate(float(value), bounds["low"], bounds["high"]) if value == value else Estimate(*[math.nan] * 3)
