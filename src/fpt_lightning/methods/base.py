@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
-from fpt_lightning.evaluation.calibration import fit_temperature
+from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods.tasks import TaskName, Weights, make_task
@@ -240,9 +240,12 @@ class ClassificationModule(TrainedModule, ABC):
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.task.KIND == "regression":
             return
         predictions = self.predictions(rows)
-        if predictions.known.any():
-            self.thresholds = fit_thresholds(predictions)
-            self.temperature = fit_temperature(predictions) if self.temperature_scaling else 1.0
+        if not predictions.known.any():
+            return
+        if self.temperature_scaling:
+            self.temperature = fit_temperature(predictions)
+            predictions = with_temperature(predictions, self.temperature)
+        self.thresholds = fit_thresholds(predictions)
 
     def predictions(self, rows: Sequence[tuple[str, Any, Any]], groups: Sequence[str] = ()) -> Predictions:
         """Predictions from (id, label, scores) of each image, in ascending order of ids; see ``predict_step``."""
