@@ -115,12 +115,13 @@ def unlabelled_samples(
     image_column: str,
     split_column: str | None,
     group_column: str | None,
+    case_column: str | None,
     split_lists: Mapping[str, str] | None,
 ) -> tuple[list[Sample], ImageFiles]:
     """A sample a row, in the order of the rows, without labels; and what was seen of the files.
 
     Raises:
-        DataError: an image that is not there or not below the root, or a split that is none.
+        DataError: an image that is not there or not below the root, a split that is none, or a case of several groups.
     """
     table.require(image_column)
     split_column, group_column = table.column(split_column, "split"), table.column(group_column, "group")
@@ -129,8 +130,24 @@ def unlabelled_samples(
     if split_lists:
         splits = _listed(root, table, ids, split_lists)
     groups = [row[group_column].strip() if group_column else "" for row in table.rows]
-    samples = [Sample(id, split=split, group=group) for id, split, group in zip(ids, splits, groups, strict=True)]
+    cases = [case_name(row[table.require(case_column)]) if case_column else "" for row in table.rows]
+    groups_of: defaultdict[str, set[str]] = defaultdict(set)
+    for case, group in zip(cases, groups, strict=True):
+        groups_of[case].add(group)
+    if torn := sorted(case for case, own in groups_of.items() if case and len(own) > 1):
+        raise DataError(
+            f"{len(torn)} cases (column {case_column!r}) of the manifest {table.path} have images of several groups: "
+            f"{a_few(torn)}. Give each case a name of its own, and its images one patient."
+        )
+    rows = zip(ids, splits, groups, cases, strict=True)
+    samples = [Sample(id, split=split, group=group or case, case=case) for id, split, group, case in rows]
     return samples, files
+
+
+def case_name(field: str) -> str:
+    """The case that a field names; empty where it names none."""
+    text = field.strip()
+    return "" if text.lower() in MISSING else text
 
 
 def _split(row: Row, column: str, table: Table) -> str:
@@ -362,8 +379,8 @@ def _one(rows: Sequence[Sample], table: Table, union: bool) -> Sample:
     first = rows[0]
     if len(rows) == 1:
         return first
-    if any((row.split, row.group) != (first.split, first.group) for row in rows):
-        raise DataError(f"{table.path}: the rows of the image {first.id} have several splits or groups.")
+    if any((row.split, row.group, row.case) != (first.split, first.group, first.case) for row in rows):
+        raise DataError(f"{table.path}: the rows of the image {first.id} have several splits, groups or cases.")
     targets = []
     for values in zip(*(row.targets for row in rows), strict=True):
         known = {value for value in values if math.isfinite(value)}

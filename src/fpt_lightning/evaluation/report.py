@@ -66,6 +66,7 @@ def write_report(
     evaluation: Evaluation,
     *,
     title: str,
+    cases: Evaluation | None = None,
     breakdowns: Sequence[Breakdown] = (),
     data: Mapping[str, SplitSummary] | None = None,
     history: str | Path | None = None,
@@ -80,6 +81,7 @@ def write_report(
         predictions: what was evaluated.
         evaluation: of them.
         title: of the report.
+        cases: evaluation of the cases that the images are of.
         breakdowns: of the predictions into subgroups.
         data: by split.
         history: Lightning's ``metrics.csv`` of the training.
@@ -92,10 +94,11 @@ def write_report(
     """
     labelled = predictions.labelled()
     sections = [
-        _headline(evaluation),
+        _headline(evaluation, "Results"),
         _notes(evaluation.notes),
         _data(data) if data else "",
         *([_agreement(labelled)] if evaluation.kind == "regression" else _classification(labelled, evaluation)),
+        _cases(cases) if cases else "",
         *(_subgroups(breakdown, evaluation) for breakdown in breakdowns),
         _training(Path(history)) if history is not None else "",
         _memory(memory) if memory else "",
@@ -114,7 +117,7 @@ def _section(title: str, content: str, explanation: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
 
 
-def _headline(evaluation: Evaluation) -> str:
+def _headline(evaluation: Evaluation, title: str, about: str = "") -> str:
     tiles = [
         f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
         f"<small>{_bounds(estimate)}</small></dd></div>"
@@ -127,7 +130,7 @@ def _headline(evaluation: Evaluation) -> str:
     }[evaluation.kind]
     columns = len(tiles) if len(tiles) < 7 else 4
     listed = f'<dl class="tiles" style="--columns:{columns}">{"".join(tiles)}</dl>'
-    return _section("Results", listed, f"Value and 95% interval. {averaged}")
+    return _section(title, listed, f"{about}Value and 95% interval. {averaged}")
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -150,15 +153,19 @@ def _share(count: int, total: int) -> str:
 
 
 def _classification(labelled: Predictions, evaluation: Evaluation) -> Iterable[str]:
-    yield _class_table(evaluation)
+    yield _class_table(evaluation, "Classes")
     yield _curves(labelled, evaluation)
     if evaluation.kind == "single-label":
         yield _confusion(labelled)
 
 
-def _class_table(evaluation: Evaluation) -> str:
+def _class_table(evaluation: Evaluation, title: str) -> str:
     metrics = list(next(iter(evaluation.per_class.values())))
-    heads = ["Class", "Images", *(_capital(label(metric, evaluation.specificity)) for metric in metrics)]
+    heads = [
+        "Class",
+        f"{evaluation.unit.capitalize()}s",
+        *(_capital(label(metric, evaluation.specificity)) for metric in metrics),
+    ]
     explanation = "Each class against the rest. Sensitivity and specificity are those of the decision for the class: "
     explanation += "from its threshold on." if evaluation.thresholds else "where it is the most probable."
     rows = []
@@ -170,7 +177,7 @@ def _class_table(evaluation: Evaluation) -> str:
         heads.insert(2, "Threshold")
         for row, name in zip(rows, evaluation.per_class, strict=True):
             row.insert(2, number(evaluation.thresholds[name]) if name in evaluation.thresholds else "most probable")
-    return _section("Classes", _table(heads, rows), explanation)
+    return _section(title, _table(heads, rows), explanation)
 
 
 def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
@@ -248,12 +255,17 @@ def _confusion(labelled: Predictions) -> str:
     )
 
 
+def _cases(evaluation: Evaluation) -> str:
+    """The headline, notes and classes of cases."""
+    classes = _class_table(evaluation, "Classes of cases") if evaluation.per_class else ""
+    return _headline(evaluation, "Cases", f"{evaluation.basis()} ") + _note_box(evaluation.notes) + classes
+
+
 def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
     panels = [_forest(breakdown, evaluation, name, metric) for name, metric in _drawn_metrics(evaluation)]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in breakdown.notes)
     classes = "".join(f"<h3>{escape(name)}</h3>{_subgroup_table(breakdown, name)}" for name in evaluation.per_class)
     content = [
-        f'<div class="notes"><ul>{notes}</ul></div>' if notes else "",
+        _note_box(breakdown.notes),
         f'<div class="panels wide">{"".join(panels)}</div>',
         _subgroup_table(breakdown),
         f"<details><summary>Show each class</summary>{classes}</details>" if classes else "",
@@ -268,6 +280,12 @@ def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
             "subgroup; AUC, sensitivity and specificity do not."
         )
     return _section(f"By {breakdown.column}", "".join(content), explanation)
+
+
+def _note_box(notes: Sequence[str]) -> str:
+    """Notes on a part of the report."""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="notes"><ul>{items}</ul></div>' if notes else ""
 
 
 def _drawn_metrics(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -450,7 +468,7 @@ summary{cursor:pointer;padding:8px 14px;color:var(--accent)}
 pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 details h3{font-size:14px;margin:10px 14px 0}
 details .scroll{padding:0 14px 10px}
-section .notes{margin:0 0 14px}
+div.notes{margin:14px 0}
 .rest{margin-top:3px;font-size:13px}
 footer{margin-top:48px;padding-top:16px;padding-bottom:40px;color:var(--muted);font-size:13px}
 footer p{margin:0;border-top:1px solid var(--line);padding-top:14px}

@@ -14,7 +14,7 @@ from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.notes import collect_notes, validation_notes
-from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions, Unit
 from fpt_lightning.evaluation.resampling import (
     bounded,
     check_numbers,
@@ -31,6 +31,7 @@ class Evaluation:
 
     Attributes:
         kind: see ``Predictions``.
+        unit: what is counted; of ``case``, the images below are cases.
         images: how many have a label.
         unlabelled: how many were left out, having none.
         groups: how many groups the images are of; None where none is known.
@@ -46,6 +47,7 @@ class Evaluation:
     """
 
     kind: Kind
+    unit: Unit
     images: int
     unlabelled: int
     groups: int | None
@@ -65,8 +67,8 @@ class Evaluation:
 
     def basis(self) -> str:
         """What the numbers rest on, in a sentence."""
-        sample = f"{self.images:,} images" + ("" if self.groups is None else f" of {self.groups:,} groups")
-        unit = "images" if self.groups is None else "groups"
+        sample = f"{self.images:,} {self.unit}s" + ("" if self.groups is None else f" of {self.groups:,} groups")
+        unit = f"{self.unit}s" if self.groups is None else "groups"
         return f"{sample}; 95% intervals from {self.resamples:,} bootstrap resamples of {unit}."
 
     def table(self) -> str:
@@ -143,6 +145,7 @@ def evaluate(
     positives, negatives = labelled.class_counts()
     return Evaluation(
         kind=predictions.kind,
+        unit=predictions.unit,
         images=len(labelled.ids),
         unlabelled=len(predictions.ids) - len(labelled.ids),
         groups=labelled.group_count,
