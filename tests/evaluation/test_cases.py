@@ -166,7 +166,7 @@ def test_the_rule_is_chosen_by_the_metric_that_the_best_epoch_is_chosen_by() -> 
 def test_cases_of_several_classes_are_counted() -> None:
     mixed = replace(binary(), labels=np.arange(240) % 8 // 7)
     notes = evaluate_cases(mixed, "mean", resamples=2, chosen=False).notes
-    assert "30 cases have images of several classes: the last one counts, up to 'ill'." in notes
+    assert "30 cases have images of several classes: the highest counts, of healthy, ill the last." in notes
     assert not any("image" in note for note in evaluate_cases(binary(), "mean", resamples=2, chosen=False).notes[1:])
 
 

@@ -189,6 +189,13 @@ def test_unlabelled_images_are_left_out_with_their_values() -> None:
         by(predictions, ["a"] * 3)
 
 
+def test_cases_are_called_cases() -> None:
+    predictions = replace(binary(), unit="case", ids=tuple(f"exam {i}" for i in range(120)))
+    found = by(predictions, ["few"] * 5 + ["many"] * 115)
+    assert found.table().splitlines()[1].startswith("cases ")
+    assert not any("image" in note for note in found.notes)
+
+
 # The command
 
 

@@ -120,8 +120,8 @@ def evaluate_cases(
     why = f", which had the best {label(_chosen_by(predictions), 0)} of validation cases" if chosen else ""
     notes = [f"The {what} of a case is {_SAID[rule]}{why}."]
     if mixed := _mixed(predictions):
-        last = predictions.classes[-1]
-        notes.append(f"{mixed:,} cases have images of several classes: the last one counts, up to {last!r}.")
+        listed = ", ".join(predictions.classes)
+        notes.append(f"{mixed:,} cases have images of several classes: the highest counts, of {listed} the last.")
     return replace(evaluation, notes=[*notes, *evaluation.notes])
 
 

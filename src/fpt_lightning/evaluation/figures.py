@@ -239,7 +239,7 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'(url\(|xlink:href=")#', rf"\1#f{own}-", svg).replace("xlink:href", "href")
     svg = re.sub(r"(font-family|font-weight|stroke-linejoin): [^;\"]*(; )?", "", svg)
     svg = re.sub(r" transform=\"rotate\(-0 [^\"]*\"", "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # of places, not of labels
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r">\s+<", "><", svg).strip()

@@ -271,8 +271,9 @@ def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
         f"<details><summary>Show each class</summary>{classes}</details>" if classes else "",
     ]
     explanation = (
-        "Line and band: all images. In the table the value with its 95% interval, and below it the difference to all "
-        "other images with its own: of many such intervals one in twenty leaves out 0 by chance alone."
+        f"Line and band: all {breakdown.unit}s. In the table the value with its 95% interval, and below it the "
+        f"difference to all other {breakdown.unit}s with its own: of many such intervals one in twenty leaves out 0 by "
+        "chance alone."
     )
     if evaluation.kind != "regression":
         explanation += (
@@ -303,7 +304,7 @@ def _forest(breakdown: Breakdown, evaluation: Evaluation, name: str, metric: str
     if not given:
         return ""
     title = _capital(label(metric, breakdown.specificity)) + (f", {name}" if name else "")
-    return _panel(title, f"all images {whole}", draw_forest(given, whole))
+    return _panel(title, f"all {breakdown.unit}s {whole}", draw_forest(given, whole))
 
 
 def _subgroup_table(breakdown: Breakdown, name: str = "") -> str:
@@ -314,7 +315,11 @@ def _subgroup_table(breakdown: Breakdown, name: str = "") -> str:
         groups = "" if each.groups is None else f"<small>of {each.groups:,} groups</small>"
         counted = f"{each.positives[name]:,}<small>of {each.images:,}</small>" if name else f"{each.images:,}{groups}"
         rows.append([escape(key), counted, *(_beside_rest(each.of(name)[metric]) for metric in metrics)])
-    heads = [breakdown.column, "Images", *(_capital(label(metric, breakdown.specificity)) for metric in metrics)]
+    heads = [
+        breakdown.column,
+        f"{breakdown.unit.capitalize()}s",
+        *(_capital(label(metric, breakdown.specificity)) for metric in metrics),
+    ]
     return _table(heads, rows)
 
 

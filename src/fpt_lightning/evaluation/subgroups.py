@@ -19,7 +19,7 @@ from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.measures import Values, measure
 from fpt_lightning.evaluation.notes import FEW
-from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions, Unit
 from fpt_lightning.evaluation.resampling import (
     WITHOUT_INTERVAL,
     bounded,
@@ -93,12 +93,14 @@ class Breakdown:
 
     Attributes:
         column: its name.
+        unit: what is counted; of ``case``, the images of the subgroups are cases.
         specificity: at which a sensitivity is given.
         subgroups: by value, numbers in their order, ``UNKNOWN`` last.
         notes: what a reader must know.
     """
 
     column: str
+    unit: Unit
     specificity: float
     subgroups: dict[str, Subgroup]
     notes: list[str]
@@ -116,10 +118,12 @@ class Breakdown:
 
     def _table(self, names: Sequence[str]) -> str:
         own = [self.subgroups[name] for name in names]
-        rows = [[self.column, *names], ["images", *(f"{each.images:,}" for each in own)]]
+        rows = [[self.column, *names], [f"{self.unit}s", *(f"{each.images:,}" for each in own)]]
         if own[0].groups is not None:
             rows.append(["groups", *(f"{each.groups:,}" for each in own)])
-        rows += [[f"images of {name}", *(f"{each.positives[name]:,}" for each in own)] for name in own[0].positives]
+        rows += [
+            [f"{self.unit}s of {name}", *(f"{each.positives[name]:,}" for each in own)] for name in own[0].positives
+        ]
         for name in ("", *own[0].per_class):
             for metric in own[0].of(name):
                 estimates = [each.of(name)[metric] for each in own]
@@ -170,7 +174,7 @@ def evaluate_subgroups(
         value_of = dict(zip(predictions.ids, values, strict=True))
         parts = _parts([value_of[id] for id in labelled.ids])
         subgroups = {name: bootstrap.subgroup(rows) for name, rows in parts.items()}
-        breakdowns.append(Breakdown(column, specificity, subgroups, _notes(labelled, parts, subgroups)))
+        breakdowns.append(Breakdown(column, labelled.unit, specificity, subgroups, _notes(labelled, parts, subgroups)))
     return breakdowns
 
 
@@ -272,7 +276,7 @@ def _units_by_class(images: Predictions) -> dict[str, tuple[int, int]]:
 def _notes(
     labelled: Predictions, parts: Mapping[str, NDArray[np.bool_]], subgroups: Mapping[str, Subgroup]
 ) -> list[str]:
-    unit = "images" if labelled.group_count is None else "groups"
+    unit = f"{labelled.unit}s" if labelled.group_count is None else "groups"
     small, scarce = [], []
     for name, rows in parts.items():
         part = labelled.take(np.flatnonzero(rows))
@@ -285,7 +289,7 @@ def _notes(
                 scarce.append(f"{of} in {name} ({positives} with it, {negatives} without)")
     notes = []
     if len(parts) == 1:
-        notes.append("All images are in one subgroup: there is no rest to compare it with.")
+        notes.append(f"All {labelled.unit}s are in one subgroup: there is no rest to compare it with.")
     if small:
         notes.append(f"Subgroups with fewer than {FEW} {unit}, of which no metric is given: {a_few(small)}.")
     if scarce:
@@ -300,7 +304,7 @@ def _notes(
     ]
     if certain:
         notes.append(
-            f"Intervals without width, in {a_few(certain)}: all of these images are right, or all are wrong; of others "
+            f"Intervals without width, in {a_few(certain)}: all of these are right, or all are wrong; of others "
             "some may not be."
         )
     return notes
