@@ -24,6 +24,7 @@ from commands import fails, run
 from fpt_lightning import methods
 from fpt_lightning.cli import main
 from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
@@ -155,11 +156,14 @@ def test_cases_of_several_labels(
     message = fails(capsys, "fit", *cased)
     assert "1 cases (data.case_column) have images of several labels (a0), of which the second class counts" in message
     assert "name them in data.classes, the finding last" in message
+    settings: dict[str, Any] = {"case_column": "exam", "resolution": 64, "image_size": 48}
+    elsewhere = ImageDataModule(str(image_root), str(tmp_path / "exams.csv"), external=True, **settings)
+    with pytest.raises(DataError, match="have images of several labels"):
+        elsewhere.check("test", tiny_model(num_classes=3))  # of whose classes these images have two
     (tmp_path / "exams.csv").write_text(text.replace("a/000.png,a,", "a/000.png,c,"))
     change(config, "model", num_classes=3)
     assert "is known of grades (model.task ordinal or coral), of two classes" in fails(capsys, "fit", *cased)
-    graded: dict[str, Any] = {"classes": [*"abc"], "case_column": "exam", "resolution": 64, "image_size": 48}
-    data = ImageDataModule(str(image_root), str(tmp_path / "exams.csv"), **graded)
+    data = ImageDataModule(str(image_root), str(tmp_path / "exams.csv"), classes=[*"abc"], **settings)
     data.check("fit", tiny_model(task="ordinal"))
     assert data.labelled.mixed_cases() == ["a0"]
 

@@ -180,6 +180,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         for name in ("ids", "groups", "cases", "unit", "classes"):
             assert getattr(read, name) == getattr(predictions, name)
         np.testing.assert_array_equal(read.scores, predictions.scores)
+    replace(binary(), cases=("",) * 240).write(tmp_path / "none.csv")
+    assert Predictions.read(tmp_path / "none.csv").cases == ()
     assert (tmp_path / "p.csv").read_text().startswith("case,label,most_probable,prob_healthy,prob_ill\nexam 00,")
 
 

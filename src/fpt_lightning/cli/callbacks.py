@@ -384,10 +384,10 @@ def _manifest(trainer: L.Trainer) -> Manifest | None:
 
 
 def _evaluated_cases(predictions: Predictions, module: ClassificationModule) -> Evaluation | None:
-    """By what was chosen on, and fitted to, validation cases; None where images are of no case."""
-    if not predictions.cases:
-        return None
+    """By what was chosen on, and fitted to, validation cases; None without labelled ones."""
     rule = module.case_rule or RULES[0]
+    if not predictions.cases or not by_case(predictions, rule).known.any():
+        return None
     return evaluate_cases(predictions, rule, module.case_thresholds or None, chosen=module.case_rule is not None)
 
 

@@ -130,7 +130,8 @@ def unlabelled_samples(
     if split_lists:
         splits = _listed(root, table, ids, split_lists)
     groups = [row[group_column].strip() if group_column else "" for row in table.rows]
-    cases = [case_name(row[table.require(case_column)]) if case_column else "" for row in table.rows]
+    case_column = None if case_column is None else table.require(case_column)
+    cases = [case_name(row[case_column]) if case_column else "" for row in table.rows]
     groups_of: defaultdict[str, set[str]] = defaultdict(set)
     for case, group in zip(cases, groups, strict=True):
         groups_of[case].add(group)

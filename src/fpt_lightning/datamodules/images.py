@@ -303,7 +303,7 @@ class ImageDataModule(ManifestDataModule):
         if not mixed:
             return
         said = f"{len(mixed)} cases (data.case_column) have images of several labels ({a_few(mixed)})"
-        if self.labelled.kind == "regression" or len(classes) > 2:
+        if self.labelled.kind == "regression" or max(len(classes), self._declared("num_classes") or 0) > 2:
             raise DataError(
                 f"{said}: which one counts is known of grades (model.task ordinal or coral), of two classes and of "
                 "several labels an image alone. Give each case one label."

@@ -169,7 +169,7 @@ class Predictions:
             raise DataError(f"{path}, {where}; {_REMEDY}.")
         groups = table.texts("group") if "group" in rows[0] else ()
         cases = table.texts("case") if "case" in rows[0] and unit == "image" else ()
-        named: dict[str, Any] = {"groups": groups, "cases": cases, "unit": unit}
+        named: dict[str, Any] = {"groups": groups, "cases": cases if any(cases) else (), "unit": unit}
         if kind == "regression":
             true = table.numbers("label", unknown=True) if labels else np.full(len(ids), np.nan)
             return cls(kind, ids, true, table.numbers("prediction"), **named)
