@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -29,13 +30,12 @@ from fpt_lightning.evaluation.resampling import (
     resampled_values,
     resampled_weights,
 )
-from fpt_lightning.files import align, without_nan
+from fpt_lightning.files import align, screen_width, without_nan
 
 UNKNOWN = "unknown"
 """The subgroup of the images whose value is missing."""
 MOST_VALUES = 10
 """Numbers of more different values are in quartiles."""
-_SIDE_BY_SIDE = 3  # subgroups in a printed table
 
 _BOTH = (True, True)
 _RESTS_ON = {
@@ -111,19 +111,13 @@ class Breakdown:
         return plain
 
     def table(self) -> str:
-        """For people: a few subgroups side by side, each metric over its difference to the rest; the notes."""
-        names = list(self.subgroups)
-        tables = [self._table(names[i : i + _SIDE_BY_SIDE]) for i in range(0, len(names), _SIDE_BY_SIDE)]
-        return "\n\n".join([*tables, *self.notes])
-
-    def _table(self, names: Sequence[str]) -> str:
-        own = [self.subgroups[name] for name in names]
-        rows = [[self.column, *names], [f"{self.unit}s", *(f"{each.images:,}" for each in own)]]
+        """For people, as wide as the terminal: subgroups side by side, each metric over its difference to the rest."""
+        own, width = list(self.subgroups.values()), screen_width()
+        rows = [[self.column, *self.subgroups], [f"{self.unit}s", *(f"{each.images:,}" for each in own)]]
         if own[0].groups is not None:
             rows.append(["groups", *(f"{each.groups:,}" for each in own)])
-        rows += [
-            [f"{self.unit}s of {name}", *(f"{each.positives[name]:,}" for each in own)] for name in own[0].positives
-        ]
+        for name in own[0].positives:
+            rows.append([f"{self.unit}s of {name}", *(f"{each.positives[name]:,}" for each in own)])
         for name in ("", *own[0].per_class):
             for metric in own[0].of(name):
                 estimates = [each.of(name)[metric] for each in own]
@@ -131,7 +125,7 @@ class Breakdown:
                 rows.append([label(metric, self.specificity) + of_class, *map(str, estimates)])
                 if metric not in WITHOUT_INTERVAL:
                     rows.append(["  minus the rest", *(str(each.minus_rest) for each in estimates)])
-        return align(rows)
+        return "\n\n".join([align(rows, width), *(textwrap.fill(note, width) for note in self.notes)])
 
 
 def evaluate_subgroups(
