@@ -23,10 +23,14 @@ import yaml
 from commands import fails, run
 from fpt_lightning import methods
 from fpt_lightning.cli import main
+from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.errors import DataError
+from fpt_lightning.evaluation.cases import by_case
+from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.store.store import FeatureStore
 from miniatures import MINIATURES, build, reads_dicom
-from small import ROOT, write_images
+from small import ROOT, tiny_model, write_images
 
 EXAMPLES = ROOT / "examples"
 PATCH_16 = ["--model.encoder", "test_vit", "--model.pretrained", "false", "--model.side_resolution", "32"]
@@ -98,6 +102,70 @@ def test_fit_test_and_predict_leave_what_they_should(
         for name in ("prob_a", "prob_b", "prob_c"):  # the stored features are fp16, the live ones fp32
             assert float(row[name]) == pytest.approx(float(predicted[path][name]), abs=2e-3)
         assert math.isclose(sum(float(row[f"prob_{c}"]) for c in "abc"), 1, abs_tol=1e-5)
+
+
+@pytest.fixture
+def cased(config: Path, tmp_path: Path) -> list[str]:
+    """Options of a data set of 2 classes with two images a case."""
+    paths = [f"{name}/{number:03d}.png" for name in "ab" for number in range(10)]
+    splits = ("train", "train", "val", "test", "test")
+    lines = [f"{path},{path[0]},{path[0]}{i // 2},{splits[i // 2 % 5]}" for i, path in enumerate(paths)]
+    (tmp_path / "exams.csv").write_text("\n".join(["image,label,exam,split", *lines]))
+    change(config, "model", num_classes=2)
+    change(config, "data", manifest=str(tmp_path / "exams.csv"), case_column="exam")
+    return ["--config", str(config)]
+
+
+def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
+    cased: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
+    root = tmp_path / "run"
+    run("fit", *cased)
+    record = torch.load(root / "best.ckpt", weights_only=True)["fpt_lightning"]
+    assert record["case_rule"] == "noisy-or"
+    images, cases = (Predictions.read(root / f"{name}.csv") for name in ("predictions", "predictions_cases"))
+    assert images.cases == tuple(path[0] + str(int(path[2:5]) // 2 + 5 * (path[0] == "b")) for path in images.ids)
+    assert (cases.ids, cases.groups) == (("a3", "a4", "b8", "b9"), ())
+    np.testing.assert_array_equal(cases.scores, by_case(images, "noisy-or").scores)
+    found = json.loads((root / "evaluation.json").read_text())["best"]["cases"]
+    assert (found["unit"], found["images"]) == ("case", 4)
+    assert "noisy-or" in found["notes"][0]
+    assert "had the best AUC" in found["notes"][0]
+    alone = evaluate(cases, record["case_thresholds"])
+    assert found["per_class"] == json.loads(json.dumps(alone.to_dict()))["per_class"]
+    assert "<h2>Cases</h2>" in (root / "report.html").read_text()
+    assert rows(root / "split.csv")[0]["case"] == "a0"
+
+    run("test", *cased, "--ckpt_path", root / "best.ckpt")
+    again = (root / "test/best/predictions_cases.csv").read_text()
+    assert again == (root / "predictions_cases.csv").read_text()
+    new = write_images(tmp_path / "new", {"x": 3})
+    (new / "exams.csv").write_text("image,exam\nx/000.png,one\nx/001.png,one\nx/002.png,\n")
+    given = ["--ckpt_path", root / "best.ckpt", "--data.root", new, "--data.manifest", "exams.csv"]
+    run("predict", *cased, *given)
+    predicted = Predictions.read(root / "predict/best/predictions_cases.csv")
+    assert (predicted.ids, predicted.known.any()) == (("one", "x/002.png"), False)
+
+
+def test_cases_of_several_labels(
+    cased: list[str], config: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tmp_path / "exams.csv").read_text()
+    (tmp_path / "exams.csv").write_text(text.replace("a/000.png,a,", "a/000.png,b,"))
+    message = fails(capsys, "fit", *cased)
+    assert "1 cases (data.case_column) have images of several labels (a0), of which the second class counts" in message
+    assert "name them in data.classes, the finding last" in message
+    settings: dict[str, Any] = {"case_column": "exam", "resolution": 64, "image_size": 48}
+    elsewhere = ImageDataModule(str(image_root), str(tmp_path / "exams.csv"), external=True, **settings)
+    with pytest.raises(DataError, match="have images of several labels"):
+        elsewhere.check("test", tiny_model(num_classes=3))  # of whose classes these images have two
+    (tmp_path / "exams.csv").write_text(text.replace("a/000.png,a,", "a/000.png,c,"))
+    change(config, "model", num_classes=3)
+    assert "is known of grades (model.task ordinal or coral), of two classes" in fails(capsys, "fit", *cased)
+    data = ImageDataModule(str(image_root), str(tmp_path / "exams.csv"), classes=[*"abc"], **settings)
+    data.check("fit", tiny_model(task="ordinal"))
+    assert data.labelled.mixed_cases() == ["a0"]
 
 
 def test_the_saved_config_reruns_the_same_run_and_serves_every_subcommand(config: Path, tmp_path: Path) -> None:

@@ -257,6 +257,46 @@ def test_a_table_without_splits_is_split_by_group(tmp_path: Path) -> None:
     assert len({(s.group, s.split) for s in manifest.samples}) == 20
 
 
+def test_cases_stay_whole_and_are_written(tmp_path: Path) -> None:
+    rows = [(f"{i:03d}.png", "ab"[i // 50], f"e{i // 4}" if i < 96 else " NaN ") for i in range(100)]
+    path = table_of(tmp_path, rows, ("image", "label", "exam"))
+    manifest = read_manifest(tmp_path, path, case_column="exam")
+    assert len({(s.case, s.split) for s in manifest.samples if s.case}) == 24
+    assert [(s.case, s.group) for s in manifest.samples[94:98]] == [("e23", "e23"), ("e23", "e23"), ("", ""), ("", "")]
+    assert not any(s.case for s in read_manifest(tmp_path, path).samples)
+    manifest.write(tmp_path / "split.csv")
+    again = read_manifest(tmp_path, "split.csv", case_column="case")
+    assert again.samples == manifest.samples
+    listed = list_images(tmp_path, table=path, case_column="exam")
+    assert [(s.case, s.label) for s in listed.samples] == [(s.case, -1) for s in manifest.samples]
+    assert not any(s.case for s in list_images(tmp_path, table="nowhere.csv").samples)
+
+
+def test_cases_of_several_splits_or_groups_are_refused(tmp_path: Path) -> None:
+    header = ("image", "label", "split", "patient", "exam")
+    rows = [(f"{split}{i}.png", "ab"[i], split, f"{split}{i}", f"{split}{i}") for split in SPLITS for i in range(2)]
+    asked: dict[str, Any] = {"case_column": "exam", "group_column": "patient"}
+    path = table_of(tmp_path, [*rows[:-1], (*rows[-1][:3], "val1", "val1")], header)
+    refused(tmp_path, "1 cases have images in more than one split: val1", table=path, **asked)
+    with pytest.warns(UserWarning, match="1 cases have images in more than one split"):
+        read_manifest(tmp_path, path, allow_overlap=True, **asked)
+    path = table_of(tmp_path, [*rows[:-1], (*rows[-1][:4], "test0")], header)
+    refused(tmp_path, "1 cases (column 'exam')", "images of several groups: test0", table=path, **asked)
+    refused(tmp_path, "data.case_column is 'exam'", "give it as data.manifest", case_column="exam")
+    twice = [*rows, ("train0.png", "a", "train", "train0", "train1")]
+    own = [("image", "a", "split", "exam"), *((row[0], "1", row[2], row[4]) for row in twice)]
+    path = write_table(tmp_path / "table.csv", own)
+    asked = {"kind": "multi-label", "label_column": ["a"], "case_column": "exam"}
+    refused(tmp_path, "train0.png have several splits, groups or cases", table=path, **asked)
+
+
+def test_the_cases_of_predicted_images_are_all_known(tmp_path: Path) -> None:
+    path = table_of(tmp_path, [("1.png", "e1")], ("image", "exam"))
+    touch(tmp_path, "2.png")
+    with pytest.raises(DataError, match=r"1 of 2 images are not in the column 'image' of the manifest .*: 2\.png"):
+        list_images(tmp_path, table=path, case_column="exam")
+
+
 def test_names_of_columns_can_be_given(tmp_path: Path) -> None:
     path = table_of(tmp_path, GOOD, ("file", "grade", "part"))
     manifest = read_manifest(tmp_path, path, image_column="file", label_column="grade", split_column="part")
@@ -408,7 +448,7 @@ def test_no_table(tmp_path: Path) -> None:
     refused(tmp_path, str(tmp_path / "nowhere.csv"), "does not exist", table="nowhere.csv")
 
 
-@pytest.mark.parametrize("argument", ["image_column", "label_column", "split_column", "group_column"])
+@pytest.mark.parametrize("argument", ["image_column", "label_column", "split_column", "group_column", "case_column"])
 def test_no_such_column(tmp_path: Path, argument: str) -> None:
     path = table_of(tmp_path, GOOD)
     refused(tmp_path, str(path), "'wanted'", "image, label, split", table=path, **{argument: "wanted"})

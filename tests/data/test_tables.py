@@ -12,6 +12,7 @@ import pytest
 
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.sources import read_manifest
+from fpt_lightning.data.tables import fields_of
 from fpt_lightning.errors import DataError
 
 PARTS = ("train", "val", "test")
@@ -236,3 +237,25 @@ def test_lists_of_the_images_of_each_split(tmp_path: Path) -> None:
     refused(tmp_path, "19 images are in none of the lists", split_lists=lists)
     refused(tmp_path, "'holdout'", "not train, val or test", split_lists={"holdout": "test.txt"})
     refused(tmp_path, "list of images", "gone.txt does not exist", split_lists={"train": "gone.txt"})
+
+
+# What a table says of images that are listed elsewhere
+
+
+def test_fields_of_images_by_the_names_that_a_table_gives_them(tmp_path: Path) -> None:
+    path, header = tmp_path / "table.csv", ("file", "sex", "age")
+    ids = ("a/1.png", "a/2.png", "b/3.png", "b/4.png", "5.png")
+    names = ("2", "a\\1.png", "/data/of/others/b/3.png", "b/4", "./5.png", "a/5.png", "/data/of/others/6.png")
+    write(tmp_path, [(name, "FM"[i % 2], f" {i} ") for i, name in enumerate(names)], header, delimiter=";")
+    assert fields_of(path, "file", ids, ["age", "sex"]) == {"age": ["1", "0", "2", "3", "4"], "sex": [*"MFFMF"]}
+
+    write(tmp_path, [("1.png", "F", "3"), ("1.png", "F", "4"), ("2.png", "M", "5")], header)
+    assert fields_of(path, "file", ("2.png", "1.png"), ["sex"]) == {"sex": ["M", "F"]}
+    for ids, column, message in (
+        (("1.png",), "age", r"line 3: the image has several values of 'age': 3, 4"),
+        (("a/2.png", "b/2.png"), "sex", r"table\.csv: 2\.png may each be one of several images"),
+        (("1.png", "9.png"), "sex", r"1 of 2 images are not in the column 'file' of the manifest .*table\.csv: 9\.png"),
+        (("1.png",), "site", r"no column 'site'; it has file, sex, age"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fields_of(path, "file", ids, [column])

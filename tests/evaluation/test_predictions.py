@@ -149,7 +149,7 @@ def test_rounded_probabilities_are_accepted(tmp_path: Path) -> None:
 def test_arrays_that_do_not_belong_together() -> None:
     with pytest.raises(DataError, match=r"single-label predictions of 1 images and 2 classes"):
         Predictions("single-label", ("1",), np.array([0]), np.array([0.5]), ("a", "b"))
-    with pytest.raises(DataError, match="a group an image or none"):
+    with pytest.raises(DataError, match="a group and a case an image or none"):
         Predictions("regression", ("1", "2"), np.zeros(2), np.zeros(2), groups=("p",))
 
 

@@ -14,7 +14,8 @@ import pytest
 from fpt_lightning.cli.compare import compare
 from fpt_lightning.cli.evaluate import evaluate as evaluate_file
 from fpt_lightning.errors import ConfigurationError, DataError
-from fpt_lightning.evaluation.estimates import number
+from fpt_lightning.evaluation.estimates import Estimate, number
+from fpt_lightning.evaluation.figures import draw_forest
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import MOST_PANELS, SplitSummary, write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
@@ -202,6 +203,13 @@ def test_a_missing_history_leaves_no_report(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the history .* does not exist"):
         written(tmp_path / "report.html", single_label(), tmp_path / "none.csv")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_labels_of_an_axis_keep_their_digits() -> None:
+    drawn = draw_forest({"one": Estimate(0.88, 0.871, 0.889)}, Estimate(0.88, 0.876, 0.884))
+    texts = re.findall("<text[^>]*>([^<]*)</text>", drawn)
+    assert {"one", "0.875", "0.885"} <= {*texts}
+    assert not re.search(r"\d\.\d{3}", re.sub(">[^<]*<", "><", drawn))
 
 
 # The commands

@@ -54,6 +54,8 @@ TENSOR = "fusion.prompts"
         (put(*OWN, "thresholds"), {"z": 0.5}, "its thresholds are of z"),
         (put(*OWN, "temperature"), float("nan"), "its temperature is nan"),
         (put(*OWN, "temperature"), 0, "its temperature is 0"),
+        (put(*OWN, "case_rule"), "median", "its case_rule is 'median'"),
+        (put(*OWN, "case_thresholds"), {"z": 0.5}, "its case_thresholds are of z"),
         (put(*OWN, "seed"), -1, "its seed is -1"),
         (put(*OWN, "seen"), {"train": torch.zeros(3)}, "its seen is"),
         (put(*OWN, "split"), None, "its split is None"),

@@ -343,10 +343,12 @@ def test_thresholds_and_temperature_are_those_of_the_validation_images(
     data = data_for("multilabel", tiny_data, image_root)
     model, path = fitted(data, tmp_path, temperature_scaling=True)
     predictions = validation_predictions(model, data)
-    assert model.thresholds == pytest.approx(fit_thresholds(predictions))
-    assert set(model.thresholds) >= {"red", "green"}
     assert model.temperature == pytest.approx(fit_temperature(predictions), rel=1e-3)
     assert model.temperature != 1
+    tempered = with_temperature(predictions, model.temperature)
+    assert model.thresholds == pytest.approx(fit_thresholds(tempered))
+    assert model.thresholds != pytest.approx(fit_thresholds(predictions), rel=1e-2)
+    assert set(model.thresholds) >= {"red", "green"}
     again = FPTPlusModule.load_from_checkpoint(path, weights_only=True)
     assert (again.thresholds, again.temperature) == (model.thresholds, model.temperature)
 

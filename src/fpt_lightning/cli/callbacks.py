@@ -22,13 +22,14 @@ from fpt_lightning.data.manifest import SPLITS, Manifest
 from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.cases import RULES, by_case, evaluate_cases
 from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import SplitSummary, write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.files import keep_beside, read_rows, whole_file, without_nan, write_json, write_rows
 from fpt_lightning.methods import ClassificationModule
-from fpt_lightning.methods.base import from_all_processes
+from fpt_lightning.methods.base import from_all_processes, samples_of
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.planning.memory import LiveTensorBytes
 
@@ -237,10 +238,12 @@ class ShardedEncoder(L.Callback):
 class ResultsWriter(L.Callback):
     """Writes what test and predict find.
 
-    ``predictions.csv``: see ``fpt_lightning.evaluation.predictions.Predictions``. After test also ``metrics.json``, the
-    logged metrics; ``evaluation.json`` and ``report.html``, metrics with bootstrap intervals
-    (``fpt_lightning.evaluation.scores.evaluate``), decided by the thresholds that were fitted to validation; and of
-    single-label data ``confusion_matrix.csv`` and ``.png``, with true classes in rows.
+    ``predictions.csv``: see ``fpt_lightning.evaluation.predictions.Predictions``. Where images are of cases, also
+    ``predictions_cases.csv``, by the rule that was chosen on validation (``fpt_lightning.evaluation.cases``), and the
+    metrics of cases beside those of images. After test also ``metrics.json``, the logged metrics; ``evaluation.json``
+    and ``report.html``, metrics with bootstrap intervals (``fpt_lightning.evaluation.scores.evaluate``), decided by the
+    thresholds that were fitted to validation; and of single-label data ``confusion_matrix.csv`` and ``.png``, with true
+    classes in rows.
 
     Attributes:
         folder: where to write; by default ``{trainer.default_root_dir}/test/{checkpoint}``, or in place of test
@@ -249,6 +252,7 @@ class ResultsWriter(L.Callback):
         checkpoint: the name under which the JSON files hold what was found.
         metrics: what ``metrics.json`` holds, by checkpoint.
         evaluations: of the test images, by checkpoint; ``evaluation.json`` holds them.
+        cases: of the cases that they are of, where there are any, likewise.
         told: where they are.
         validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
     """
@@ -257,6 +261,7 @@ class ResultsWriter(L.Callback):
         self.folder, self.checkpoint = folder, checkpoint
         self.metrics: dict[str, dict[str, float | None]] = {}
         self.evaluations: dict[str, Evaluation] = {}
+        self.cases: dict[str, Evaluation] = {}
         self.validation_auc: float | None = None
         self.told = ""
         self._rows: list[tuple[str, Any, Any]] = []
@@ -292,16 +297,24 @@ class ResultsWriter(L.Callback):
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
         self.metrics[self.checkpoint] = without_nan(found)
         write_json(folder / "metrics.json", self.metrics)
-        predictions.write(folder / "predictions.csv")
+        assert isinstance(pl_module, ClassificationModule)
+        self._write(folder, predictions, pl_module)
         if predictions.kind == "single-label":
             write_confusion(folder, predictions)
         if predictions.known.any():
-            assert isinstance(pl_module, ClassificationModule)
             evaluation = evaluate(predictions, pl_module.thresholds or None, validation_auc=self.validation_auc)
             self.evaluations[self.checkpoint] = evaluation
-            write_json(folder / "evaluation.json", {name: each.to_dict() for name, each in self.evaluations.items()})
-            self._report(folder, trainer, pl_module, predictions, evaluation)
+            cases = _evaluated_cases(predictions, pl_module)
+            if cases is not None:
+                self.cases[self.checkpoint] = cases
+            write_json(folder / "evaluation.json", {name: self._content(name) for name in self.evaluations})
+            self._report(folder, trainer, pl_module, predictions, evaluation, cases)
         self.told = f"metrics, predictions and the report are in {folder}"
+
+    def _content(self, name: str) -> dict[str, Any]:
+        """What ``evaluation.json`` holds of a checkpoint."""
+        cases = {"cases": self.cases[name].to_dict()} if name in self.cases else {}
+        return self.evaluations[name].to_dict() | cases
 
     def _report(
         self,
@@ -310,6 +323,7 @@ class ResultsWriter(L.Callback):
         module: ClassificationModule,
         predictions: Predictions,
         evaluation: Evaluation,
+        cases: Evaluation | None,
     ) -> None:
         root = Path(trainer.default_root_dir)
         history, configuration = root / "metrics.csv", root / "config.yaml"
@@ -318,6 +332,7 @@ class ResultsWriter(L.Callback):
             folder / "report.html",
             predictions,
             evaluation,
+            cases=cases,
             title=f"{module.LABEL} on {'images' if manifest is None else manifest.root.name}",
             data=None if manifest is None else _split_summaries(manifest),
             history=history if history.is_file() else None,
@@ -329,9 +344,15 @@ class ResultsWriter(L.Callback):
     def _write_predictions(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         predictions = self._predictions(trainer, module)
         if predictions is not None:
-            path = self._folder(trainer, stage) / "predictions.csv"
-            predictions.write(path)
-            rank_zero_info(f"{len(predictions.ids)} predictions are in {path}")
+            assert isinstance(module, ClassificationModule)
+            folder = self._folder(trainer, stage)
+            self._write(folder, predictions, module)
+            rank_zero_info(f"{len(predictions.ids)} predictions are in {folder / 'predictions.csv'}")
+
+    def _write(self, folder: Path, predictions: Predictions, module: ClassificationModule) -> None:
+        predictions.write(folder / "predictions.csv")
+        if predictions.cases:
+            by_case(predictions, module.case_rule or RULES[0]).write(folder / "predictions_cases.csv")
 
     def _collect(self, outputs: Any) -> None:
         if isinstance(outputs, Mapping) and "scores" in outputs:
@@ -342,10 +363,7 @@ class ResultsWriter(L.Callback):
         rows, self._rows = from_all_processes(self._rows), []
         if not rows or not trainer.is_global_zero or not isinstance(module, ClassificationModule):
             return None
-        manifest = _manifest(trainer)
-        groups = {} if manifest is None else {sample.id: sample.group for sample in manifest.samples}
-        own = [groups.get(id, "") for id, *_ in rows]
-        return module.predictions(rows, own if any(own) else ())
+        return module.predictions(rows, samples_of(trainer))
 
     def _folder(self, trainer: L.Trainer, stage: str) -> Path:
         if self.folder is not None:
@@ -363,6 +381,14 @@ def _manifest(trainer: L.Trainer) -> Manifest | None:
     """Of the labelled images, where the trainer has a data module of this package."""
     manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
     return manifest
+
+
+def _evaluated_cases(predictions: Predictions, module: ClassificationModule) -> Evaluation | None:
+    """By what was chosen on, and fitted to, validation cases; None without labelled ones."""
+    rule = module.case_rule or RULES[0]
+    if not predictions.cases or not by_case(predictions, rule).known.any():
+        return None
+    return evaluate_cases(predictions, rule, module.case_thresholds or None, chosen=module.case_rule is not None)
 
 
 def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -185,8 +186,11 @@ def _quieten() -> None:
 def _spelled(args: list[str]) -> list[str]:
     """Commands as jsonargparse has them.
 
-    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` it knows no hyphens and no bare flags.
+    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` it knows no hyphens and no bare flags; of
+    ``evaluate --by sex --by site`` it would keep the last.
     """
+    if args[:1] == ["evaluate"]:
+        return [re.sub(r"^--by(?=$|=)", "--by+", arg) for arg in args]
     if args[:2] == ["store", "repair"]:
         return ["preload", *args[2:], "--repair", "true"]
     if "plan" not in args:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import fpt_lightning
+from fpt_lightning.data.tables import fields_of
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import scores
+from fpt_lightning.evaluation.cases import RULES, Rule, by_case, choose_rule, evaluate_cases
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
+from fpt_lightning.evaluation.subgroups import evaluate_subgroups
 from fpt_lightning.files import keep_beside, write_json
 
 
@@ -26,6 +30,10 @@ def evaluate(
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
+    case_rule: Rule | None = None,
+    by: list[str] | None = None,
+    manifest: str | None = None,
+    image_column: str = "image",
 ) -> None:
     """Score a predictions file: a table, ``evaluation.json`` and ``report.html``.
 
@@ -40,22 +48,41 @@ def evaluate(
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: at which a sensitivity is given.
+        case_rule: how the prediction of a case comes of its images', where the file has cases; by default the rule of
+            the best AUC (of grades, kappa) on validation cases, or without them the mean.
+        by: columns of ``manifest``, such as sex or site, by whose values the images are scored in subgroups too.
+        manifest: CSV file that lists the images of the predictions.
+        image_column: its column of image paths, which are those of the predictions.
 
     Raises:
-        ConfigurationError: ``calibrate`` without ``validation``, validation images of other classes, or a number out of
-            its range.
+        ConfigurationError: ``calibrate`` without ``validation``, ``case_rule`` without cases, ``by`` without
+            ``manifest`` or the reverse, validation images of other classes, or a number out of its range.
         DataError: a file that cannot be used as it is.
     """
-    found = Predictions.read(predictions)
+    found, fitting = Predictions.read(predictions), None
     about, validation_auc = {"predictions": predictions}, None
+    if manifest is not None:
+        about["manifest"] = manifest
+    if case_rule is not None and not found.cases:
+        raise ConfigurationError(
+            f"case_rule is {case_rule!r}, but {predictions} has no column of cases beside the path."
+        )
     if calibrate and validation is None:
         raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
+    if (manifest is None) != (not by):
+        raise ConfigurationError(
+            f"by is {by} and manifest {manifest}: give columns, such as --by sex, and the --manifest that has them."
+        )
+    columns = {} if not by or manifest is None else fields_of(Path(manifest), image_column, found.ids, by)
     if validation is not None:
         fitting = Predictions.read(validation)
-        if (fitting.kind, fitting.classes) != (found.kind, found.classes):
+        if (fitting.kind, fitting.classes, fitting.unit) != (found.kind, found.classes, found.unit):
+            of = [
+                f"{each.kind} of {', '.join(each.classes)}{' by case' * (each.unit == 'case')}"
+                for each in (fitting, found)
+            ]
             raise ConfigurationError(
-                f"validation is {validation}, {fitting.kind} of {', '.join(fitting.classes)}, but {predictions} is "
-                f"{found.kind} of {', '.join(found.classes)}: give predictions of the same model."
+                f"validation is {validation}, {of[0]}, but {predictions} is {of[1]}: give those of the same model."
             )
         about["fitted on"] = validation
         if calibrate:
@@ -69,13 +96,38 @@ def evaluate(
             about["temperature"] = f"{temperature:.4g}"
         thresholds = fit_thresholds(fitting) | (thresholds or {})
         validation_auc = scores.evaluate(fitting, resamples=1).overall["auc"].value
-    evaluation = scores.evaluate(
-        found, thresholds, resamples=resamples, seed=seed, specificity=specificity, validation_auc=validation_auc
-    )
+    settings: dict[str, Any] = {"resamples": resamples, "seed": seed, "specificity": specificity}
+    evaluation = scores.evaluate(found, thresholds, **settings, validation_auc=validation_auc)
+    cases = _evaluated_cases(found, fitting, case_rule, settings) if found.cases else None
+    breakdowns = evaluate_subgroups(found, columns, thresholds, **settings)
     folder = Path(predictions).parent / "evaluate" if out is None else Path(out)
     if out is None and (kept := keep_beside(folder)) is not None:
         print(f"The earlier evaluation is kept in {kept}.")
-    write_json(folder / "evaluation.json", evaluation.to_dict())
+    content = evaluation.to_dict() | ({"cases": cases.to_dict()} if cases else {})
+    if breakdowns:
+        content["subgroups"] = {each.column: each.to_dict() for each in breakdowns}
+    write_json(folder / "evaluation.json", content)
     about |= {"fpt-lightning": fpt_lightning.__version__, "NumPy": np.__version__, "Python": platform.python_version()}
-    write_report(folder / "report.html", found, evaluation, title=title or Path(predictions).name, about=about)
-    print(f"{evaluation.table()}\n\nThe report is {folder / 'report.html'}.")
+    write_report(
+        folder / "report.html",
+        found,
+        evaluation,
+        title=title or Path(predictions).name,
+        cases=cases,
+        breakdowns=breakdowns,
+        about=about,
+    )
+    tables = [each.table() for each in (evaluation, cases, *breakdowns) if each]
+    print("\n\n".join([*tables, f"The report is {folder / 'report.html'}."]))
+
+
+def _evaluated_cases(
+    found: Predictions, fitting: Predictions | None, rule: Rule | None, settings: dict[str, Any]
+) -> scores.Evaluation:
+    """The cases of predictions, by a rule that is given or chosen, and thresholds fitted, on validation cases."""
+    chosen, thresholds = False, None
+    if fitting is not None and fitting.cases:
+        chosen = rule is None
+        rule = rule or choose_rule(fitting)
+        thresholds = fit_thresholds(by_case(fitting, rule))
+    return evaluate_cases(found, rule or RULES[0], thresholds, chosen=chosen, **settings)

@@ -252,6 +252,7 @@ class CommandLine(LightningCLI):
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
         if tested:
             print(f"\n{results(tested)}\n")
+            self._say_cases(tested[0].name)
         self._say_where()
 
     def _test(self, name: str, path: Path) -> list[CheckpointResult]:
@@ -271,9 +272,14 @@ class CommandLine(LightningCLI):
 
     def after_test(self) -> None:
         """Say what came out."""
-        for evaluation in self.results.evaluations.values():
+        for name, evaluation in self.results.evaluations.items():
             print(f"\n{evaluation.table()}\n")
+            self._say_cases(name)
         self._say_where()
+
+    def _say_cases(self, name: str) -> None:
+        if name in self.results.cases:
+            print(f"{self.results.cases[name].table()}\n")
 
     def _say_where(self) -> None:
         if self.results.told:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ class Sample:
         targets: of a multi-label data set, 1, 0 or NaN (unknown) for each class; of a regression, its number.
         split: ``train``, ``val`` or ``test``; empty where there is none.
         group: what must stay on one side of a split, such as a patient; empty where unknown.
+        case: what its images are evaluated as one of, such as an exam or an eye; empty where there is none.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Sample:
     targets: tuple[float, ...] = ()
     split: str = ""
     group: str = ""
+    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ class Manifest:
     def path(self, sample: Sample) -> Path:
         return self.root / sample.id
 
+    def mixed_cases(self) -> list[str]:
+        """Names of cases whose images have different labels."""
+        labels: defaultdict[str, set[object]] = defaultdict(set)
+        for sample in self.samples:
+            labels[sample.case].add((sample.label, sample.targets))
+        return sorted(case for case, own in labels.items() if case and len(own) > 1)
+
     def class_counts(self, split: str) -> list[int]:
         """Images of each class in a split: positive ones of a label, all in a regression."""
         samples = self.split(split)
@@ -113,12 +122,13 @@ class Manifest:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write a CSV file that ``read_manifest`` reads again with the same splits: image, labels, split, group."""
+        """Write a CSV file that ``read_manifest`` reads again with the same splits and cases."""
         labels = ("label",) if self.kind == "single-label" else self.classes
-        rows: list[list[str]] = [["image", *labels, "split", "group"]]
+        cased = any(sample.case for sample in self.samples)
+        rows: list[list[str]] = [["image", *labels, "split", "group", *["case"][:cased]]]
         for sample in self.samples:
             own = [self.classes[sample.label]] if self.kind == "single-label" else [f"{t:.10g}" for t in sample.targets]
-            rows.append([sample.id, *own, sample.split, sample.group])
+            rows.append([sample.id, *own, sample.split, sample.group, *[sample.case][:cased]])
         write_rows(path, rows)
 
 

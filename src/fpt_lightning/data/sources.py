@@ -33,6 +33,7 @@ def read_manifest(
     split_column: str | None = None,
     split_lists: Mapping[str, str] | None = None,
     group_column: str | None = None,
+    case_column: str | None = None,
     classes: Sequence[str] | None = None,
     kind: Kind = "single-label",
     missing_labels: Fill = "ignore",
@@ -64,6 +65,8 @@ def read_manifest(
         split_column: column of ``train``, ``val``, ``test``; the column ``split``, if there is one, by default.
         split_lists: in its place, files that list the images of each split, one a line: ``{train: a.txt}`` and so on.
         group_column: column of groups, such as patients; the column ``group``, if there is one, by default.
+        case_column: column of cases, such as exams, whose images are evaluated as one too; a case is of one group, and
+            is the group of its images where they have no other.
         classes: class names in the order wanted (grades from low to high, say); sorted by default.
         kind: of the labels.
         missing_labels: what an empty field of a multi-label data set stands for.
@@ -80,6 +83,7 @@ def read_manifest(
         ConfigurationError: a fold that there is not.
     """
     folder = _data_root(root)
+    _check_case_column(case_column, table)
     if table is None:
         labelled, notes = labelled_folders(folder, kind)
         samples, names = _with_classes(labelled, classes)
@@ -87,7 +91,9 @@ def read_manifest(
     else:
         rows = read_table(folder / Path(table).expanduser(), image_column)
         splits = (None, None) if external else (split_column, split_lists)
-        samples, files = tables.unlabelled_samples(folder, rows, image_column, splits[0], group_column, splits[1])
+        samples, files = tables.unlabelled_samples(
+            folder, rows, image_column, splits[0], group_column, case_column, splits[1]
+        )
         columns = [label_column] if isinstance(label_column, str) else list(label_column)
         samples, names = _labelled(samples, rows, columns, kind, classes, label_separator)
         notes = rows.notes
@@ -115,16 +121,26 @@ def read_manifest(
     return manifest
 
 
-def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1) -> Manifest:
+def list_images(
+    root: str | Path,
+    kind: Kind = "single-label",
+    targets: int = 1,
+    table: str | Path | None = None,
+    image_column: str = "image",
+    case_column: str | None = None,
+) -> Manifest:
     """Every image below a folder, unlabelled, for prediction.
 
     Args:
         root: the folder.
         kind: of the labels that there are not.
         targets: how many an image would have, if several labels or a number.
+        table: CSV file of the images' cases, absolute or relative to ``root``; not read without ``case_column``.
+        image_column: its column of image paths.
+        case_column: its column of cases.
 
     Raises:
-        DataError: no such folder, or no image in it.
+        DataError: no such folder, no image in it, or images whose case the table does not say.
     """
     folder = _data_root(root)
     found = find_images(folder, folder)
@@ -132,8 +148,20 @@ def list_images(root: str | Path, kind: Kind = "single-label", targets: int = 1)
     if not ids:
         raise DataError(f"there is no image below {folder} (file names ending in {', '.join(IMAGE_SUFFIXES)}).")
     unknown = () if kind == "single-label" else (math.nan,) * targets
-    samples = tuple(Sample(id, targets=unknown) for id in ids)
+    cases = [""] * len(ids)
+    _check_case_column(case_column, table)
+    if case_column is not None and table is not None:
+        path = folder / Path(table).expanduser()
+        cases = [
+            tables.case_name(field) for field in tables.fields_of(path, image_column, ids, [case_column])[case_column]
+        ]
+    samples = tuple(Sample(id, targets=unknown, group=case, case=case) for id, case in zip(ids, cases, strict=True))
     return Manifest(folder, samples, (), kind, notes=tuple(found.notes()))
+
+
+def _check_case_column(case_column: str | None, table: str | Path | None) -> None:
+    if case_column is not None and table is None:
+        raise DataError(f"data.case_column is {case_column!r}, a column of a table: give it as data.manifest, or null.")
 
 
 def _data_root(root: str | Path) -> Path:
@@ -181,7 +209,7 @@ def _with_classes(
 ) -> tuple[list[Sample], tuple[str, ...]]:
     names = _class_names((label for _, label in labelled), classes)
     index = {name: i for i, name in enumerate(names)}
-    return [Sample(s.id, index[label], s.targets, s.split, s.group) for s, label in labelled], names
+    return [replace(sample, label=index[label]) for sample, label in labelled], names
 
 
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:

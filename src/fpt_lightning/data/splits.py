@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,20 +153,21 @@ def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | Non
             f"the data set {manifest.root} ({len(manifest.samples)} images{few}) leaves the split {', '.join(empty)} "
             f"empty: give it more {'groups' if few else 'images'}, or a CSV manifest with a split column."
         )
-    for overlap in (_crossing_groups(manifest), _identical_files(manifest, digests)):
+    for overlap in (_crossing(manifest, "case"), _crossing(manifest, "group"), _identical_files(manifest, digests)):
         if overlap and not allow_overlap:
             raise DataError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
         if overlap:
             warnings.warn(f"{overlap}: test figures are too good.", stacklevel=2)
 
 
-def _crossing_groups(manifest: Manifest) -> str:
+def _crossing(manifest: Manifest, what: Literal["case", "group"]) -> str:
     splits: defaultdict[str, set[str]] = defaultdict(set)
     for sample in manifest.samples:
-        if sample.group:
-            splits[sample.group].add(sample.split)
-    crossing = sorted(group for group, used in splits.items() if len(used) > 1)
-    return f"{len(crossing)} groups have images in more than one split: {a_few(crossing)}" if crossing else ""
+        name = getattr(sample, what)
+        if name and (what == "case" or name != sample.case):
+            splits[name].add(sample.split)
+    crossing = sorted(name for name, used in splits.items() if len(used) > 1)
+    return f"{len(crossing)} {what}s have images in more than one split: {a_few(crossing)}" if crossing else ""
 
 
 def _identical_files(manifest: Manifest, digests: Digests | None) -> str:

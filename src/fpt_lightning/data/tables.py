@@ -7,8 +7,8 @@ import csv
 import math
 import os
 import unicodedata
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,8 @@ from fpt_lightning.files import Row, parse_rows, read_bytes
 
 UNCERTAIN = -1.0  # as CheXpert and MIMIC-CXR write it
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-_MISSING = ("", "nan", "na", "n/a", "none", "null")
+MISSING = ("", "nan", "na", "n/a", "none", "null")
+"""What stands for no value, in small letters."""
 _TRUTH = {"true": 1.0, "false": 0.0}
 _NO_FINDING = "no finding"  # as NIH and CheXpert write it
 
@@ -114,12 +115,13 @@ def unlabelled_samples(
     image_column: str,
     split_column: str | None,
     group_column: str | None,
+    case_column: str | None,
     split_lists: Mapping[str, str] | None,
 ) -> tuple[list[Sample], ImageFiles]:
     """A sample a row, in the order of the rows, without labels; and what was seen of the files.
 
     Raises:
-        DataError: an image that is not there or not below the root, or a split that is none.
+        DataError: an image that is not there or not below the root, a split that is none, or a case of several groups.
     """
     table.require(image_column)
     split_column, group_column = table.column(split_column, "split"), table.column(group_column, "group")
@@ -128,8 +130,25 @@ def unlabelled_samples(
     if split_lists:
         splits = _listed(root, table, ids, split_lists)
     groups = [row[group_column].strip() if group_column else "" for row in table.rows]
-    samples = [Sample(id, split=split, group=group) for id, split, group in zip(ids, splits, groups, strict=True)]
+    case_column = None if case_column is None else table.require(case_column)
+    cases = [case_name(row[case_column]) if case_column else "" for row in table.rows]
+    groups_of: defaultdict[str, set[str]] = defaultdict(set)
+    for case, group in zip(cases, groups, strict=True):
+        groups_of[case].add(group)
+    if torn := sorted(case for case, own in groups_of.items() if case and len(own) > 1):
+        raise DataError(
+            f"{len(torn)} cases (column {case_column!r}) of the manifest {table.path} have images of several groups: "
+            f"{a_few(torn)}. Give each case a name of its own, and its images one patient."
+        )
+    rows = zip(ids, splits, groups, cases, strict=True)
+    samples = [Sample(id, split=split, group=group or case, case=case) for id, split, group, case in rows]
     return samples, files
+
+
+def case_name(field: str) -> str:
+    """The case that a field names; empty where it names none."""
+    text = field.strip()
+    return "" if text.lower() in MISSING else text
 
 
 def _split(row: Row, column: str, table: Table) -> str:
@@ -164,8 +183,7 @@ def _found(root: Path, table: Table, ids: Sequence[str]) -> tuple[list[str], Ima
         return list(ids), files
     called: defaultdict[str, list[str]] = defaultdict(list)
     for id in find_images(root, root).images:
-        path = PurePosixPath(id)
-        for name in {path.name, path.stem, path.with_suffix("").as_posix()}:
+        for name in {*_short_names(id)}:
             called[name].append(id)
     several = [id for id in missing if len(called[id]) > 1]
     if several:
@@ -186,6 +204,61 @@ def _found(root: Path, table: Table, ids: Sequence[str]) -> tuple[list[str], Ima
     first = missing[0]
     table.notes.append(f"{len(found):,} images are found by their names: {first} is {found[first]}, for one.")
     return [found.get(id, id) for id in ids], files
+
+
+def _short_names(id: str) -> tuple[str, ...]:
+    """What tables may call a file, without its suffix or its folder."""
+    path = PurePosixPath(id)
+    return path.with_suffix("").as_posix(), path.name, path.stem
+
+
+def fields_of(path: Path, image_column: str, ids: Sequence[str], columns: Sequence[str]) -> dict[str, list[str]]:
+    """What a table says of some images, whose folder need not be there.
+
+    Args:
+        path: of the file.
+        image_column: column of image paths; absolute ones, and names without suffix or folder, are found too.
+        ids: paths of N images below the data root.
+        columns: asked for.
+
+    Returns:
+        By column, N fields.
+
+    Raises:
+        DataError: no such table or column, images that it does not list, a row that may be of several, or rows of one
+            image that contradict each other.
+    """
+    table, known = read_table(path, image_column), {*ids}
+    for column in (image_column, *columns):
+        table.require(column)
+    rows: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in table.rows:
+        rows[_within(row[image_column].strip(), known)].append(row)
+    called = [next((name for name in (id, *_short_names(id)) if name in rows), None) for id in ids]
+    lost = [id for id, name in zip(ids, called, strict=True) if name is None]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(ids)} images are not in the column {image_column!r} of the manifest {path}: "
+            f"{a_few(lost)}. Give the manifest that lists them, or its column of paths."
+        )
+    shared = [name for name, count in Counter(called).items() if count > 1 and name is not None]
+    if shared:
+        raise DataError(f"{path}: {a_few(shared)} may each be one of several images: give their paths.")
+    return {column: [_agreed(rows[name], column, table) for name in called if name is not None] for column in columns}
+
+
+def _within(text: str, ids: Collection[str]) -> str:
+    """A path with forward slashes; of an absolute one the end that is an id."""
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
+    ends = ("/".join(parts[start:]) for start in range(len(parts)) if os.path.isabs(text))
+    return next((end for end in ends if end in ids), "/".join(parts))
+
+
+def _agreed(rows: Sequence[Row], column: str, table: Table) -> str:
+    fields = list(dict.fromkeys(row[column].strip() for row in rows))
+    if len(fields) > 1:
+        raise DataError(f"{table.where(rows[-1])}: the image has several values of {column!r}: {a_few(fields)}.")
+    return fields[0]
 
 
 def _listed(root: Path, table: Table, ids: Sequence[str], lists: Mapping[str, str]) -> list[str]:
@@ -231,7 +304,7 @@ def class_labels(table: Table, columns: Sequence[str], classes: Sequence[str] | 
     missing = [
         f"{row.line} ({label or 'nothing'})"
         for row, label in zip(table.rows, labels, strict=True)
-        if label.lower() in _MISSING and label not in (classes or ())
+        if label.lower() in MISSING and label not in (classes or ())
     ]
     if missing:
         raise DataError(
@@ -307,8 +380,8 @@ def _one(rows: Sequence[Sample], table: Table, union: bool) -> Sample:
     first = rows[0]
     if len(rows) == 1:
         return first
-    if any((row.split, row.group) != (first.split, first.group) for row in rows):
-        raise DataError(f"{table.path}: the rows of the image {first.id} have several splits or groups.")
+    if any((row.split, row.group, row.case) != (first.split, first.group, first.case) for row in rows):
+        raise DataError(f"{table.path}: the rows of the image {first.id} have several splits, groups or cases.")
     targets = []
     for values in zip(*(row.targets for row in rows), strict=True):
         known = {value for value in values if math.isfinite(value)}
@@ -334,7 +407,7 @@ def _truth(field: str) -> float | None:
     text = field.strip().lower()
     if text == "nan":
         return math.nan
-    if text in _MISSING:
+    if text in MISSING:
         return math.inf
     number = _TRUTH.get(text, _as_number(text))
     return number if number in (1.0, 0.0, UNCERTAIN) else None

@@ -33,6 +33,8 @@ class ManifestDataModule(L.LightningDataModule):
         split_column: its column of ``train``, ``val``, ``test``; by default ``split``, if there is one.
         split_lists: in its place, files that list the images of each split, one a line, by split.
         group_column: its column of groups that a split keeps whole, such as patients; by default ``group``, if any.
+        case_column: its column of cases, such as exams or eyes: test and predict give each case's prediction too, from
+            those of its images; prediction reads this column alone, where it is given.
         classes: class names in the order wanted, such as grades from low to high; sorted by default.
         missing_labels: what an empty field of a multi-label task stands for: ``ignore``, ``zeros`` or ``ones``.
         uncertain_labels: what -1 stands for in training, likewise; validation and test ignore it.
@@ -64,6 +66,7 @@ class ManifestDataModule(L.LightningDataModule):
         split_column: str | None = None,
         split_lists: dict[str, str] | None = None,
         group_column: str | None = None,
+        case_column: str | None = None,
         classes: list[str] | None = None,
         missing_labels: Fill = "ignore",
         uncertain_labels: Fill = "ignore",
@@ -90,6 +93,7 @@ class ManifestDataModule(L.LightningDataModule):
             "split_column": split_column,
             "split_lists": split_lists,
             "group_column": group_column,
+            "case_column": case_column,
             "classes": classes,
             "missing_labels": missing_labels,
             "uncertain_labels": uncertain_labels,

@@ -20,7 +20,7 @@ from fpt_lightning.data.transforms import Augmentation, ViewTransform
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
-from fpt_lightning.errors import ConfigurationError, a_few, check_at_least
+from fpt_lightning.errors import ConfigurationError, DataError, a_few, check_at_least
 from fpt_lightning.store.preload import write_left_out
 from fpt_lightning.store.specification import FeatureSpecification, from_sample
 
@@ -99,7 +99,8 @@ class ImageDataModule(ManifestDataModule):
             ConfigurationError: the model and the data do not fit each other.
         """
         if stage == "predict" and self.explained is None:
-            listed = list_images(self.root, self._kind(), self._declared("num_classes") or 1)
+            told = {name: self.reading[name] for name in ("image_column", "case_column")}
+            listed = list_images(self.root, self._kind(), self._declared("num_classes") or 1, self.table, **told)
             for note in listed.notes:
                 rank_zero_info(note)
             self.unlabelled = self._readable(listed)
@@ -277,6 +278,7 @@ class ImageDataModule(ManifestDataModule):
         if num_classes is not None and not self.external:  # other hospitals may lack a class
             check_classes("model.num_classes", num_classes, self.labelled)
             self._check_order()
+        self._check_cases()
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
         if encoder is not None and "side_images" in self._inputs():
@@ -292,6 +294,24 @@ class ImageDataModule(ManifestDataModule):
             raise ConfigurationError(
                 f"model.task has grades from low to high, but {a_few(classes)} are words in alphabetical order: "
                 f"name them from low to high in data.classes, such as [{', '.join(reversed(classes))}]."
+            )
+
+    def _check_cases(self) -> None:
+        """Refuse cases of several labels where nobody said which one counts (``fpt_lightning.evaluation.cases``)."""
+        ordered, classes = getattr(self._declared("task"), "ORDERED", False), self.labelled.classes
+        mixed = [] if ordered or self.labelled.kind == "multi-label" else self.labelled.mixed_cases()
+        if not mixed:
+            return
+        said = f"{len(mixed)} cases (data.case_column) have images of several labels ({a_few(mixed)})"
+        if self.labelled.kind == "regression" or max(len(classes), self._declared("num_classes") or 0) > 2:
+            raise DataError(
+                f"{said}: which one counts is known of grades (model.task ordinal or coral), of two classes and of "
+                "several labels an image alone. Give each case one label."
+            )
+        if not self.external and self.reading["classes"] is None and numbers_of(classes) is None:
+            raise ConfigurationError(
+                f"{said}, of which the second class counts, but {a_few(classes)} are words in alphabetical order: name "
+                f"them in data.classes, the finding last, such as [{', '.join(classes)}]."
             )
 
     def _side_resolution(self) -> int:

@@ -1,7 +1,7 @@
 """What predictions are worth; no model is needed, and but for ``metrics`` no PyTorch.
 
 In: predictions beside what is true, in memory or as CSV. Handed on: numbers with intervals, decisions, a report.
-``predictions`` are what is evaluated; ``scores`` and ``comparison`` answer, from ``measures`` over ``resampling``;
-``decisions`` and ``calibration`` are fitted to validation images; ``report`` and ``figures`` show; ``metrics`` are
-those that a training logs.
+``predictions`` are what is evaluated, and ``cases`` makes those of cases from those of their images; ``scores``,
+``subgroups`` and ``comparison`` answer, from ``measures`` over ``resampling``; ``decisions`` and ``calibration`` are
+fitted to validation images; ``report`` and ``figures`` show; ``metrics`` are those that a training logs.
 """

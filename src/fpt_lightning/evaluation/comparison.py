@@ -12,7 +12,7 @@ from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import label, number
 from fpt_lightning.evaluation.measures import Values, measure
-from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions, Unit
 from fpt_lightning.evaluation.resampling import (
     check_numbers,
     interval,
@@ -37,12 +37,17 @@ class Difference:
     high: float
     p: float
 
+    def __str__(self) -> str:
+        bounds = f" [{number(self.low, '+')}, {number(self.high, '+')}]" if self.low == self.low else ""
+        return f"{number(self.value, '+')}{bounds}"
+
 
 @dataclass(frozen=True)
 class Comparison:
     """Two sets of predictions of the same images.
 
     Attributes:
+        unit: what is counted; of ``case``, the images are cases.
         images: how many have a label.
         groups: how many groups they are of; None where none is known.
         resamples: of the paired bootstrap.
@@ -50,6 +55,7 @@ class Comparison:
         differences: by metric.
     """
 
+    unit: Unit
     images: int
     groups: int | None
     resamples: int
@@ -69,10 +75,10 @@ class Comparison:
             bounds = [f"[{number(d.low, '+')}, {number(d.high, '+')}]", f"{d.p:.4f}"] if bounded else ["-", "-"]
             values = [number(d.first), number(d.second), number(d.value, "+"), *bounds]
             rows.append([label(metric, self.specificity), *values])
-        unit = "images" if self.groups is None else f"groups ({self.groups:,})"
+        unit = f"{self.unit}s" if self.groups is None else f"groups ({self.groups:,})"
         return (
-            f"{self.images:,} images; second minus first; {self.resamples:,} paired bootstrap resamples of {unit}.\n\n"
-            + align(rows)
+            f"{self.images:,} {self.unit}s; second minus first; {self.resamples:,} paired bootstrap resamples of "
+            f"{unit}.\n\n{align(rows)}"
         )
 
 
@@ -108,7 +114,7 @@ def compare(
     for key in before:
         values = float(before[key][0]), float(after[key][0])
         differences[key[1]] = Difference(*values, values[1] - values[0], **interval(resampled_values(chunks, key)))
-    return Comparison(len(pair[0].ids), pair[0].group_count, resamples, specificity, differences)
+    return Comparison(first.unit, len(pair[0].ids), pair[0].group_count, resamples, specificity, differences)
 
 
 def _matched(first: Predictions, second: Predictions) -> Predictions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 from zlib import crc32
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.measures import CALIBRATION_BINS, calibration_bin
 from fpt_lightning.evaluation.resampling import resampled_counts
 
@@ -49,6 +50,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _HALVES = (0, 0.5, 1)
+_NAME = 24  # letters of a subgroup's name that are shown
 _GRID = np.linspace(0, 1, 101)
 
 Floats = NDArray[np.float64]
@@ -109,6 +111,30 @@ def draw_reliability(scores: Floats, true: NDArray[np.bool_]) -> str:
         below.set(xlim=(-0.02, 1.02), xticks=_HALVES, xticklabels=_HALVES, xlabel="predicted probability")
         below.set_yticks([counts.max()], [f"{counts.max():,}"])
         return _svg(figure, "reliability diagram")
+
+
+def draw_forest(estimates: Mapping[str, Estimate], whole: Estimate) -> str:
+    """Estimates of subgroups with their intervals, from the first down, over that of all images.
+
+    Args:
+        estimates: by subgroup, each with a value.
+        whole: a line in a band.
+    """
+    height = 0.4 + 0.22 * len(estimates)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.7, height))
+        axes = figure.add_axes((0.36, 0.28 / height, 0.61, 1 - 0.3 / height))
+        axes.axvspan(whole.low, whole.high, color=LINE, alpha=0.5, linewidth=0)
+        axes.axvline(whole.value, color=MUTED, linewidth=0.8)
+        for row, each in enumerate(estimates.values()):
+            axes.plot([each.low, each.high], [row, row], color=ACCENT)
+            axes.plot(each.value, row, "o", color=ACCENT, markersize=4)
+        axes.set(ylim=(len(estimates) - 0.5, -0.5))
+        axes.set_yticks(
+            range(len(estimates)), [name if len(name) <= _NAME else f"{name[:_NAME]}..." for name in estimates]
+        )
+        axes.tick_params(axis="y", length=0)
+        return _svg(figure, "subgroups")
 
 
 def draw_history(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
@@ -213,7 +239,7 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'(url\(|xlink:href=")#', rf"\1#f{own}-", svg).replace("xlink:href", "href")
     svg = re.sub(r"(font-family|font-weight|stroke-linejoin): [^;\"]*(; )?", "", svg)
     svg = re.sub(r" transform=\"rotate\(-0 [^\"]*\"", "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # of places, not of labels
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return re.sub(r">\s+<", "><", svg).strip()

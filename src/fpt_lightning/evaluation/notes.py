@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fpt_lightning.evaluation.decisions import DEFAULT_THRESHOLD, decide
 from fpt_lightning.evaluation.estimates import Estimate, number
-from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions, Unit
 
 FEW = 10
 
@@ -31,7 +31,7 @@ def collect_notes(
     """
     return [
         *_sample_notes(labelled, len(predictions.ids) - len(labelled.ids)),
-        *_class_notes(positives, negatives, estimates),
+        *_class_notes(labelled.unit, positives, negatives, estimates),
         *_threshold_notes(labelled, thresholds),
     ]
 
@@ -50,20 +50,24 @@ def validation_notes(validation: float | None, test: Estimate | None) -> list[st
 
 
 def _sample_notes(labelled: Predictions, unlabelled: int) -> list[str]:
-    notes = [f"{unlabelled:,} images without a label are left out."] if unlabelled else []
-    alone = sum(not group for group in labelled.groups) if any(labelled.groups) else None
+    many = f"{labelled.unit}s"
+    notes = [f"{unlabelled:,} {many} without a label are left out."] if unlabelled else []
+    alone = sum(not name for name in labelled.wholes) if labelled.wholes else None
     if alone is None:
-        notes.append("No groups (such as patients) are known: the intervals assume that the images are independent.")
+        notes.append(f"No groups (such as patients) are known: the intervals assume that the {many} are independent.")
     elif alone:
-        notes.append(f"{alone:,} images have no group: each counts as its own.")
+        notes.append(f"{alone:,} {many} have no group: each counts as its own.")
     units = labelled.group_count or len(labelled.ids)
     if units < FEW:
-        notes.append(f"Only {units} {'images' if alone is None else 'groups'} are resampled: the intervals say little.")
+        notes.append(f"Only {units} {many if alone is None else 'groups'} are resampled: the intervals say little.")
     return notes
 
 
 def _class_notes(
-    positives: Mapping[str, int], negatives: Mapping[str, int], estimates: Mapping[tuple[str, str], Estimate]
+    unit: Unit,
+    positives: Mapping[str, int],
+    negatives: Mapping[str, int],
+    estimates: Mapping[tuple[str, str], Estimate],
 ) -> list[str]:
     notes = []
     unknown = [name for name in positives if not positives[name] and not negatives[name]]
@@ -76,18 +80,21 @@ def _class_notes(
     if unknown:
         notes.append(f"Labels of which nothing is known, left out of the macro means: {', '.join(unknown)}.")
     if absent:
-        notes.append(f"Classes without an image, left out of the macro means: {', '.join(absent)}.")
+        one = {"image": "an image", "case": "a case"}[unit]
+        notes.append(f"Classes without {one}, left out of the macro means: {', '.join(absent)}.")
     if alone:
-        notes.append(f"Classes that every image has, without an AUC: {', '.join(alone)}.")
+        notes.append(f"Classes that every {unit} has, without an AUC: {', '.join(alone)}.")
     if few:
-        notes.append(f"Classes with fewer than {FEW} images, whose numbers and intervals say little: {', '.join(few)}.")
+        notes.append(
+            f"Classes with fewer than {FEW} {unit}s, whose numbers and intervals say little: {', '.join(few)}."
+        )
     if inverted:
         notes.append(
             f"AUC below 0.5: {', '.join(inverted)}. The ranking is worse than chance: labels or class names may be "
             "inverted."
         )
     if unclear:
-        notes.append(f"These images do not tell the ranking from chance, an AUC of 0.5: {', '.join(unclear)}.")
+        notes.append(f"These {unit}s do not tell the ranking from chance, an AUC of 0.5: {', '.join(unclear)}.")
     correlation = estimates.get(("", "pearson"))
     if correlation is not None and correlation.high < 0:
         notes.append(f"The correlation is {correlation}, below 0: the labels may be inverted.")
@@ -102,8 +109,8 @@ def _threshold_notes(predictions: Predictions, given: Mapping[str, float] | None
     otherwise = int((decide(predictions, given) != decide(predictions)).any(1).sum()) if single and given else 0
     if otherwise:
         notes.append(
-            f"{otherwise:,} of {len(predictions.ids):,} images are decided otherwise than for their most probable "
-            "class, as classes have thresholds: sensitivity and specificity are of the decisions; accuracy, F1, kappa "
-            "and the confusion matrix are of the most probable class."
+            f"{otherwise:,} of {len(predictions.ids):,} {predictions.unit}s are decided otherwise than for their most "
+            "probable class, as classes have thresholds: sensitivity and specificity are of the decisions; accuracy, "
+            "F1, kappa and the confusion matrix are of the most probable class."
         )
     return notes

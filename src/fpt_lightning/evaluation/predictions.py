@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +19,31 @@ from fpt_lightning.files import Row, read_rows, write_rows
 SUM_TOLERANCE = 0.02
 """How far the probabilities of an image may be from a sum of 1: half precision, or two decimals."""
 
+Unit = Literal["image", "case"]
+_ID: dict[Unit, str] = {"image": "path", "case": "case"}  # the column of the ids
+
 _REMEDY = "it should be as `fpt-lightning test` writes it"
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Predictions of N images for C classes, or of one number each.
+    """Predictions of N images (or cases of several) for C classes, or of one number each.
 
     Attributes:
         kind: ``single-label`` (one class an image; grades too, in their order), ``multi-label`` or ``regression``.
-        ids: N paths below the data root, each once.
+        ids: N paths below the data root, or names of cases, each once.
         labels: (N,) int64 class indices, -1 where unknown; of multi-label (N, C) and of regression (N,) float64, NaN
             where unknown.
         scores: (N, C) float64 probabilities; of regression (N,) predicted values.
         classes: C names; none of regression.
         groups: N names of what belongs together, such as a patient, empty where unknown; or none at all.
         ordered: whether single-label classes are grades from low to high.
+        cases: N names of what images are evaluated together as, such as an exam (``fpt_lightning.evaluation.cases``),
+            empty where there is none; or none at all.
+        unit: what the N are.
 
     Raises:
-        DataError: numbers of ids, labels, scores, classes and groups that do not belong together.
+        DataError: numbers of ids, labels, scores, classes, groups and cases that do not belong together.
     """
 
     kind: Kind
@@ -47,6 +53,8 @@ class Predictions:
     classes: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     ordered: bool = False
+    cases: tuple[str, ...] = ()
+    unit: Unit = "image"
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -56,11 +64,12 @@ class Predictions:
             "multi-label": (table, table),
             "regression": ((count,), (count,)),
         }[self.kind]
-        if self.labels.shape != labels or self.scores.shape != scores or len(self.groups) not in (0, count):
+        named = len(self.groups), len(self.cases)
+        if self.labels.shape != labels or self.scores.shape != scores or not {*named} <= {0, count}:
             raise DataError(
                 f"{self.kind} predictions of {count} images and {len(self.classes)} classes need labels {labels}, "
-                f"scores {scores} and a group an image or none: they have {self.labels.shape}, {self.scores.shape} and "
-                f"{len(self.groups)}."
+                f"scores {scores}, and a group and a case an image or none: they have {self.labels.shape}, "
+                f"{self.scores.shape}, {named[0]} and {named[1]}."
             )
 
     @property
@@ -75,21 +84,27 @@ class Predictions:
         return self.take(np.flatnonzero(known))
 
     @property
+    def wholes(self) -> tuple[str, ...]:
+        """The group of each image, or its case where it has none; nothing where no image has either."""
+        none = ("",) * len(self.ids)
+        named = tuple(group or case for group, case in zip(self.groups or none, self.cases or none, strict=True))
+        return named if any(named) else ()
+
+    @property
     def units(self) -> tuple[str, ...]:
-        """What is resampled: the group of each image, or the image where it has none; images where none has."""
-        if not any(self.groups):
-            return self.ids
-        return tuple(group or f"\0{id}" for group, id in zip(self.groups, self.ids, strict=True))
+        """What is resampled: the group (or case) of each image, the image where it has none; images where none has."""
+        named = self.wholes
+        return tuple(name or f"\0{id}" for name, id in zip(named, self.ids, strict=True)) if named else self.ids
 
     @property
     def group_count(self) -> int | None:
         """How many groups the images are of; None where no group is known."""
-        return len({*self.units}) if any(self.groups) else None
+        return len({*self.units}) if self.wholes else None
 
     def take(self, rows: NDArray[np.int64]) -> Predictions:
         """Those of the rows, in their order."""
-        ids, groups = tuple(self.ids[i] for i in rows), tuple(self.groups[i] for i in rows if self.groups)
-        return replace(self, ids=ids, labels=self.labels[rows], scores=self.scores[rows], groups=groups)
+        ids, groups, cases = (tuple(each[i] for i in rows if each) for each in (self.ids, self.groups, self.cases))
+        return replace(self, ids=ids, labels=self.labels[rows], scores=self.scores[rows], groups=groups, cases=cases)
 
     def of_class(self, index: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
         """One class against the rest: which images have its label known (N,); which of those K are positive; scores."""
@@ -98,24 +113,30 @@ class Predictions:
         positive = labels == index if self.kind == "single-label" else labels[:, index] == 1
         return known, positive, self.scores[known, index]
 
+    def class_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """By class, how many images have it and how many do not; those where it is unknown are neither."""
+        found = {name: self.of_class(i)[1] for i, name in enumerate(self.classes)}
+        positives = {name: int(positive.sum()) for name, positive in found.items()}
+        return positives, {name: len(found[name]) - count for name, count in positives.items()}
+
     def write(self, path: str | Path) -> None:
         """Write as CSV, whole or not at all.
 
-        The columns are ``path``; ``group`` if there are any; ``label``, or ``grade`` of ordered classes;
-        ``most_probable``, the class of the largest probability whatever thresholds say; and ``prob_{class}`` of each
-        class. Multi-label has ``label_{class}`` (0 or 1) of each class in place of ``label`` and no ``most_probable``,
-        regression ``label`` and ``prediction``. What is unknown is empty, and there is no column of labels of which all
-        are. Numbers have the digits that they need to be read as they were.
+        The columns are ``path``, or ``case`` of cases; ``group`` and ``case`` if there are any; ``label``, or ``grade``
+        of ordered classes; ``most_probable``, the class of the largest probability whatever thresholds say; and
+        ``prob_{class}`` of each class. Multi-label has ``label_{class}`` (0 or 1) of each class in place of ``label``
+        and no ``most_probable``, regression ``label`` and ``prediction``. What is unknown is empty, and there is no
+        column of labels of which all are. Numbers have the digits that they need to be read as they were.
         """
         labels, scores = _columns(self.kind, self.classes, "grade" if self.ordered else "label")
         labels = labels if self.known.any() else []
         top = [self.classes[i] for i in self.scores.argmax(1)] if self.kind == "single-label" else []
-        rows = [["path", *["group"][: len(self.groups)], *labels, *["most_probable"][: len(top)], *scores]]
+        names = [_ID[self.unit], *["group"][: len(self.groups)], *["case"][: len(self.cases)]]
+        rows = [[*names, *labels, *["most_probable"][: len(top)], *scores]]
         for i, id in enumerate(self.ids):
             label = self._written(self.labels[i])[: len(labels)]
-            rows.append(
-                [id, *self.groups[i : i + 1], *label, *top[i : i + 1], *map(_shortest, np.atleast_1d(self.scores[i]))]
-            )
+            named = [id, *self.groups[i : i + 1], *self.cases[i : i + 1]]
+            rows.append([*named, *label, *top[i : i + 1], *map(_shortest, np.atleast_1d(self.scores[i]))])
         write_rows(Path(path), rows)
 
     def _written(self, label: Any) -> list[str]:
@@ -135,24 +156,31 @@ class Predictions:
         rows = read_rows(path, "predictions file")
         table = _Table(path, rows)
         kind, classes, labels = _layout(path, list(rows[0]))
-        ids = table.texts("path")
-        empty = [row.line for row in rows if not row["path"]]
+        unit: Unit = "image" if _ID["image"] in rows[0] else "case"
+        ids = table.texts(_ID[unit])
+        empty = [row.line for row in rows if not row[_ID[unit]]]
         twice = [id for id, count in Counter(ids).items() if count > 1]
         if empty or twice:
-            what = f"line {empty[0]}: the path is empty" if empty else f"the image {twice[0]!r} is there more than once"
-            raise DataError(f"{path}, {what}; {_REMEDY}.")
+            where = (
+                f"line {empty[0]}: the {_ID[unit]} is empty"
+                if empty
+                else f"the {unit} {twice[0]!r} is there more than once"
+            )
+            raise DataError(f"{path}, {where}; {_REMEDY}.")
         groups = table.texts("group") if "group" in rows[0] else ()
+        cases = table.texts("case") if "case" in rows[0] and unit == "image" else ()
+        named: dict[str, Any] = {"groups": groups, "cases": cases if any(cases) else (), "unit": unit}
         if kind == "regression":
             true = table.numbers("label", unknown=True) if labels else np.full(len(ids), np.nan)
-            return cls(kind, ids, true, table.numbers("prediction"), groups=groups)
+            return cls(kind, ids, true, table.numbers("prediction"), **named)
         scores = np.column_stack([table.numbers(f"prob_{name}", within=(0, 1)) for name in classes])
         if kind == "multi-label":
             present = table.presences(labels) if labels else np.full(scores.shape, np.nan)
-            return cls(kind, ids, present, scores, classes, groups)
+            return cls(kind, ids, present, scores, classes, **named)
         table.check_sums(scores)
         table.check_most_probable(classes, scores)
         indices = table.indices(labels[0], classes) if labels else np.full(len(ids), UNLABELLED)
-        return cls(kind, ids, indices, scores, classes, groups, ordered="grade" in labels)
+        return cls(kind, ids, indices, scores, classes, ordered="grade" in labels, **named)
 
 
 def _shortest(number: float) -> str:
@@ -183,14 +211,15 @@ def _layout(path: Path, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...], 
     for kind, label, fewest in _KINDS:
         labels, scores = _columns(kind, classes, label)
         single = kind == "single-label"
-        own = {*columns} - {"group", *(["most_probable"] if single else [])}
-        unlabelled = own == {"path", *scores} and (not single or "most_probable" in columns)
-        if (own == {"path", *labels, *scores} or unlabelled) and "" not in classes and len(classes) >= fewest:
+        own = {*columns} - {"path", "case", "group", *(["most_probable"] if single else [])}
+        named = not {"path", "case"}.isdisjoint(columns)
+        unlabelled = own == {*scores} and (not single or "most_probable" in columns)
+        if named and (own == {*labels, *scores} or unlabelled) and "" not in classes and len(classes) >= fewest:
             return kind, classes, [] if unlabelled else labels
     raise DataError(
-        f"the predictions file {path} has the columns {', '.join(columns)}: it needs path, group if known, and either "
-        "label (or grade, of ordered classes), most_probable if wanted, and prob_CLASS of each class (two or more); "
-        "label_CLASS and prob_CLASS of each class; or label and prediction."
+        f"the predictions file {path} has the columns {', '.join(columns)}: it needs path (or case, of cases), "
+        "group and case if known, and either label (or grade, of ordered classes), most_probable if wanted, and "
+        "prob_CLASS of each class (two or more); label_CLASS and prob_CLASS of each class; or label and prediction."
     )
 
 

@@ -11,6 +11,7 @@ from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.figures import (
     SCATTERED,
     draw_bland_altman,
+    draw_forest,
     draw_history,
     draw_precision_recall,
     draw_reliability,
@@ -22,6 +23,7 @@ from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import resampled_weights
 from fpt_lightning.evaluation.scores import Evaluation
+from fpt_lightning.evaluation.subgroups import Breakdown, SubgroupEstimate
 from fpt_lightning.files import read_rows, write_text
 
 BAND_RESAMPLES = 500
@@ -37,6 +39,10 @@ _HISTORY = {
     "val_mae": "validation mean absolute error",
     "val_accuracy": "validation accuracy",
 }
+
+
+_FOREST = ("auc", "balanced_accuracy", "sensitivity", "specificity", "mae", "spearman")
+"""Overall metrics of subgroups that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ def write_report(
     evaluation: Evaluation,
     *,
     title: str,
+    cases: Evaluation | None = None,
+    breakdowns: Sequence[Breakdown] = (),
     data: Mapping[str, SplitSummary] | None = None,
     history: str | Path | None = None,
     memory: Mapping[str, float] | None = None,
@@ -73,6 +81,8 @@ def write_report(
         predictions: what was evaluated.
         evaluation: of them.
         title: of the report.
+        cases: evaluation of the cases that the images are of.
+        breakdowns: of the predictions into subgroups.
         data: by split.
         history: Lightning's ``metrics.csv`` of the training.
         memory: peaks in MiB, by name.
@@ -84,10 +94,12 @@ def write_report(
     """
     labelled = predictions.labelled()
     sections = [
-        _headline(evaluation),
+        _headline(evaluation, "Results"),
         _notes(evaluation.notes),
         _data(data) if data else "",
         *([_agreement(labelled)] if evaluation.kind == "regression" else _classification(labelled, evaluation)),
+        _cases(cases) if cases else "",
+        *(_subgroups(breakdown, evaluation) for breakdown in breakdowns),
         _training(Path(history)) if history is not None else "",
         _memory(memory) if memory else "",
         _configuration(configuration) if configuration else "",
@@ -105,7 +117,7 @@ def _section(title: str, content: str, explanation: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
 
 
-def _headline(evaluation: Evaluation) -> str:
+def _headline(evaluation: Evaluation, title: str, about: str = "") -> str:
     tiles = [
         f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
         f"<small>{_bounds(estimate)}</small></dd></div>"
@@ -118,7 +130,7 @@ def _headline(evaluation: Evaluation) -> str:
     }[evaluation.kind]
     columns = len(tiles) if len(tiles) < 7 else 4
     listed = f'<dl class="tiles" style="--columns:{columns}">{"".join(tiles)}</dl>'
-    return _section("Results", listed, f"Value and 95% interval. {averaged}")
+    return _section(title, listed, f"{about}Value and 95% interval. {averaged}")
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -141,15 +153,19 @@ def _share(count: int, total: int) -> str:
 
 
 def _classification(labelled: Predictions, evaluation: Evaluation) -> Iterable[str]:
-    yield _class_table(evaluation)
+    yield _class_table(evaluation, "Classes")
     yield _curves(labelled, evaluation)
     if evaluation.kind == "single-label":
         yield _confusion(labelled)
 
 
-def _class_table(evaluation: Evaluation) -> str:
+def _class_table(evaluation: Evaluation, title: str) -> str:
     metrics = list(next(iter(evaluation.per_class.values())))
-    heads = ["Class", "Images", *(_capital(label(metric, evaluation.specificity)) for metric in metrics)]
+    heads = [
+        "Class",
+        f"{evaluation.unit.capitalize()}s",
+        *(_capital(label(metric, evaluation.specificity)) for metric in metrics),
+    ]
     explanation = "Each class against the rest. Sensitivity and specificity are those of the decision for the class: "
     explanation += "from its threshold on." if evaluation.thresholds else "where it is the most probable."
     rows = []
@@ -161,7 +177,7 @@ def _class_table(evaluation: Evaluation) -> str:
         heads.insert(2, "Threshold")
         for row, name in zip(rows, evaluation.per_class, strict=True):
             row.insert(2, number(evaluation.thresholds[name]) if name in evaluation.thresholds else "most probable")
-    return _section("Classes", _table(heads, rows), explanation)
+    return _section(title, _table(heads, rows), explanation)
 
 
 def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
@@ -237,6 +253,84 @@ def _confusion(labelled: Predictions) -> str:
         table,
         "Images by true class (rows) and most probable class, whatever thresholds say; shares of each row.",
     )
+
+
+def _cases(evaluation: Evaluation) -> str:
+    """The headline, notes and classes of cases."""
+    classes = _class_table(evaluation, "Classes of cases") if evaluation.per_class else ""
+    return _headline(evaluation, "Cases", f"{evaluation.basis()} ") + _note_box(evaluation.notes) + classes
+
+
+def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
+    panels = [_forest(breakdown, evaluation, name, metric) for name, metric in _drawn_metrics(evaluation)]
+    classes = "".join(f"<h3>{escape(name)}</h3>{_subgroup_table(breakdown, name)}" for name in evaluation.per_class)
+    content = [
+        _note_box(breakdown.notes),
+        f'<div class="panels wide">{"".join(panels)}</div>',
+        _subgroup_table(breakdown),
+        f"<details><summary>Show each class</summary>{classes}</details>" if classes else "",
+    ]
+    explanation = (
+        f"Line and band: all {breakdown.unit}s. In the table the value with its 95% interval, and below it the "
+        f"difference to all other {breakdown.unit}s with its own: of many such intervals one in twenty leaves out 0 by "
+        "chance alone."
+    )
+    if evaluation.kind != "regression":
+        explanation += (
+            " Average precision, accuracy, F1, kappa and Brier score also change with how common a class is in a "
+            "subgroup; AUC, sensitivity and specificity do not."
+        )
+    return _section(f"By {breakdown.column}", "".join(content), explanation)
+
+
+def _note_box(notes: Sequence[str]) -> str:
+    """Notes on a part of the report."""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="notes"><ul>{items}</ul></div>' if notes else ""
+
+
+def _drawn_metrics(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Those of subgroups, by class (empty of all); of two classes that exclude each other the second's."""
+    two = evaluation.kind == "single-label" and len(evaluation.per_class) == 2
+    of_class = [(list(evaluation.per_class)[1], metric) for metric in ("sensitivity", "specificity")] if two else []
+    return [*(("", metric) for metric in _FOREST if metric in evaluation.overall), *of_class]
+
+
+def _forest(breakdown: Breakdown, evaluation: Evaluation, name: str, metric: str) -> str:
+    """A panel of the subgroups that have a value; none where none has."""
+    whole = (evaluation.per_class[name] if name else evaluation.overall)[metric]
+    found = {key: each.of(name)[metric] for key, each in breakdown.subgroups.items()}
+    given = {key: estimate for key, estimate in found.items() if estimate.value == estimate.value}
+    if not given:
+        return ""
+    title = _capital(label(metric, breakdown.specificity)) + (f", {name}" if name else "")
+    return _panel(title, f"all {breakdown.unit}s {whole}", draw_forest(given, whole))
+
+
+def _subgroup_table(breakdown: Breakdown, name: str = "") -> str:
+    """The overall metrics, or those of a class."""
+    rows, metrics = [], list[str]()
+    for key, each in breakdown.subgroups.items():
+        metrics = list(each.of(name))
+        groups = "" if each.groups is None else f"<small>of {each.groups:,} groups</small>"
+        counted = f"{each.positives[name]:,}<small>of {each.images:,}</small>" if name else f"{each.images:,}{groups}"
+        rows.append([escape(key), counted, *(_beside_rest(each.of(name)[metric]) for metric in metrics)])
+    heads = [
+        breakdown.column,
+        f"{breakdown.unit.capitalize()}s",
+        *(_capital(label(metric, breakdown.specificity)) for metric in metrics),
+    ]
+    return _table(heads, rows)
+
+
+def _beside_rest(estimate: SubgroupEstimate) -> str:
+    difference = estimate.minus_rest
+    if difference is None or difference.value != difference.value:
+        return _cell(estimate)
+    bounds = (
+        f"{number(difference.low, '+')} to {number(difference.high, '+')}" if difference.low == difference.low else ""
+    )
+    return f'{_cell(estimate)}<div class="rest">{number(difference.value, "+")}<small>{bounds}</small></div>'
 
 
 def _agreement(labelled: Predictions) -> str:
@@ -377,6 +471,10 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 details{border:1px solid var(--line);border-radius:6px;background:var(--surface)}
 summary{cursor:pointer;padding:8px 14px;color:var(--accent)}
 pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+details h3{font-size:14px;margin:10px 14px 0}
+details .scroll{padding:0 14px 10px}
+div.notes{margin:14px 0}
+.rest{margin-top:3px;font-size:13px}
 footer{margin-top:48px;padding-top:16px;padding-bottom:40px;color:var(--muted);font-size:13px}
 footer p{margin:0;border-top:1px solid var(--line);padding-top:14px}
 @media (max-width:640px){header,main,footer{padding-left:16px;padding-right:16px}header{padding-top:24px}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.errors import ConfigurationError, DataError
+from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.predictions import Predictions
 
 WITHOUT_INTERVAL = frozenset({"calibration_error"})
@@ -80,6 +81,12 @@ def interval(differences: NDArray[np.float64]) -> dict[str, float]:
     p = 2 * min((differences <= 0).mean(), (differences >= 0).mean())
     low, high = np.percentile(differences, [2.5, 97.5])
     return {"low": float(low), "high": float(high), "p": float(np.clip(p, 1 / (len(differences) + 1), 1))}
+
+
+def bounded(value: float, resampled: NDArray[np.float64]) -> Estimate:
+    """A value with its 95% interval of a metric in resamples (R,); all NaN where the value is."""
+    bounds = interval(resampled)
+    return Estimate(float(value), bounds["low"], bounds["high"]) if value == value else Estimate(*[math.nan] * 3)
 
 
 def resampled_counts(

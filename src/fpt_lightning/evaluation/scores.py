@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fpt_lightning.data.manifest import Kind
 from fpt_lightning.evaluation.decisions import checked_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.notes import collect_notes, validation_notes
-from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.predictions import Predictions, Unit
 from fpt_lightning.evaluation.resampling import (
+    bounded,
     check_numbers,
-    interval,
     require_labelled,
     resampled_values,
     resampled_weights,
@@ -33,6 +31,7 @@ class Evaluation:
 
     Attributes:
         kind: see ``Predictions``.
+        unit: what is counted; of ``case``, the images below are cases.
         images: how many have a label.
         unlabelled: how many were left out, having none.
         groups: how many groups the images are of; None where none is known.
@@ -48,6 +47,7 @@ class Evaluation:
     """
 
     kind: Kind
+    unit: Unit
     images: int
     unlabelled: int
     groups: int | None
@@ -67,8 +67,8 @@ class Evaluation:
 
     def basis(self) -> str:
         """What the numbers rest on, in a sentence."""
-        sample = f"{self.images:,} images" + ("" if self.groups is None else f" of {self.groups:,} groups")
-        unit = "images" if self.groups is None else "groups"
+        sample = f"{self.images:,} {self.unit}s" + ("" if self.groups is None else f" of {self.groups:,} groups")
+        unit = f"{self.unit}s" if self.groups is None else "groups"
         return f"{sample}; 95% intervals from {self.resamples:,} bootstrap resamples of {unit}."
 
     def table(self) -> str:
@@ -141,10 +141,11 @@ def evaluate(
     ones = np.ones((1, len(labelled.ids)))
     values = measure(labelled, used, specificity, ones)
     chunks = [measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)]
-    estimates = {key: _estimate(value[0], resampled_values(chunks, key)) for key, value in values.items()}
-    positives, negatives = _class_counts(labelled)
+    estimates = {key: bounded(value[0], resampled_values(chunks, key)) for key, value in values.items()}
+    positives, negatives = labelled.class_counts()
     return Evaluation(
         kind=predictions.kind,
+        unit=predictions.unit,
         images=len(labelled.ids),
         unlabelled=len(predictions.ids) - len(labelled.ids),
         groups=labelled.group_count,
@@ -163,14 +164,3 @@ def evaluate(
             *validation_notes(validation_auc, estimates.get(("", "auc"))),
         ],
     )
-
-
-def _class_counts(predictions: Predictions) -> tuple[dict[str, int], dict[str, int]]:
-    found = {name: predictions.of_class(i)[1] for i, name in enumerate(predictions.classes)}
-    positives = {name: int(positive.sum()) for name, positive in found.items()}
-    return positives, {name: len(found[name]) - count for name, count in positives.items()}
-
-
-def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    bounds = interval(resampled)
-    return Estimate(float(value), bounds["low"], bounds["high"]) if value == value else Estimate(*[math.nan] * 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
-from fpt_lightning.evaluation.calibration import fit_temperature
+from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
+from fpt_lightning.evaluation.cases import by_case, choose_rule
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods.tasks import TaskName, Weights, make_task
@@ -34,6 +36,14 @@ def from_all_processes(rows: list[Any]) -> list[Any]:
         torch.distributed.all_gather_object(everyone, rows)
         rows = [row for process in everyone for row in process]
     return sorted(rows, key=lambda row: str(row[0]))
+
+
+def samples_of(trainer: L.Trainer) -> tuple[Sample, ...]:
+    """Those of the trainer's data module in its stage; none where it is not of this package."""
+    manifest: Manifest | None = getattr(
+        getattr(trainer, "datamodule", None), "predicted" if trainer.state.fn == "predict" else "manifest", None
+    )
+    return () if manifest is None else manifest.samples
 
 
 def mirrored(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,22 +244,49 @@ class ClassificationModule(TrainedModule, ABC):
         self._validated = []
 
     def on_validation_epoch_end(self) -> None:
-        """Fit thresholds, and the temperature if wanted, to this epoch's validation images (kept in checkpoints)."""
+        """Fit the temperature if wanted, thresholds, and how cases are predicted, to this epoch's validation images.
+
+        All are kept in checkpoints. Thresholds are of probabilities by the temperature, as in test and prediction.
+        """
         rows = from_all_processes(self._validated)
         self._validated = []
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.task.KIND == "regression":
             return
-        predictions = self.predictions(rows)
-        if predictions.known.any():
-            self.thresholds = fit_thresholds(predictions)
-            self.temperature = fit_temperature(predictions) if self.temperature_scaling else 1.0
+        predictions = self.predictions(rows, samples_of(self.trainer))
+        if not predictions.known.any():
+            return
+        if self.temperature_scaling:
+            self.temperature = fit_temperature(predictions)
+            predictions = with_temperature(predictions, self.temperature)
+        self.thresholds = fit_thresholds(predictions)
+        if predictions.cases:
+            self.case_rule = choose_rule(predictions)
+            cases = by_case(predictions, self.case_rule)
+            self.case_thresholds = fit_thresholds(cases) if cases.known.any() else {}
 
-    def predictions(self, rows: Sequence[tuple[str, Any, Any]], groups: Sequence[str] = ()) -> Predictions:
-        """Predictions from (id, label, scores) of each image, in ascending order of ids; see ``predict_step``."""
+    def predictions(self, rows: Sequence[tuple[str, Any, Any]], samples: Iterable[Sample] = ()) -> Predictions:
+        """Predictions of images.
+
+        Args:
+            rows: (id, label, scores) of each, in ascending order of ids; see ``predict_step``.
+            samples: that tell their groups and cases.
+        """
         ids, labels, scores = zip(*rows, strict=True)
         known = np.array(labels, np.int64) if self.task.KIND == "single-label" else _decimal(labels)
         classes = () if self.task.KIND == "regression" else self.output_names
-        return Predictions(self.task.KIND, ids, known, _decimal(scores), classes, tuple(groups), self.task.ORDERED)
+        wanted = {*ids}
+        of = {sample.id: (sample.group, sample.case) for sample in samples if sample.id in wanted}
+        groups, cases = zip(*(of.get(id, ("", "")) for id in ids), strict=True)
+        return Predictions(
+            self.task.KIND,
+            ids,
+            known,
+            _decimal(scores),
+            classes,
+            groups if any(groups) else (),
+            self.task.ORDERED,
+            cases if any(cases) else (),
+        )
 
     @staticmethod
     def check_trainer(trainer: L.Trainer) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.errors import CheckpointError, FPTError, NonFiniteError, a_few
+from fpt_lightning.evaluation.cases import RULES, Rule
 from fpt_lightning.store.specification import FeatureSpecification
 
 KEY = "fpt_lightning"
@@ -30,6 +31,8 @@ class TrainingRecord:
         seen: digests (N,) of the training and of the validation images and groups, int64.
         thresholds: by class, fitted to the validation images.
         temperature: fitted likewise; 1 changes nothing.
+        case_rule: by which the predictions of cases come of their images', chosen on validation; None without cases.
+        case_thresholds: by class, fitted to the validation cases.
     """
 
     method: str
@@ -40,6 +43,8 @@ class TrainingRecord:
     seen: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
+    case_rule: Rule | None = None
+    case_thresholds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -95,19 +100,24 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     ),
     "thresholds": lambda by_class: isinstance(by_class, dict) and all(map(_is_number, by_class.values())),
     "temperature": lambda temperature: _is_number(temperature) and temperature > 0,
+    "case_rule": lambda rule: rule in (None, *RULES),
+    "case_thresholds": lambda by_class: isinstance(by_class, dict) and all(map(_is_number, by_class.values())),
 }
 """What each of a record's values must be."""
+_LATER = ("seen", "case_rule", "case_thresholds")  # than the first checkpoints
 
 
 def _check(about: Mapping[str, Any]) -> None:
-    missing = [name for name in ("specification", *_SOUND) if name not in about and name != "seen"]  # once not kept
+    missing = [name for name in ("specification", *_SOUND) if name not in about and name not in _LATER]
     if missing:
         raise _damaged(f"it has no {missing[0]}.")
     for name, is_sound in _SOUND.items():
         if name in about and not is_sound(about[name]):
             raise _damaged(f"its {name} is {about[name]!r:.80}.")
-    if about["classes"] and not about["thresholds"].keys() <= set(about["classes"]):
-        raise _damaged(f"its thresholds are of {a_few(sorted(map(str, about['thresholds'])))}, no classes of its own.")
+    for name in ("thresholds", "case_thresholds"):
+        own = about.get(name, {})
+        if about["classes"] and not own.keys() <= set(about["classes"]):
+            raise _damaged(f"its {name} are of {a_few(sorted(map(str, own)))}, no classes of its own.")
 
 
 _RESUMED: dict[str, Callable[[Any], bool]] = {

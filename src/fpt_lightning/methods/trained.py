@@ -15,6 +15,7 @@ from torch import Tensor
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, a_few
+from fpt_lightning.evaluation.cases import Rule
 from fpt_lightning.methods.record import KEY, TrainingRecord, check_resumable
 from fpt_lightning.methods.saved_files import keep_own_files
 from fpt_lightning.methods.tasks import Task
@@ -31,6 +32,8 @@ class TrainedModule(L.LightningModule):
         specification: of the features trained on, which says what images must be; None likewise.
         thresholds: by class, fitted to the validation images.
         temperature: fitted likewise; 1 changes nothing.
+        case_rule: by which cases are predicted from their images, chosen on validation; None without cases.
+        case_thresholds: by class, fitted to the validation cases.
     """
 
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
@@ -47,6 +50,8 @@ class TrainedModule(L.LightningModule):
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
         self.temperature, self.thresholds = 1.0, dict[str, float]()
+        self.case_rule: Rule | None = None
+        self.case_thresholds: dict[str, float] = {}
         self._digest = ""  # of the encoder's weights, once they are loaded
         self._split_digest = ""  # of the split trained on, where it was drawn
         self._seen: dict[str, Tensor] = {}  # digests of the training and of the validation images and groups
@@ -204,6 +209,8 @@ class TrainedModule(L.LightningModule):
             self._seen,
             self.thresholds,
             self.temperature,
+            self.case_rule,
+            self.case_thresholds,
         )
         checkpoint[KEY] = record.to_dict()
 
@@ -226,6 +233,7 @@ class TrainedModule(L.LightningModule):
         self.class_names, self.specification = record.classes, record.specification
         self._seed, self._split_digest, self._seen = record.seed, record.split, record.seen
         self.thresholds, self.temperature = record.thresholds, record.temperature
+        self.case_rule, self.case_thresholds = record.case_rule, record.case_thresholds
 
     def check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings of the optimizer than a checkpoint has, or without its state.
