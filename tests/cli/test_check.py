@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import yaml
 
 from commands import fails, run
 from fpt_lightning import FPTPlusModule
+from fpt_lightning.cli.auto import _Configuration
+from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.encoder.frozen import FrozenEncoder
+from small import table
 
 Say = Callable[..., str]
 
@@ -39,6 +43,8 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         with monkeypatch.context() as patch:
             patch.setattr(FrozenEncoder, "__init__", forbidden)
             patch.setattr("fpt_lightning.data.images.ImageReader.__call__", forbidden)
+            patch.setattr("fpt_lightning.cli.trainer.plan", lambda setting, memory: None)  # which takes long
+            patch.setattr("fpt_lightning.cli.trainer.table", lambda *_: "")
             message = fails(capsys, *args)
         assert sorted(tmp_path.rglob("*")) == before
         return message
@@ -46,7 +52,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
-@pytest.mark.parametrize("command", ["fit", "preload"])
+@pytest.mark.parametrize("command", ["fit", "preload", "plan"])
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
@@ -63,6 +69,12 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
             "model.class_weights is 'balanced', but the training images of each class are [2, 1, 0]",
         ),
         ({"model": {"task": "ordinal"}}, "a, b, c are words in alphabetical order"),
+        ({"model": {"pretrained": "no.pth"}}, "the weights file 'no.pth' (pretrained) does not exist"),
+        (
+            {"data": {"manifest": "lacks.csv", "group_column": "label"}},
+            "3 groups have images in more than one split: a, b, c: mend the splits",
+        ),
+        ({"data": {"root": "nowhere"}, "model": {"num_classes": None}}, "the data root 'nowhere' is not a folder"),
     ],
 )
 def test_before_the_frozen_pass(
@@ -76,6 +88,50 @@ def test_before_the_frozen_pass(
         rows = [",".join(row) for row in zip(listed, labels, used, strict=True)]
         (image_root / f"{name}.csv").write_text("\n".join(["image,label,split", *rows]))
     assert words in say(command, "--config", changed(config, "other", **sections))
+
+
+@pytest.mark.parametrize("command", ["fit", "preload", "plan"])
+def test_dicom_without_pydicom(
+    command: str, config: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    (image_root / "b" / "scan").write_bytes(bytes(128) + b"DICM")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "b/scan is DICOM: pip install 'fpt-lightning[dicom]'" in say(command, "--config", config)
+
+
+def test_a_stale_store_is_known_to_plan(config: Path, say: Say) -> None:
+    run("preload", "--config", config)
+    assert "made with other settings" in say("plan", "--config", config, "--data.codec", "fp16")
+
+
+def of_task(task: str, config: Path, image_root: Path) -> Path:
+    """A configuration of a task that says no number of classes."""
+    columns = ["red", "green", "bright"] if task == "multilabel" else "label"
+    data = {"manifest": str(table(image_root, task)), "label_column": columns, "mean": [0.4], "std": [0.2]}
+    return changed(config, "told", model={"task": task, "num_classes": None}, data=data)
+
+
+@pytest.mark.parametrize(("task", "number"), [("multiclass", 3), ("multilabel", 3), ("regression", 1)])
+def test_the_number_of_classes_is_that_of_the_data(task: str, number: int, config: Path, image_root: Path) -> None:
+    told = _Configuration(["fit", "--config", str(of_task(task, config, image_root))])
+    assert told.settings["model"]["init_args"]["num_classes"] == number
+
+
+def test_a_run_writes_down_the_number_of_classes(
+    config: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data are read once for it, and in prediction, without labels, the checkpoint knows it."""
+    told, read = of_task("multilabel", config, image_root), []
+    real = read_manifest
+    monkeypatch.setattr(
+        "fpt_lightning.datamodules.base.read_manifest", lambda *args, **more: read.append(args) or real(*args, **more)
+    )
+    run("fit", "--config", told, "--trainer.max_epochs", 1)
+    assert len(read) == 1
+    folder = config.parent / "run"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["num_classes"] == 3
+    run("predict", "--config", told, "--ckpt_path", "best", "--data.root", image_root / "a")
+    assert (folder / "predict" / "best" / "predictions.csv").is_file()
 
 
 def test_before_fit(config: Path, tmp_path: Path, say: Say) -> None:

@@ -498,6 +498,14 @@ def test_without_a_model_the_side_resolution_must_be_given(make: Maker) -> None:
         ready(make(side_resolution=None)).train_dataloader()
 
 
+@pytest.mark.parametrize(("encoder", "side"), [("vit_small_patch14_dinov2", 518), ("vit_base_patch32_224", 512)])
+def test_a_resolution_that_nobody_gives_fits_the_patches(make: Maker, encoder: str, side: int) -> None:
+    data = make(resolution=None)
+    assert data.resolution == (512, 512)
+    data.take_encoder(EncoderConfig(encoder, pretrained=False))
+    assert data.resolution == (side, side)
+
+
 def test_an_unknown_augmentation(make: Maker) -> None:
     with pytest.raises(ConfigurationError, match="augmentation is 'weak'"):
         ready(make(augmentation="weak")).train_dataloader()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -666,19 +667,12 @@ def test_bitfit_without_biases(monkeypatch: pytest.MonkeyPatch) -> None:
         built("bitfit")
 
 
-def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "peft":
-            raise ModuleNotFoundError(name="peft")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_lora_without_peft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said when the method is made, before images are read."""
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigurationError, match=r"need peft: pip install 'fpt-lightning\[peft\]'"):
-        built("lora")
+        make(name)
 
 
 def test_projections_that_lora_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:

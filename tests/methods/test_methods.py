@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
-from fpt_lightning.methods import QueryTokensModule
+from fpt_lightning.methods import FPTModule, QueryTokensModule
 from small import TINY, quiet_trainer, tiny_model
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
@@ -419,6 +419,26 @@ def test_class_weights(data: PreloadedFeatureDataModule, tmp_path: Path) -> None
 def test_settings_that_cannot_work(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tiny_model(**changes)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "side"),
+    [
+        ("vit_small_patch14_dinov2", 126),
+        ("vit_base_patch8_224", 128),
+        ("vit_tiny_patch16_224", 128),
+        ("vit_base_patch32_224", 128),
+    ],
+)
+def test_a_side_resolution_that_nobody_gives_fits_the_patches(encoder: str, side: int) -> None:
+    module = FPTPlusModule(num_classes=2, encoder=encoder, pretrained=False)
+    assert module.side_resolution == module.hparams["side_resolution"] == side  # as earlier checkpoints have it
+    assert FPTModule(num_classes=2, encoder=encoder, pretrained=False).side_resolution == 224
+
+
+def test_a_number_of_classes_is_needed_in_python() -> None:
+    with pytest.raises(ConfigurationError, match="num_classes is not given"):
+        FPTPlusModule(encoder="test_vit", pretrained=False)
 
 
 def test_features_of_another_encoder_are_refused() -> None:

@@ -227,12 +227,15 @@ def test_plan_without_images_weights_and_gpu(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fpt_lightning.planning.planner.largest_of_all", lambda make, budget, limit: limit)
-    main(["plan", "--config", str(config), "--data.resolution", "96", "--gpu-memory", "2GiB"])
-    printed = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:  # as fit would, but after what can be said
+        main(["plan", "--config", str(config), "--data.resolution", "96", "--gpu-memory", "2GiB"])
+    assert stopped.value.code == 2
+    printed, said = capsys.readouterr()
+    assert said.endswith("fpt-lightning: DataError: the data root 'nowhere' is not a folder.\n")
     assert "test_vit at 96 x 96 pixels, batch 8, precision bf16-mixed, codec int8, on cuda" in printed
     assert printed.count("FPT+") == 2  # memory by stage, and the rest
     assert "1,024 or more" in printed
-    assert "The images are not counted, so the store is of 1,000: the data root 'nowhere' is not a folder." in printed
+    assert "The images are not counted, so the store is of 1,000." in printed
 
 
 @pytest.mark.parametrize(
@@ -250,6 +253,7 @@ def test_plan_says_for_which_device(
 ) -> None:
     monkeypatch.setattr("fpt_lightning.cli.trainer.plan", lambda setting, memory: asked.append(setting.device))
     monkeypatch.setattr("fpt_lightning.cli.trainer.table", lambda *_: "")
+    monkeypatch.setattr("fpt_lightning.cli.training.CommandLine.after_plan", lambda _: None)
     asked: list[str] = []
     main(["plan", "--config", str(config), *given])
     assert asked == [device]
@@ -257,8 +261,10 @@ def test_plan_says_for_which_device(
 
 
 def test_plan_of_all_methods(config: Path, image_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "--all-methods", "--config", str(config), "--data.root", str(image_root)])
-    printed = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "--all-methods", "--config", str(config), "--data.root", str(image_root)])
+    printed, said = capsys.readouterr()
+    assert "EncoderError: the weights file 'nowhere.safetensors' (pretrained) does not exist." in said
     for label in ("Full fine-tuning", "LoRA", "FPT ", "FPT+", "Query tokens, stored"):
         assert label in printed
     assert "30 images" in printed

@@ -22,7 +22,7 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
 from fpt_lightning.files import align, without_nan, write_json, write_text
 from fpt_lightning.methods import METHODS
-from fpt_lightning.methods.tasks import make_task
+from fpt_lightning.methods.tasks import task_class
 
 CANDIDATES = ("stored_linear", "attentive", "query_tokens", "fpt_plus")
 """Methods that are tried, by name, the cheapest first: of equal ones the first is chosen."""
@@ -47,8 +47,7 @@ def fit_all(args: Sequence[str]) -> None:
     configuration = _Configuration(_arguments(args, "fpt_plus"))
     root = Path(configuration.settings["trainer"]["default_root_dir"])
     _claim(root / "auto.yaml", configuration)
-    model = configuration.settings["model"]["init_args"]
-    metric, mode = make_task(model["task"], model["num_classes"]).MONITOR
+    metric, mode = task_class(configuration.settings["model"]["init_args"]["task"]).MONITOR
     runs = [Run(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
     for i, run in enumerate(runs, 1):
         if not run.finished:
@@ -264,6 +263,8 @@ class _Configuration(CommandLine):
     """
 
     def before_instantiate_classes(self) -> None:
+        self.checkpoint = None
+        self._find_classes()
         self.settings = self.config["fit"].as_dict()
         self.text = self._parser("fit").dump(self.config["fit"])
 

@@ -59,7 +59,7 @@ class Trainer(L.Trainer):
 
         Args:
             model: the method.
-            datamodule: its data; images need not be there.
+            datamodule: its data; without its images, the store is of 1,000.
             gpu_memory: of the GPU, such as 8GiB: the largest batch and resolution that fit are looked for.
             all_methods: a row for every method, with the arguments that it shares with the model.
             device: that memory is predicted for, here or not; by default the trainer's, or a GPU with ``gpu_memory``.
@@ -68,6 +68,7 @@ class Trainer(L.Trainer):
         """
         assert isinstance(model, ClassificationModule)
         assert isinstance(datamodule, ImageDataModule)
+        datamodule.take_encoder(model.encoder_config)
         if device == "auto":
             on_cpu = gpu_memory is None and isinstance(self.accelerator, CPUAccelerator)
             device = "cpu" if on_cpu else "cuda"
@@ -149,5 +150,5 @@ def _setting(model: ClassificationModule, data: ImageDataModule, precision: str)
 def _count_images(data: ImageDataModule, kind: Kind) -> tuple[int | None, list[str]]:
     try:
         return len(data.read_manifest(kind).samples), []
-    except DataError as error:
-        return None, [f"The images are not counted, so the store is of 1,000: {error}"]
+    except DataError:  # with which the command ends
+        return None, ["The images are not counted, so the store is of 1,000."]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ArgumentParser
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -31,6 +32,7 @@ from fpt_lightning.cli.run_folder import (
 )
 from fpt_lightning.cli.screen import CheckpointResult, ImageProgress, results
 from fpt_lightning.cli.trainer import Trainer
+from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.deployment.checkpoints import read_checkpoint
@@ -38,6 +40,7 @@ from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.tasks import task_class
 from fpt_lightning.methods.trained import TrainedModule
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
@@ -148,12 +151,30 @@ class CommandLine(LightningCLI):
             _check_writable(folder)
         if self._writes_run:
             check_free(folder, path)
+        self._find_classes()
         for logger in _as_list(self._get(self.config, "trainer").logger):
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
                 logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
 
+    def _find_classes(self) -> None:
+        """Take a number of classes that is not given from the checkpoint, or else from the data."""
+        given = self._get(self.config, "model").init_args
+        self._listed: Manifest | None = None
+        if given.get("num_classes", 0) is not None:
+            return
+        if self.checkpoint is not None:
+            given.num_classes = self.checkpoint.get("hyper_parameters", {}).get("num_classes")
+            return
+        parser, asked = ArgumentParser(), self._get(self.config, "data")
+        parser.add_subclass_arguments(ImageDataModule, "data")
+        data = parser.instantiate_classes(parser.parse_object({"data": asked.as_dict()})).data
+        self._listed = data.read_manifest(task_class(given.get("task", "multiclass")).KIND)
+        given.num_classes = len(data.class_names)
+
     def after_instantiate_classes(self) -> None:
         """Let errors name this very command, and results the checkpoint they are of."""
+        if self._listed is not None:  # read once
+            self.datamodule.manifest = self.datamodule.listed = self._listed
         given = self._get(self.config, "config") or []
         configs = "".join(f" --config {path}" for path in given)
         if isinstance(self.datamodule, PreloadedFeatureDataModule):
@@ -211,6 +232,13 @@ class CommandLine(LightningCLI):
         on_gpu = asked in ("gpu", "cuda") or (asked == "auto" and CUDAAccelerator.is_available())
         if planned.device == "auto" and on_gpu:
             planned.device = "cuda"
+
+    def after_plan(self) -> None:
+        """End with the error that fit would end with before it encodes or trains anything."""
+        _check_writable(Path(self._get(self.config, "trainer").default_root_dir))
+        self.check("fit")
+        if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
+            self.datamodule.check_store(self.model.encoder_config)
 
     def before_explain(self) -> None:
         given = {name: self._get(self.config, name) for name in ("layer", "head", "images")}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -27,6 +28,7 @@ FULL_RANGE = (0.0, 65535.0)
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 _ORIENTATION = 274  # EXIF tag
 _FEW_LEVELS = 32  # of 256, that an image of more levels is left with
+_NEEDS_PYDICOM = "the image {} is DICOM: pip install 'fpt-lightning[dicom]' to read it."
 _FEW_PIXELS = 0.01  # share that may lie outside a range without a word
 
 
@@ -104,8 +106,24 @@ def _read_dicom(
     except ModuleNotFoundError as error:
         if error.name != "pydicom":
             raise
-        raise ImageError(f"the image {path} is DICOM: pip install 'fpt-lightning[dicom]' to read it.") from error
+        raise ImageError(_NEEDS_PYDICOM.format(path)) from error
     return read_dicom(file, path, page, notices, window)
+
+
+def check_extras(paths: Iterable[Path]) -> None:
+    """Refuse DICOM where pydicom is not installed, before anything is read for long.
+
+    Raises:
+        ImageError: naming the first such image and what to install.
+    """
+    if find_spec("pydicom") is not None:
+        return
+    for path in paths:
+        name, _ = file_and_page(path)
+        if name.is_file():
+            with name.open("rb") as file:
+                if _is_dicom(file, name):
+                    raise ImageError(_NEEDS_PYDICOM.format(path))
 
 
 def _read_picture(

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, unreadable
+from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, check_extras, unreadable
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample
@@ -19,10 +19,12 @@ from fpt_lightning.data.statistics import value_range as measured_range
 from fpt_lightning.data.transforms import Augmentation, ViewTransform
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.samples import STORED, ImageSamples, Samples, Views
-from fpt_lightning.encoder.config import EncoderConfig, check_resolution
+from fpt_lightning.encoder.config import EncoderConfig, check_resolution, nearest_side
 from fpt_lightning.errors import ConfigurationError, DataError, a_few, check_at_least
 from fpt_lightning.store.preload import write_left_out
 from fpt_lightning.store.specification import FeatureSpecification, from_sample
+
+_RESOLUTION = 512
 
 
 class ImageDataModule(ManifestDataModule):
@@ -33,7 +35,8 @@ class ImageDataModule(ManifestDataModule):
     Args:
         root: folder of the images (``ManifestDataModule``).
         manifest: CSV file instead of class folders; absolute or relative to ``root``.
-        resolution: of the encoder's images in pixels: a side, or (height, width).
+        resolution: of the encoder's images in pixels: a side, or (height, width); by default the multiple of the
+            encoder's patch size that is nearest to 512.
         mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training
             images, or over 1,000 of them (``fpt_lightning.data.statistics.draw_sample``).
         std: like ``mean``.
@@ -61,7 +64,7 @@ class ImageDataModule(ManifestDataModule):
         root: str,
         manifest: str | None = None,
         *,
-        resolution: int | tuple[int, int] = 512,
+        resolution: int | tuple[int, int] | None = None,
         mean: Literal["auto"] | list[float] = "auto",
         std: Literal["auto"] | list[float] = "auto",
         fit: Fit = "squash",
@@ -76,7 +79,9 @@ class ImageDataModule(ManifestDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(root, manifest, **kwargs)
-        self.resolution = (resolution, resolution) if isinstance(resolution, int) else (resolution[0], resolution[1])
+        side = _RESOLUTION if resolution is None else resolution
+        self.resolution = (side, side) if isinstance(side, int) else (side[0], side[1])
+        self._nearest = resolution is None  # whether an encoder's patches decide
         named = window if isinstance(window, str) else ",".join(f"{number:g}" for number in window)
         known = FULL_RANGE if isinstance(value_range, str) else value_range
         self.fixed_reader = ImageReader(self.resolution, fit, crop_border, named, max_pixels, known)
@@ -98,16 +103,17 @@ class ImageDataModule(ManifestDataModule):
             DataError: see ``read_manifest``.
             ConfigurationError: the model and the data do not fit each other.
         """
+        self.check(stage)
         if stage == "predict" and self.explained is None:
             told = {name: self.reading[name] for name in ("image_column", "case_column")}
             listed = list_images(self.root, self._kind(), self._declared("num_classes") or 1, self.table, **told)
+            check_extras(listed.path(sample) for sample in listed.samples)
             for note in listed.notes:
                 rank_zero_info(note)
             self.unlabelled = self._readable(listed)
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
-        self.check(stage)
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         self._setup_features(stage)
@@ -134,14 +140,23 @@ class ImageDataModule(ManifestDataModule):
         before, self.model = self.model, self.model if model is None else model
         try:
             ViewTransform(1, self.augmentation)
+            if (encoder := self._declared("encoder_config")) is not None:
+                self.take_encoder(encoder)
             if stage == "predict" and self.explained is None:
                 return
             if self.external and "test" not in (stage, self.explained):
                 raise ConfigurationError("data.external is true: all images are for test, none for fit or validate.")
-            self.read_manifest(self._kind())
+            manifest = self.read_manifest(self._kind())
+            check_extras(manifest.path(sample) for sample in manifest.samples)
             self._check_model(stage)
         finally:
             self.model = before
+
+    def take_encoder(self, encoder: EncoderConfig) -> None:
+        """Take the resolution that its patches fill, where none was given."""
+        if self._nearest:
+            side = nearest_side(_RESOLUTION, encoder.shape.patch_size)
+            self.resolution = (side, side)
 
     def _kind(self) -> Kind:
         task = self._declared("task")
@@ -281,6 +296,7 @@ class ImageDataModule(ManifestDataModule):
         self._check_cases()
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
+            encoder.check_weights()
         if encoder is not None and "side_images" in self._inputs():
             self._side_resolution()
         adapt = getattr(self._declared("task"), "adapt", None)

@@ -108,6 +108,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         encoder = model if isinstance(model, EncoderConfig) else model.encoder_config
         assert isinstance(encoder, EncoderConfig)
         if isinstance(model, EncoderConfig):
+            self.take_encoder(encoder)
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
         else:
             self.check("test" if self.external else "fit", model)
@@ -198,6 +199,16 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
                 "with data.mirrored true."
             )
+
+    def check_store(self, encoder: EncoderConfig) -> None:
+        """Hold the store, if there is one, against what an encoder gives.
+
+        Raises:
+            StaleStoreError: it was made with other settings.
+            StoreError: it cannot be reached or opened.
+        """
+        if (store := self._open()) is not None:
+            store.require(self.asked_store(encoder), self.rebuild)
 
     def asked_store(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification that the store must have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -88,6 +89,12 @@ def _similar(name: str) -> list[str]:
 
     vits = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="eva")]
     return sorted(vits, key=nearness, reverse=True)[:3]
+
+
+def nearest_side(wanted: int, patch_size: tuple[int, int]) -> int:
+    """The side in pixels of square images nearest to a wanted one that ``patch_size`` divides; of two, the larger."""
+    step = math.lcm(*patch_size)
+    return max(1, (2 * wanted + step) // (2 * step)) * step
 
 
 @cache
@@ -228,6 +235,15 @@ class EncoderConfig:
         if self.pretrained is True and self.name.startswith(_FOLDER):
             return self.name.removeprefix(_FOLDER)
         return self.pretrained if isinstance(self.pretrained, str) else None
+
+    def check_weights(self) -> None:
+        """Refuse a file or folder of weights that is not there.
+
+        Raises:
+            EncoderError: naming it.
+        """
+        if self.weights_path is not None:
+            existing_weights(self.weights_path)
 
     def weights(self) -> str:
         """What identifies the weights without loading them: timm's tag, a repository, ``random``, or SHA-256 of files.

@@ -25,7 +25,7 @@ class AdapterModule(EncoderTuningModule):
     LABEL = "Adapter"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "reduction", "scale")
 
-    def __init__(self, num_classes: int, reduction: int = 8, scale: float = 0.1, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, reduction: int = 8, scale: float = 0.1, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         self.bottleneck = self.encoder_shape.width // reduction if reduction > 0 else 0

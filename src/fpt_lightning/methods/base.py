@@ -84,7 +84,8 @@ class ClassificationModule(TrainedModule, ABC):
     are primitive, so that a checkpoint holds them and loads under ``weights_only``.
 
     Args:
-        num_classes: number of classes; of labels in a multi-label task; 1 in a regression.
+        num_classes: number of classes; of labels in a multi-label task; 1 in a regression. The command line finds it in
+            the data where it is not given.
         task: ``multiclass``, ``multilabel``, ``ordinal`` (grades as classes), ``coral`` (grades by ordered thresholds)
             or ``regression``: the head, the loss, the metrics and what the best epoch is chosen by
             (``fpt_lightning.methods.tasks``).
@@ -117,7 +118,7 @@ class ClassificationModule(TrainedModule, ABC):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         encoder: str = "vit_base_patch16_224.augreg_in21k",
         pretrained: bool | str = True,
         learning_rate: float = 2e-4,
@@ -132,6 +133,8 @@ class ClassificationModule(TrainedModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if num_classes is None:
+            raise ConfigurationError("num_classes is not given: only the command line finds it in the data.")
         self.num_classes = num_classes
         self.task = make_task(task, num_classes, class_weights, label_smoothing)
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, (betas[0], betas[1])

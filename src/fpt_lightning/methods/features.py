@@ -51,7 +51,7 @@ class FeatureModule(ClassificationModule):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         layers: list[int] | None = None,
         token_ratio: float = 0.2,
         criterion: Criterion = "global",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from fpt_lightning.encoder.config import check_resolution
+from fpt_lightning.encoder.config import check_resolution, nearest_side
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.fusion import FineGrainedFusion, ProjectedFusion, PromptHead
@@ -19,7 +19,8 @@ class FPTPlusModule(FeatureModule):
 
     Args:
         num_classes: number of classes.
-        side_resolution: side of the low-resolution images in pixels (paper, section 3.3).
+        side_resolution: side of the low-resolution images in pixels (paper, section 3.3); by default the multiple of
+            the encoder's patch size that is nearest to ``SIDE_RESOLUTION``.
         reduction: the side network's width is the encoder's divided by this.
         prompts: number of fine-grained prompts of a layer (paper, section 3.4).
         dropout: after the shared out-projector.
@@ -45,11 +46,13 @@ class FPTPlusModule(FeatureModule):
         "prompt_head",
     )
     FUSION: ClassVar[type[FineGrainedFusion | ProjectedFusion]] = FineGrainedFusion
+    SIDE_RESOLUTION: ClassVar[int] = 128
+    """Published side of the low-resolution images in pixels."""
 
     def __init__(
         self,
-        num_classes: int,
-        side_resolution: int = 128,
+        num_classes: int | None = None,
+        side_resolution: int | None = None,
         reduction: int = 8,
         prompts: int = 16,
         dropout: float = 0.5,
@@ -60,6 +63,8 @@ class FPTPlusModule(FeatureModule):
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         shape = self.encoder_shape
+        if side_resolution is None:
+            side_resolution = nearest_side(self.SIDE_RESOLUTION, shape.patch_size)
         check_resolution("side_resolution", (side_resolution, side_resolution), shape.patch_size, shape.name)
         width = shape.width // reduction if reduction > 0 and shape.width % reduction == 0 else 0
         if width == 0 or width % shape.heads:
@@ -67,7 +72,7 @@ class FPTPlusModule(FeatureModule):
                 f"reduction is {reduction}: the encoder's width {shape.width} divided by it must be a multiple of its "
                 f"{shape.heads} heads."
             )
-        self.side_resolution = side_resolution
+        self.hparams["side_resolution"] = self.side_resolution = side_resolution  # as a checkpoint is held against it
         depth = len(self.encoder_config.tapped_layers)
         self.fusion = self.FUSION(depth, shape.heads, shape.width, width, prompts, dropout, gradient_checkpointing)
         self.side = SideViT(
@@ -104,8 +109,6 @@ class FPTModule(FPTPlusModule):
     """FPT, the earlier method: a side block for every block of the encoder, prompts at the side network's width.
 
     Args:
-        num_classes: number of classes.
-        side_resolution: side of the low-resolution images in pixels.
         **kwargs: see ``FPTPlusModule``; ``layers`` are all of the encoder's by default.
 
     Raises:
@@ -116,7 +119,4 @@ class FPTModule(FPTPlusModule):
     LABEL = "FPT"
     ALL_LAYERS = True
     FUSION = ProjectedFusion
-
-    def __init__(self, num_classes: int, side_resolution: int = 224, **kwargs: Any) -> None:
-        super().__init__(num_classes, side_resolution=side_resolution, **kwargs)
-        self.save_hyperparameters()
+    SIDE_RESOLUTION = 224

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -32,9 +33,10 @@ class LoRAModule(EncoderTuningModule):
     LABEL = "LoRA"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "rank", "alpha")
 
-    def __init__(self, num_classes: int, rank: int = 16, alpha: float = 16.0, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, rank: int = 16, alpha: float = 16.0, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
+        _check_peft()
         if rank < 1:
             raise ConfigurationError(f"rank is {rank}: give at least 1.")
         self.rank, self.alpha = rank, alpha
@@ -74,7 +76,7 @@ class AdaLoRAModule(EncoderTuningModule):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None = None,
         rank: int = 8,
         initial_rank: int = 12,
         alpha: float = 16.0,
@@ -83,6 +85,7 @@ class AdaLoRAModule(EncoderTuningModule):
     ) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
+        _check_peft()
         if not 1 <= rank < initial_rank:
             raise ConfigurationError(f"rank is {rank}, initial_rank {initial_rank}: give 1 <= rank < initial_rank.")
         self.rank, self.initial_rank, self.alpha, self.orthogonality = rank, initial_rank, alpha, orthogonality
@@ -249,11 +252,12 @@ def _check_targets(vit: nn.Module, depth: int) -> None:
         )
 
 
+def _check_peft() -> None:
+    if find_spec("peft") is None:
+        raise ConfigurationError("LoRA and AdaLoRA need peft: pip install 'fpt-lightning[peft]'.")
+
+
 def _import_peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise ConfigurationError("LoRA and AdaLoRA need peft: pip install 'fpt-lightning[peft]'.") from error
+    import peft  # takes seconds
+
     return peft

@@ -25,7 +25,7 @@ class StoredLinearProbingModule(FeatureModule):
     LABEL = "Linear probing, stored"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"pooled"})
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         width = self.encoder_shape.width
@@ -56,7 +56,7 @@ class AttentiveProbingModule(FeatureModule):
     LABEL = "Attentive probing, stored"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "queries")
 
-    def __init__(self, num_classes: int, queries: int = 4, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, queries: int = 4, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         shape = self.encoder_shape
@@ -99,7 +99,7 @@ class QueryTokensModule(FeatureModule):
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "reduction", "prompts")
 
     def __init__(
-        self, num_classes: int, reduction: int = 8, prompts: int = 16, dropout: float = 0.5, **kwargs: Any
+        self, num_classes: int | None = None, reduction: int = 8, prompts: int = 16, dropout: float = 0.5, **kwargs: Any
     ) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()

@@ -32,7 +32,7 @@ class PromptTuningModule(EncoderTuningModule):
     LABEL = "Prompt tuning"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*EncoderTuningModule.ARCHITECTURE, "prompts")
 
-    def __init__(self, num_classes: int, prompts: int = 16, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, prompts: int = 16, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         if prompts < 1:

@@ -248,21 +248,38 @@ class Regression(Task):
         return torch.zeros(count)
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of a task by name, which knows the kind of its labels and its metric.
+
+    Raises:
+        ConfigurationError: an unknown name.
+    """
+    classes: dict[str, type[Task]] = {
+        "multiclass": Multiclass,
+        "multilabel": Multilabel,
+        "ordinal": Ordinal,
+        "coral": Coral,
+        "regression": Regression,
+    }
+    if name not in classes:
+        raise ConfigurationError(f"model.task is {name!r}: choose one of {', '.join(TASKS)}.")
+    return classes[name]
+
+
 def make_task(name: str, num_classes: int, class_weights: Weights = None, label_smoothing: float = 0.0) -> Task:
     """A task by name.
 
     Raises:
         ConfigurationError: an unknown name, a number of classes that it cannot have, or weights that it does not take.
     """
-    make: dict[str, Callable[[], Task]] = {
-        "multiclass": lambda: Multiclass(num_classes, class_weights, label_smoothing),
-        "multilabel": lambda: Multilabel(num_classes, class_weights),
-        "ordinal": lambda: Ordinal(num_classes, class_weights, label_smoothing),
-        "coral": lambda: Coral(num_classes),
-        "regression": Regression,
+    make: dict[type[Task], Callable[[], Task]] = {
+        Multiclass: lambda: Multiclass(num_classes, class_weights, label_smoothing),
+        Multilabel: lambda: Multilabel(num_classes, class_weights),
+        Ordinal: lambda: Ordinal(num_classes, class_weights, label_smoothing),
+        Coral: lambda: Coral(num_classes),
+        Regression: Regression,
     }
-    if name not in make:
-        raise ConfigurationError(f"model.task is {name!r}: choose one of {', '.join(TASKS)}.")
+    kind = task_class(name)
     if name == "regression" and num_classes != 1:
         raise ConfigurationError(f"model.num_classes is {num_classes}: it is 1 for the task 'regression'.")
     least = 1 if name in ("multilabel", "regression") else 2
@@ -277,4 +294,4 @@ def make_task(name: str, num_classes: int, class_weights: Weights = None, label_
             raise ConfigurationError(f"model.{argument} is {value}, which the task {name!r} does not take.")
     if isinstance(class_weights, list) and len(class_weights) != num_classes:
         raise ConfigurationError(f"model.class_weights has {len(class_weights)} numbers for {num_classes} classes.")
-    return make[name]()
+    return make[kind]()

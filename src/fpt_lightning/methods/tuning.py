@@ -43,7 +43,7 @@ class EncoderModule(ClassificationModule):
     """Whether the encoder is frozen but for a part, and so stays in evaluation mode."""
     gradient_checkpointing = False
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         self.encoder_config = EncoderConfig(name=self.hparams["encoder"], pretrained=self.hparams["pretrained"])
@@ -183,7 +183,7 @@ class EncoderTuningModule(EncoderModule):
         EncoderError: ``encoder`` is not a plain ViT of timm.
     """
 
-    def __init__(self, num_classes: int, gradient_checkpointing: bool = False, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int | None = None, gradient_checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
         self.save_hyperparameters()
         self.gradient_checkpointing = gradient_checkpointing
