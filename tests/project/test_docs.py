@@ -195,6 +195,9 @@ def run(words: list[str]) -> None:
             parsed(*rest)
         else:
             main(rest)
+        if rest[0] == "init":
+            path = Path("my.yaml")
+            path.write_text(yaml.safe_dump(small(yaml.safe_load(path.read_text()))))
     elif program == "python" and rest[0].startswith("benchmarks/"):
         assert script([rest[0], "--help"]) == 0
     elif program == "python":

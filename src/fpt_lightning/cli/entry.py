@@ -40,6 +40,7 @@ class Command(NamedTuple):
 _TRAINING = "cli.training:CommandLine"  # Lightning's own command line, which knows its commands by name
 
 COMMANDS: dict[str, Command] = {
+    "init": Command("look at a folder or table of images, and write a configuration for it", "cli.init:init"),
     "fit": Command("make the store if it is missing, train, and test the best and the last epoch", _TRAINING),
     "validate": Command("a trained model on the validation images", _TRAINING),
     "test": Command("a trained model on the test images, or on those of another hospital", _TRAINING),
@@ -186,14 +187,14 @@ def _quieten() -> None:
 def _spelled(args: list[str]) -> list[str]:
     """Commands as jsonargparse has them.
 
-    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` it knows no hyphens and no bare flags; of
-    ``evaluate --by sex --by site`` it would keep the last.
+    ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` and of ``init`` it knows no hyphens and
+    no bare flags; of ``evaluate --by sex --by site`` it would keep the last.
     """
     if args[:1] == ["evaluate"]:
         return [re.sub(r"^--by(?=$|=)", "--by+", arg) for arg in args]
     if args[:2] == ["store", "repair"]:
         return ["preload", *args[2:], "--repair", "true"]
-    if "plan" not in args:
+    if "plan" not in args and args[:1] != ["init"]:
         return args
     spelled = [arg.replace("--gpu-memory", "--gpu_memory").replace("--all-methods", "--all_methods") for arg in args]
     bare = [

@@ -87,6 +87,16 @@ def read_dicom(
     raise ImageError(f"the DICOM file {path} has the colours {photometric!r}, which are not supported: save it as RGB.")
 
 
+def described(path: Path) -> dict[str, str]:
+    """What a file's header says of it: Modality, BodyPartExamined, PatientID; empty of what is no DICOM."""
+    keywords = ("Modality", "BodyPartExamined", "PatientID")
+    try:
+        header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
+        return {keyword: str(header.get(keyword) or "") for keyword in keywords}
+    except Exception:  # whatever is wrong with it, reading the image says
+        return {}
+
+
 # The file
 
 

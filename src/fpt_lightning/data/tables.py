@@ -393,7 +393,7 @@ def _one(rows: Sequence[Sample], table: Table, union: bool) -> Sample:
 
 def _number(row: Row, column: str, table: Table) -> float:
     """The truth of a label: 1, 0, -1 (uncertain); infinite where the field is empty, NaN where unknown in any case."""
-    number = _truth(row[column])
+    number = truth_of(row[column])
     if number is None:
         raise DataError(
             f"{table.where(row)}: the label (column {column!r}) is {row[column].strip()!r}, not 1, 0, -1 (uncertain), "
@@ -403,25 +403,27 @@ def _number(row: Row, column: str, table: Table) -> float:
 
 
 @lru_cache(maxsize=1024)  # a table of many labels has millions of fields, and few that differ
-def _truth(field: str) -> float | None:
+def truth_of(field: str) -> float | None:
+    """1, 0 or -1 (uncertain) of a label; infinite where the field is empty, NaN where it says so, None of all else."""
     text = field.strip().lower()
     if text == "nan":
         return math.nan
     if text in MISSING:
         return math.inf
-    number = _TRUTH.get(text, _as_number(text))
+    number = _TRUTH.get(text, as_number(text))
     return number if number in (1.0, 0.0, UNCERTAIN) else None
 
 
 def _value(row: Row, column: str, table: Table) -> float:
     """The number of a regression."""
-    number = _as_number(row[column].strip())
+    number = as_number(row[column].strip())
     if not math.isfinite(number):
         raise DataError(f"{table.where(row)}: the label (column {column!r}) is {row[column].strip()!r}, not a number.")
     return number
 
 
-def _as_number(text: str) -> float:
+def as_number(text: str) -> float:
+    """The number that a text is, or NaN."""
     try:
         return float(text)
     except ValueError:

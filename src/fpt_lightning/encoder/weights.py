@@ -7,10 +7,12 @@ import inspect
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -21,6 +23,15 @@ from fpt_lightning.encoder.weight_files import read_config, read_weights
 from fpt_lightning.errors import EncoderError, a_few
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder")
+ENCODERS = (
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *(f"vit_{size}_patch14_{kind}dinov2" for kind in ("", "reg4_") for size in ("small", "base", "large", "giant")),
+    *(f"vit_{size}_patch16_dinov3" for size in ("small", "base", "large", "huge_plus")),
+    *(f"vit_{size}_patch16_dinov3_qkvb" for size in ("small", "base", "large", "huge_plus")),
+    *("vit_base_patch8_224", "vit_base_patch32_224", "vit_base_patch16_siglip_224", "vit_huge_patch14_224"),
+)
+"""Names of timm that a file of weights is tried on, in this order."""
+
 _POSITIONS = ("pos_embed", "relative_position", "rel_pos", "rope")
 _HEADS = ("head.", "head_dist.", "classifier.", "fc.", "pooler.")
 _POOLING = ("fc_norm.", "norm.", "attn_pool.")  # what follows the blocks; the frozen pass does not use it
@@ -95,6 +106,38 @@ def fit_weights(model: nn.Module, content: Any, source: str, pooling: bool = Fal
         raise EncoderError(f"{source} does not fit {type(model).__name__}:{misfits}{_both(published, model)}")
     fitting = {k: v for k, v in converted.items() if k in own and v.shape == own[k].shape}
     model.load_state_dict(fitting, strict=False)
+
+
+def encoder_of_weights(path: Path) -> str:
+    """The first of ``ENCODERS`` that has every tensor of a weights file, and no other.
+
+    The number of heads, which no tensor shows, is held against a ``config.json`` beside the file, where there is one.
+
+    Args:
+        path: of a file, an index of shards or a folder.
+
+    Raises:
+        EncoderError: files that are not there or cannot be read, or that fit none.
+    """
+    source, content = f"the weights file {path}", read_weights(path)
+    shapes = {tensor.shape for tensor in _state_dict(content, source).values()}
+    for name in ENCODERS:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name, pretrained=False)
+        if model.patch_embed.proj.weight.shape not in shapes:
+            continue
+        try:
+            _check_config(path, model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that nothing is copied where no memory is
+                fit_weights(model, content, source)
+        except EncoderError:
+            continue
+        return name
+    raise EncoderError(
+        f"{source} fits none of the encoders that are tried ({a_few(ENCODERS, len(ENCODERS))}): write model.encoder "
+        "and model.pretrained yourself; fit says what does not fit."
+    )
 
 
 def _misfits(given: Tensors, wanted: Tensors, dropped: list[str]) -> str:
