@@ -17,6 +17,10 @@ class DataError(FPTError):
     """A data set, manifest or split that cannot be used as it is."""
 
 
+class OverlapError(DataError):
+    """Groups or identical files in several splits."""
+
+
 class ImageError(DataError):
     """An image file that cannot be read."""
 

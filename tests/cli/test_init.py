@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from commands import fails, run
 from dicom_files import dataset, write
 from fpt_lightning.cli import init as command
+from fpt_lightning.files import read_rows
 from small import write_images
 
 Say = Callable[..., str]
@@ -125,6 +127,7 @@ def test_folders_of_splits_by_other_names(workplace: Path, capsys: pytest.Captur
     (workplace / "mri/Testing/a/! odd.png").write_bytes(b"no image")
     run("init", "mri")
     printed = capsys.readouterr().out
+    assert "given: train 21, val 3, test 25" in printed
     assert "there are no validation images" in printed
     assert "! odd.png cannot be read" in printed
     found = settings()
@@ -161,6 +164,32 @@ def test_several_labels(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = settings()
     assert (found["model"]["task"], found["data"]["label_column"]) == ("multilabel", ["edema", "effusion"])
     assert "test_auc" in fitted()
+
+
+def test_copies_in_two_splits_are_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file runs, as fit says it again at each start."""
+    for seed, split in enumerate(("Training", "Testing")):
+        write_images(workplace / "mri" / split, {"a": 16, "b": 16}, size=(8, 8), seed=seed)
+    shutil.copy(workplace / "mri/Training/a/000.png", workplace / "mri/Testing/a/copy.png")
+    run("init", "mri")
+    assert "1 images are also in another split, to the byte: T" in capsys.readouterr().out
+    assert settings()["data"]["allow_overlap"] is True
+
+
+def test_patients_of_headers_keep_the_splits_that_are_given(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        folder = workplace / "breast" / ("train", "test")[i // 24] / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (9, 9)).astype(np.uint8)
+        write(folder / f"{i:02d}.dcm", dataset(pixels, PatientID=f"p{i // 2}"))
+    run("init", "breast")
+    rows = read_rows(Path("my.csv"), "table")
+    assert {(row["image"].split("/")[0], row["split"]) for row in rows} == {("train", "train"), ("test", "test")}
+    Path("my.yaml").unlink()
+    assert "my.csv is there already" in fails(capsys, "init", "breast")
 
 
 @pytest.mark.parametrize(

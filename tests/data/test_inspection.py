@@ -154,7 +154,7 @@ def test_what_pictures_are_like(tmp_path: Path) -> None:
     assert pictures.suffixes == {".png": 12, ".jpg": 1}
     assert {(look.grey, look.bits) for look in pictures.looks} == {(True, 16)}
     assert (pictures.size, pictures.bright) == ((40, 80), (40, 40))
-    assert (pictures.border, pictures.aspect) == (0.5, 1)
+    assert (pictures.border, pictures.aspect, pictures.deep) == (0.5, 1, True)
     assert list(pictures.broken) == ["a/broken.jpg"]
 
 

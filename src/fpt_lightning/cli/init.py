@@ -71,14 +71,14 @@ def init(data: str, out: str = "my.yaml", gpu_memory: str | None = None, weights
         EncoderError: weights that fit no encoder that is known.
     """
     path = Path(out)
-    if path.exists():
-        raise ConfigurationError(f"{path} is there already: give another --out, or remove it.")
+    _check_free(path)
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
     found = inspect_data(Path(data).expanduser())
     sections = choose(found, path, memory, weights)
     settings = {name: {line.name: line.value for line in lines} for name, lines in sections.items()}
     table = _patients_table(found, path)
     if table is not None:
+        _check_free(table)
         write_rows(table, _patient_rows(found))
     try:
         checked = PreloadedFeatureDataModule(**settings["data"])
@@ -132,6 +132,11 @@ def choose(
             *_normalisation(found, arguments),
         ],
     }
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise ConfigurationError(f"{path} is there already: give another --out, or remove it.")
 
 
 # Choices
@@ -188,6 +193,7 @@ def _reading(found: Inspection, out: Path) -> list[Line]:
         "group_column": "what one split keeps whole",
         "split_column": "train, val and test are given",
         "classes": "from low to high",
+        "allow_overlap": "the same are in several splits: test figures are too good until they are taken out",
     }
     lines = [Line("root", str(found.root), "the folder of the images")]
     table, reading = _patients_table(found, out), found.reading
@@ -201,7 +207,7 @@ def _folds(found: Inspection) -> list[Line]:
     count = len(found.manifest.samples)
     if count >= _FEW_IMAGES or (found.manifest.kind != "regression" and min(_counts(found).values()) < _FOLDS):
         return []
-    says = "tests each image once" if found.manifest.random else "validates each but the test images once"
+    says = "validates each but the test images once" if found.given else "tests each image once"
     why = f"{count:,} images are few for one split: --data.fold 1 to {_FOLDS} {says}"
     return [Line("folds", _FOLDS, why)]
 
@@ -237,6 +243,9 @@ def _framing(found: Inspection) -> list[Line]:
     if pictures.aspect >= _ASPECT:
         why = f"long sides are {pictures.aspect:.2f} x short ones: padded, not squashed"
         lines.append(Line("fit", "letterbox", why))
+    if pictures.deep:
+        why = "16 bits: the smallest to the largest value of the training images; by numbers, folds share a store"
+        lines.append(Line("value_range", "auto", why))
     if pictures.broken:
         why = f"{len(pictures.broken)} of those that were opened cannot be read: fit leaves such out, and lists them"
         lines.append(Line("on_error", "skip", why))
@@ -272,12 +281,13 @@ def _patients_table(found: Inspection, out: Path) -> Path | None:
 
 
 def _patient_rows(found: Inspection) -> list[list[str]]:
+    """A table of the images with the splits that are given; validation images are drawn anew, patients whole."""
     manifest = found.manifest
-    given = not manifest.random
-    rows = [["image", "label", "patient", *(["split"] if given else [])]]
+    rows = [["image", "label", "patient", *(["split"] if found.given else [])]]
     for sample in manifest.samples:
-        split = [sample.split] if given else []
-        rows.append([sample.id, manifest.classes[sample.label], found.patients.get(sample.id, ""), *split])
+        split = "train" if manifest.random and sample.split == "val" else sample.split
+        patient = found.patients.get(sample.id, "")
+        rows.append([sample.id, manifest.classes[sample.label], patient, *([split] if found.given else [])])
     return rows
 
 
@@ -303,21 +313,18 @@ def _told(found: Inspection, notes: Sequence[str]) -> str:
             rows[keyword] = ", ".join(f"{name} ({count:,})" for name, count in said.most_common())
     if found.topic:
         rows["of"] = f"{found.topic}, as names say"
-    source = "folders" if found.columns is None else f"column {a_few(found.columns.labels)} of {found.table}"
+    source = f"column {a_few(found.labels)} of {found.table}" if found.labels else "folders"
     rows["labels"] = f"{source}: " + ", ".join(f"{name} ({count:,})" for name, count in _counts(found).items())
     groups = {sample.group for sample in manifest.samples if sample.group} or {*found.patients.values()} - {""}
     if groups:
         rows["patients"] = f"{len(groups):,}, " + (
             "PatientID of the headers" if found.patients else f"column {found.reading.get('group_column', 'group')}"
         )
-    drawn = "drawn at random, 70/10/20, patients whole" if manifest.random else "given"
-    given = ", ".join(f"{name} {len(manifest.split(name)):,}" for name in SPLITS)
-    rows["splits"] = f"{drawn}: {given}" if not manifest.random else drawn
+    counts = ", ".join(f"{name} {len(manifest.split(name)):,}" for name in SPLITS)
+    rows["splits"] = f"given: {counts}" if found.given else "none given: 70/10/20 is drawn, patients whole"
     lines = [f"{name:<17}{said}" for name, said in rows.items()]
     lines += [f"{'note':<17}{note}" for note in notes]
-    broken = [f"{reason}" for reason in pictures.broken.values()]
-    undecided = [*found.undecided, *broken]
-    if undecided:
+    if undecided := [*found.undecided, *pictures.broken.values()]:
         lines += ["", "left to decide:", *(f"  - {question}" for question in undecided)]
     return "\n".join(lines)
 

@@ -124,6 +124,13 @@ def labelled_folders(root: Path, kind: Kind) -> tuple[list[tuple[Sample, str]], 
     return labelled, Found([], ignored).notes()
 
 
+def class_folders(root: Path) -> tuple[list[Path], bool]:
+    """The folders that name classes, of the first split where folders name splits, and whether they do."""
+    folders = _folders(root)
+    splits = _splits(folders)
+    return (_folders(next(iter(splits))) if splits else folders), bool(splits)
+
+
 def _splits(folders: Sequence[Path]) -> dict[Path, str]:
     """What the folders are called as splits: by their whole names, or all by a word, as ``chest_train``."""
     whole = {path: SPLIT_NAMES[path.name.lower()] for path in folders if path.name.lower() in SPLIT_NAMES}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,13 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, NamedTuple
 
-from fpt_lightning.data.folders import IMAGE_SUFFIXES, SPLIT_NAMES, walk
+from fpt_lightning.data.folders import IMAGE_SUFFIXES, SPLIT_NAMES, class_folders, walk
 from fpt_lightning.data.images import DICOM_SUFFIXES, bright_box, check_extras, read_image
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.pages import file_and_page, named_page
 from fpt_lightning.data.sources import list_images, read_manifest
 from fpt_lightning.data.tables import MISSING, Table, as_number, read_table, truth_of
-from fpt_lightning.errors import DataError, ImageError, a_few
+from fpt_lightning.errors import DataError, ImageError, OverlapError, a_few
 
 OPENED = 32
 """Images that are opened, evenly spread over all."""
@@ -123,6 +124,11 @@ class Pictures:
         return _median([look.bright for look in self.looks])
 
     @property
+    def deep(self) -> bool:
+        """Whether there are 16-bit pictures that are no DICOM."""
+        return not self.headers and any(look.bits == 16 for look in self.looks)
+
+    @property
     def aspect(self) -> float:
         """Median of long side / short side, without the dark border."""
         return median(max(look.bright) / min(look.bright) for look in self.looks)
@@ -144,9 +150,11 @@ class Inspection:
     Attributes:
         root: folder of the images.
         table: of the labels; None where folders are the classes.
-        columns: of the table.
-        manifest: as ``reading`` reads it.
+        labels: the table's columns of labels; none where folders are the classes.
+        reading: arguments of ``fpt_lightning.datamodules.base.ManifestDataModule`` that are not the default.
+        manifest: as these read it.
         grades: whether classes are grades from low to high; they are in this order.
+        given: whether training and test images are.
         pictures: what the images are like.
         topic: what they are of, such as ``fundus photographs``; empty where nothing says it.
         patients: by image, where DICOM headers alone say it and several images are of one.
@@ -156,19 +164,16 @@ class Inspection:
 
     root: Path
     table: Path | None
-    columns: Columns | None
+    labels: tuple[str, ...]
+    reading: Mapping[str, Any]
     manifest: Manifest
     grades: bool
+    given: bool
     pictures: Pictures
     topic: str
     patients: Mapping[str, str]
     unnamed: int
     undecided: tuple[str, ...]
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """Arguments of ``fpt_lightning.datamodules.base.ManifestDataModule`` that are not the default."""
-        return _reading(self.root, self.table, self.columns, self.manifest.classes if self.grades else None)
 
 
 def inspect_data(path: Path) -> Inspection:
@@ -192,20 +197,24 @@ def inspect_data(path: Path) -> Inspection:
     undecided: list[str] = []
     table = _find_table(root, ids, undecided) if path.is_dir() else _named_table(path, ids)
     columns = None if table is None else _recognised(table, _names(ids, root))
-    if table is not None and columns is not None:
-        undecided += _open_questions(table, columns)
-    manifest, order = None, None
+    order = None
     if table is None or columns is None:
-        manifest = read_manifest(root)
-        source, names = root.name, list(manifest.classes)
-    else:
-        source = columns.labels[0]
-        names = list({row[source].strip() for row in table.rows}) if columns.kind == "single-label" else []
-    if columns is None or len(columns.labels) == 1:
-        order, doubt = _order(names, source)
+        classes, given = class_folders(root)
+        order, doubt = _order([path.name for path in classes], root.name)
         undecided += doubt
-    if manifest is None or order is not None:
-        manifest = _read(root, table, columns, order)
+    else:
+        given = columns.split is not None
+        undecided += _open_questions(table, columns)
+        if columns.kind == "single-label" and len(columns.labels) == 1:
+            column = columns.labels[0]
+            order, doubt = _order({row[column].strip() for row in table.rows}, column)
+            undecided += doubt
+    reading = _reading(root, table, columns, order)
+    kind: Kind = "single-label" if columns is None else columns.kind
+    manifest, overlap = _read(root, kind, reading)
+    if overlap:
+        reading["allow_overlap"] = True
+        undecided.append(overlap)
     pictures = look_at(manifest)
     patients = _patients(manifest, pictures)
     if not patients and not any(sample.group for sample in manifest.samples):
@@ -213,19 +222,21 @@ def inspect_data(path: Path) -> Inspection:
             "which images are of one patient: without a column of patients in a CSV file (data.group_column), those of "
             "one may be in training and test, and test figures too good."
         )
-    words = [root.name, *(() if columns is None else (*columns.labels, *columns.others)), *manifest.classes]
-    topic = _topic([*words, *pictures.of_header("Modality"), *pictures.of_header("BodyPartExamined")])
+    named = () if columns is None else (*columns.labels, *columns.others)
+    said = (*pictures.of_header("Modality"), *pictures.of_header("BodyPartExamined"))
     return Inspection(
-        root,
-        None if table is None else table.path,
-        columns,
-        manifest,
-        order is not None,
-        pictures,
-        topic,
-        patients,
-        len({*ids} - {sample.id for sample in manifest.samples}),
-        tuple(undecided),
+        root=root,
+        table=None if table is None else table.path,
+        labels=() if columns is None else columns.labels,
+        reading=reading,
+        manifest=manifest,
+        grades=order is not None,
+        given=given,
+        pictures=pictures,
+        topic=_topic([root.name, *named, *manifest.classes, *said]),
+        patients=patients,
+        unnamed=len({*ids} - {sample.id for sample in manifest.samples}),
+        undecided=tuple(undecided),
     )
 
 
@@ -460,17 +471,10 @@ def _open_questions(table: Table, columns: Columns) -> list[str]:
 # Classes, patients, topic
 
 
-def _read(root: Path, table: Table | None, columns: Columns | None, classes: Sequence[str] | None) -> Manifest:
-    asked = _reading(root, None if table is None else table.path, columns, classes)
-    return read_manifest(
-        root, asked.pop("manifest", None), kind="single-label" if columns is None else columns.kind, **asked
-    )
-
-
-def _reading(root: Path, table: Path | None, columns: Columns | None, classes: Sequence[str] | None) -> dict[str, Any]:
+def _reading(root: Path, table: Table | None, columns: Columns | None, classes: Sequence[str] | None) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     if table is not None and columns is not None:
-        asked["manifest"] = table.relative_to(root).as_posix()
+        asked["manifest"] = table.path.relative_to(root).as_posix()
         asked["image_column"] = columns.image
         asked["label_column"] = columns.labels[0] if len(columns.labels) == 1 else list(columns.labels)
         named = {"label_separator": columns.separator, "group_column": columns.group, "split_column": columns.split}
@@ -478,7 +482,20 @@ def _reading(root: Path, table: Path | None, columns: Columns | None, classes: S
     return asked if classes is None else {**asked, "classes": list(classes)}
 
 
-def _order(names: Sequence[str], source: str) -> tuple[list[str] | None, list[str]]:
+def _read(root: Path, kind: Kind, reading: Mapping[str, Any]) -> tuple[Manifest, str]:
+    """The data set, and which groups or files are in several of its splits."""
+    asked = {name: value for name, value in reading.items() if name != "manifest"}
+    try:
+        return read_manifest(root, reading.get("manifest"), kind=kind, **asked), ""
+    except OverlapError as error:
+        overlap = str(error).partition(": mend")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of that very overlap
+        manifest = read_manifest(root, reading.get("manifest"), kind=kind, allow_overlap=True, **asked)
+    return manifest, f"{overlap}: test figures are too good. Take the copies out, and data.allow_overlap too."
+
+
+def _order(names: Collection[str], source: str) -> tuple[list[str] | None, list[str]]:
     """Class names as grades from low to high, None where they are not; and the question where that stays open.
 
     Args:

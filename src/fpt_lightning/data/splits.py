@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample
-from fpt_lightning.errors import ConfigurationError, DataError, a_few
+from fpt_lightning.errors import ConfigurationError, DataError, OverlapError, a_few
 
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
 _VALIDATION_FOLDS = 8  # one of them is drawn: of 80% of all images, the 10% of that partition
@@ -143,7 +143,8 @@ def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | Non
     """Refuse an empty split, and groups or identical files in several splits unless they are allowed.
 
     Raises:
-        DataError: by name.
+        DataError: an empty split.
+        OverlapError: by name.
     """
     empty = [split for split in SPLITS if not manifest.split(split)]
     if empty:
@@ -155,7 +156,7 @@ def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | Non
         )
     for overlap in (_crossing(manifest, "case"), _crossing(manifest, "group"), _identical_files(manifest, digests)):
         if overlap and not allow_overlap:
-            raise DataError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
+            raise OverlapError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
         if overlap:
             warnings.warn(f"{overlap}: test figures are too good.", stacklevel=2)
 
