@@ -179,6 +179,9 @@ def test_patients_of_headers(tmp_path: Path, patients: Callable[[int], str], kno
     assert found.pictures.of_header("Modality") == {"MG": 12}
     assert bool(found.patients) == known
     assert any("of one patient" in question for question in found.undecided) != known
+    rows = [f"{'ab'[i // 6]}/{i}.dcm,{'xy'[i % 2]}" for i in range(12)]
+    (tmp_path / "scans/labels.csv").write_text("\n".join(["image,label", *rows]))
+    assert any("of one patient" in question for question in inspect_data(tmp_path / "scans").undecided)
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,7 @@ def choose(
         "data": [
             *_reading(found, out),
             *_folds(found),
-            Line(
-                "store",
-                f"features/{out.stem}.zarr",
-                "what the encoder gives is kept here: one store an encoder and resolution",
-            ),
+            Line("store", f"features/{out.stem}.zarr", "what the encoder gives; another encoder needs another one"),
             *_resolution(found, arguments, memory),
             *_framing(found),
             *_normalisation(found, arguments),
@@ -276,8 +272,8 @@ def _counts(found: Inspection) -> dict[str, int]:
 
 
 def _patients_table(found: Inspection, out: Path) -> Path | None:
-    """Where they are written; None where there are none, or a table has them."""
-    return out.absolute().with_suffix(".csv") if found.patients and found.table is None else None
+    """Where they are written; None where there are none."""
+    return out.absolute().with_suffix(".csv") if found.patients else None
 
 
 def _patient_rows(found: Inspection) -> list[list[str]]:

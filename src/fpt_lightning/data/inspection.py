@@ -157,7 +157,7 @@ class Inspection:
         given: whether training and test images are.
         pictures: what the images are like.
         topic: what they are of, such as ``fundus photographs``; empty where nothing says it.
-        patients: by image, where DICOM headers alone say it and several images are of one.
+        patients: by image, of folders of DICOM files whose headers say that several images are of one.
         unnamed: images that the table does not name.
         undecided: what people have to decide.
     """
@@ -216,7 +216,7 @@ def inspect_data(path: Path) -> Inspection:
         reading["allow_overlap"] = True
         undecided.append(overlap)
     pictures = look_at(manifest)
-    patients = _patients(manifest, pictures)
+    patients = _patients(manifest, pictures) if columns is None else {}
     if not patients and not any(sample.group for sample in manifest.samples):
         undecided.append(
             "which images are of one patient: without a column of patients in a CSV file (data.group_column), those of "
@@ -519,12 +519,12 @@ def _order(names: Collection[str], source: str) -> tuple[list[str] | None, list[
 
 
 def _patients(manifest: Manifest, pictures: Pictures) -> dict[str, str]:
-    """By image, as headers have them; empty where a table has groups, or headers name one a file, or one for most."""
+    """By image, as headers have them; empty where they name one a file, or one for most."""
     found = {id: header.get("PatientID", "") for id, header in pictures.headers.items()}
     images = Counter(patient for patient in found.values() if patient)
-    if any(sample.group for sample in manifest.samples) or len(images) < 3 or len(images) == images.total():
+    if len(images) < 3 or len(images) == images.total() or 2 * max(images.values()) > len(manifest.samples):
         return {}
-    return {} if 2 * max(images.values()) > len(manifest.samples) else found
+    return found
 
 
 def _topic(names: Sequence[str]) -> str:
