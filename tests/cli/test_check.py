@@ -99,6 +99,16 @@ def test_dicom_without_pydicom(
     assert "b/scan is DICOM: pip install 'fpt-lightning[dicom]'" in say(command, "--config", config)
 
 
+def test_a_logger_without_its_package(config: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    for name in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for command in ("fit", "plan"):
+        said = say(
+            command, "--config", config, "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "a"
+        )
+        assert "pip install 'fpt-lightning[tensorboard]'" in said
+
+
 def test_a_stale_store_is_known_to_plan(config: Path, say: Say) -> None:
     run("preload", "--config", config)
     assert "made with other settings" in say("plan", "--config", config, "--data.codec", "fp16")

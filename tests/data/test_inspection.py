@@ -108,6 +108,15 @@ def test_grades(root: Path, names: tuple[str, ...], column: str, order: tuple[in
         assert found.manifest.classes == tuple(names[i] for i in order)
 
 
+def test_grades_of_folders_in_splits(tmp_path: Path) -> None:
+    """Also where one split lacks a grade."""
+    for seed, (split, names) in enumerate({"Testing": "013", "Training": "0123"}.items()):
+        write_images(tmp_path / "severity" / split, dict.fromkeys(names, 8), size=(8, 8), seed=seed)
+    found = inspect_data(tmp_path / "severity")
+    assert found.reading == {"classes": ["0", "1", "2", "3"]}
+    assert found.given
+
+
 def test_numbers_that_may_be_grades_are_a_question(root: Path) -> None:
     found = with_table(root, "image,label", lambda i: (i % 4,))
     assert not found.grades

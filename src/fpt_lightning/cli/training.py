@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class CommandLine(LightningCLI):
             check_free(folder, path)
         self._find_classes()
         for logger in _as_list(self._get(self.config, "trainer").logger):
+            _check_package(getattr(logger, "class_path", ""))
             if "save_dir" in getattr(logger, "init_args", ()) and logger.init_args.save_dir in (None, "."):
                 logger.init_args.save_dir = self._get(self.config, "trainer").default_root_dir
 
@@ -324,6 +326,16 @@ def _check_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "is a file" if not there.is_dir() else "cannot be written"
         raise ConfigurationError(f"trainer.default_root_dir is {folder}, but {there} {why}: give another folder.")
+
+
+def _check_package(logger: str) -> None:
+    """Refuse a logger whose package is an extra that is not installed.
+
+    Raises:
+        ConfigurationError: with the extra.
+    """
+    if logger.endswith("TensorBoardLogger") and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ConfigurationError("TensorBoardLogger needs tensorboard: pip install 'fpt-lightning[tensorboard]'.")
 
 
 def _as_list(value: Any) -> list[Any]:

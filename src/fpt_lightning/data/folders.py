@@ -124,11 +124,12 @@ def labelled_folders(root: Path, kind: Kind) -> tuple[list[tuple[Sample, str]], 
     return labelled, Found([], ignored).notes()
 
 
-def class_folders(root: Path) -> tuple[list[Path], bool]:
-    """The folders that name classes, of the first split where folders name splits, and whether they do."""
+def class_folders(root: Path) -> tuple[set[str], bool]:
+    """Names of the folders that name classes, and whether they lie in folders that name splits."""
     folders = _folders(root)
     splits = _splits(folders)
-    return (_folders(next(iter(splits))) if splits else folders), bool(splits)
+    within = [path for split in splits for path in _folders(split)]
+    return {path.name for path in (within if splits else folders)}, bool(splits)
 
 
 def _splits(folders: Sequence[Path]) -> dict[Path, str]:

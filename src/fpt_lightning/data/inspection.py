@@ -197,18 +197,10 @@ def inspect_data(path: Path) -> Inspection:
     undecided: list[str] = []
     table = _find_table(root, ids, undecided) if path.is_dir() else _named_table(path, ids)
     columns = None if table is None else _recognised(table, _names(ids, root))
-    order = None
-    if table is None or columns is None:
-        classes, given = class_folders(root)
-        order, doubt = _order([path.name for path in classes], root.name)
-        undecided += doubt
-    else:
-        given = columns.split is not None
+    if table is not None and columns is not None:
         undecided += _open_questions(table, columns)
-        if columns.kind == "single-label" and len(columns.labels) == 1:
-            column = columns.labels[0]
-            order, doubt = _order({row[column].strip() for row in table.rows}, column)
-            undecided += doubt
+    order, doubt = _order(*_class_names(root, table, columns))
+    undecided += doubt
     reading = _reading(root, table, columns, order)
     kind: Kind = "single-label" if columns is None else columns.kind
     manifest, overlap = _read(root, kind, reading)
@@ -231,7 +223,7 @@ def inspect_data(path: Path) -> Inspection:
         reading=reading,
         manifest=manifest,
         grades=order is not None,
-        given=given,
+        given=class_folders(root)[1] if columns is None else columns.split is not None,
         pictures=pictures,
         topic=_topic([root.name, *named, *manifest.classes, *said]),
         patients=patients,
@@ -493,6 +485,15 @@ def _read(root: Path, kind: Kind, reading: Mapping[str, Any]) -> tuple[Manifest,
         warnings.simplefilter("ignore")  # of that very overlap
         manifest = read_manifest(root, reading.get("manifest"), kind=kind, allow_overlap=True, **asked)
     return manifest, f"{overlap}: test figures are too good. Take the copies out, and data.allow_overlap too."
+
+
+def _class_names(root: Path, table: Table | None, columns: Columns | None) -> tuple[set[str], str]:
+    """Names of the classes where an image has one label, and of the column or folder that has them."""
+    if table is None or columns is None:
+        return class_folders(root)[0], root.name
+    if columns.kind != "single-label" or len(columns.labels) > 1:
+        return set(), ""
+    return {row[columns.labels[0]].strip() for row in table.rows}, columns.labels[0]
 
 
 def _order(names: Collection[str], source: str) -> tuple[list[str] | None, list[str]]:
