@@ -56,7 +56,7 @@ def test_help_is_short_and_narrow(command: str, capsys: pytest.CaptureFixture[st
     assert shown.startswith(f"usage: fpt-lightning {command} --config FILE")
     assert COMMANDS[command].help[1:20] in shown
     assert max(map(len, shown.splitlines())) <= 80
-    assert "--data.resolution [512]" in shown
+    assert "--data.resolution [null]" in shown
     assert len(LISTED) < 35
 
 
