@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ class CommandLine(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.results = ResultsWriter()
+        self._given = sys.argv[1:] if args is None else list(args)
         super().__init__(
             ClassificationModule,
             ImageDataModule,
@@ -73,7 +75,7 @@ class CommandLine(LightningCLI):
                 "exit_on_error": False,  # main says it in a line
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
-            args=None if args is None else list(args),
+            args=self._given,
         )
 
     @staticmethod
@@ -94,7 +96,7 @@ class CommandLine(LightningCLI):
             self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            command = next((arg for arg in args or sys.argv[1:] if arg in self._subcommand_parsers), "")
+            command = next((arg for arg in args if arg in self._subcommand_parsers), "")
             of_command = self._subcommand_parsers.get(command, parser)
             raise ConfigurationError(in_words(str(error), of_command._option_string_actions)) from error
 
@@ -177,10 +179,9 @@ class CommandLine(LightningCLI):
         """Let errors name this very command, and results the checkpoint they are of."""
         if self._listed is not None:  # read once
             self.datamodule.manifest = self.datamodule.listed = self._listed
-        given = self._get(self.config, "config") or []
-        configs = "".join(f" --config {path}" for path in given)
         if isinstance(self.datamodule, PreloadedFeatureDataModule):
-            self.datamodule.rebuild = f"fpt-lightning preload{configs} --overwrite true"
+            options = shlex.join(["preload", *_of_store(self._given), "--overwrite", "true"])
+            self.datamodule.rebuild = f"fpt-lightning {options}"
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self.results.checkpoint = Path(path).stem
@@ -314,6 +315,17 @@ class CommandLine(LightningCLI):
     def _say_where(self) -> None:
         if self.results.told:
             print(self.results.told)
+
+
+def _of_store(args: Sequence[str]) -> list[str]:
+    """The options of a command line that may decide what a store holds."""
+    kept, keeps = list[str](), False
+    for arg in args:
+        if arg.startswith("--") or arg == "-c":
+            keeps = arg.startswith(("--config", "-c", "--model", "--data"))
+        if keeps:
+            kept.append(arg)
+    return kept
 
 
 def _check_writable(folder: Path) -> None:

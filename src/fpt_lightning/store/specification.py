@@ -43,7 +43,7 @@ class FeatureSpecification:
         resolution: (height, width) of the encoder's images in pixels.
         mean: of each channel; empty where it is still to be computed.
         std: of each channel; empty where it is still to be computed.
-        statistics: ``given``, or which training images mean and std were computed over, and how many of them.
+        statistics: ``given``, or which images mean and std were computed over, and how many of them.
         image_size: side of the low-resolution copies in pixels.
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
@@ -55,8 +55,8 @@ class FeatureSpecification:
         window: of grey DICOM values (``fpt_lightning.data.images.read_image``).
         value_range: (low, high) of 16-bit pictures that become black and white; empty for the full range, or where it
             is still to be measured.
-        range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which training images it was measured
-            over, and how many of them.
+        range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which images it was measured over,
+            and how many of them.
         format: version of the store's layout.
     """
 
