@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +17,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
-from fpt_lightning.errors import ConfigurationError, in_one_line
-from fpt_lightning.files import keep_beside, make_folder, read_rows, take_lock, whole_file, write_rows, write_text
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.files import (
+    keep_beside,
+    make_folder,
+    read_rows,
+    take_lock,
+    write_pickle,
+    write_rows,
+    write_text,
+)
 
 
 def is_first_process() -> bool:
@@ -145,12 +152,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole_file(Path(path)) as partial, partial.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # PyTorch's own of a full disk
-                raise OSError(in_one_line(error)) from error
-            os.fsync(file.fileno())
+        write_pickle(Path(path), checkpoint)
 
 
 class SaveRunConfig(SaveConfigCallback):

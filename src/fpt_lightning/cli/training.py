@@ -42,6 +42,7 @@ from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.ensemble import EnsembleModule, is_ensemble
 from fpt_lightning.methods.tasks import task_class
 from fpt_lightning.methods.trained import TrainedModule
 
@@ -143,7 +144,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         path, folder = self._get(self.config, "ckpt_path"), Path(self._get(self.config, "trainer").default_root_dir)
-        if path in ("best", "last"):  # the run's own
+        if path in ("best", "last", "ensemble"):  # the run's own
             path = self.config[self.subcommand].ckpt_path = str(folder / f"{path}.ckpt")
         if path is None and self.subcommand in ("validate", "test", "predict", "explain"):
             raise CheckpointError(
@@ -179,12 +180,27 @@ class CommandLine(LightningCLI):
         """Let errors name this very command, and results the checkpoint they are of."""
         if self._listed is not None:  # read once
             self.datamodule.manifest = self.datamodule.listed = self._listed
+        if self.checkpoint is not None:
+            self.model = self._as_trained(self.checkpoint)
         if isinstance(self.datamodule, PreloadedFeatureDataModule):
             options = shlex.join(["preload", *_of_store(self._given), "--overwrite", "true"])
             self.datamodule.rebuild = f"fpt-lightning {options}"
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self.results.checkpoint = Path(path).stem
+
+    def _as_trained(self, checkpoint: dict[str, Any]) -> ClassificationModule:
+        """The model, or as many of it as a checkpoint of an ensemble holds.
+
+        Raises:
+            CheckpointError: an ensemble that is to be trained or explained.
+        """
+        if is_ensemble(checkpoint) and self.subcommand in ("fit", "explain"):
+            raise CheckpointError(
+                f"{self._get(self.config, 'ckpt_path')} is an ensemble, and {self.subcommand} takes one model: give "
+                "a member's checkpoint."
+            )
+        return EnsembleModule.like(self.model, checkpoint)
 
     @property
     def _writes_run(self) -> bool:
