@@ -44,6 +44,17 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
     Raises:
         ConfigurationError: another fit is running there, or the folder holds another run.
     """
+    lock = lock_folder(folder)
+    check_free(folder, checkpoint)  # now that no other can leave a run there
+    return lock
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Make a folder that no other command writes runs to while the lock that is returned is open.
+
+    Raises:
+        ConfigurationError: another is at work there.
+    """
     make_folder(folder)
     lock = (folder / ".lock").open("ab+")
     if not take_lock(lock):
@@ -51,7 +62,6 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
         raise ConfigurationError(
             f"another fit is running in {folder}: wait for it, or give another --trainer.default_root_dir."
         )
-    check_free(folder, checkpoint)  # now that no other can leave a run there
     return lock
 
 

@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from jsonargparse import ArgumentParser
@@ -52,6 +52,12 @@ _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar
 class CommandLine(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict``, ``preload``, ``plan`` and ``explain`` from one configuration."""
 
+    TRAINER: ClassVar[type[Trainer]] = Trainer
+    """Whose methods are the commands."""
+
+    TELLS: ClassVar[bool] = True
+    """Whether ``fit`` prints what its tests found, which the run's folder has anyway."""
+
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.results = ResultsWriter()
         self._given = sys.argv[1:] if args is None else list(args)
@@ -60,7 +66,7 @@ class CommandLine(LightningCLI):
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_class=Trainer,
+            trainer_class=self.TRAINER,
             trainer_defaults={
                 "max_epochs": 20,
                 "gradient_clip_val": 1.0,
@@ -94,7 +100,8 @@ class CommandLine(LightningCLI):
             ConfigurationError: an option that there is not, or a value of another type.
         """
         try:
-            self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
+            if "test" in self._subcommand_parsers:
+                self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             command = next((arg for arg in args if arg in self._subcommand_parsers), "")
@@ -297,10 +304,11 @@ class CommandLine(LightningCLI):
             else:
                 why = "no epoch was validated" if name == "best" else "no epoch was finished"
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
-        if tested:
-            print(f"\n{results(tested)}\n")
-            self._say_cases(tested[0].name)
-        self._say_where()
+        if self.TELLS:
+            if tested:
+                print(f"\n{results(tested)}\n")
+                self._say_cases(tested[0].name)
+            self._say_where()
 
     def _test(self, name: str, path: Path) -> list[CheckpointResult]:
         """Test one of the run's checkpoints; loggers get its metrics under its own name."""
