@@ -165,6 +165,11 @@ def test_what_would_mix_or_leave_nothing_is_refused(
     ):
         assert message in fails(capsys, *command(folder, *options))
     assert contents(folder / "run") == before
+    split = folder / "run/seed0/fold3/split.csv"
+    content = split.read_text()
+    split.write_text(content.replace("a/000.png,a", "a/000.png,b"))
+    assert "fold3 is of other images or labels than" in fails(capsys, *command(folder))
+    split.write_text(content)
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "best.ckpt").touch()

@@ -20,13 +20,13 @@ from fpt_lightning.cli.run_folder import is_first_process
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.deployment.ensemble import write_ensemble
-from fpt_lightning.errors import ConfigurationError, check_at_least
+from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.folds import CrossValidation, are_held_out, averaged, cross_validated, pooled
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
-from fpt_lightning.files import write_json
+from fpt_lightning.files import read_rows, write_json
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.ensemble import feature_method
 
@@ -42,6 +42,7 @@ def cross_validate(args: Sequence[str]) -> None:
 
     Raises:
         ConfigurationError: the folder holds runs of another configuration, or settings that leave nothing to report.
+        DataError: the data set changed between two runs, or a fold tests no image with a label.
     """
     plan = _Plan(args)
     runs = [Fold(plan.root / f"seed{seed}" / f"fold{k}", k, seed) for seed in plan.seeds for k in plan.folds]
@@ -55,13 +56,16 @@ def cross_validate(args: Sequence[str]) -> None:
         for i, run in enumerate(runs, 1):
             if not run.finished:
                 rank_zero_info(f"\n{i} of {len(runs)}: seed {run.seed}, fold {run.fold}")
-                run.go_on(
-                    ["--config", str(path), "--seed_everything", str(run.seed), "--data.fold", str(run.fold)],
-                )
+                run.go_on(["--config", str(path), "--seed_everything", str(run.seed), "--data.fold", str(run.fold)])
             if not run.finished:
                 raise ConfigurationError(
                     f"{run.folder} has no best epoch that was tested: let trainer.max_epochs, limit_val_batches and "
                     "limit_test_batches leave one."
+                )
+            if run.images() != runs[0].images():
+                raise DataError(
+                    f"{run.folder} is of other images or labels than {runs[0].folder}, as the data set changed: its "
+                    "folds are others now. Give another --trainer.default_root_dir."
                 )
             rank_zero_info(run.told())
         tests = {(run.fold, run.seed): run.test for run in runs}
@@ -91,9 +95,21 @@ class Fold(Run):
         """The best epoch's predictions for the test images."""
         return Predictions.read(self.folder / "predictions.csv")
 
+    def images(self) -> list[dict[str, str]]:
+        """Of the data set that it split, with their labels and groups."""
+        rows = read_rows(self.folder / "split.csv", "split")
+        return [{name: value for name, value in row.items() if name != "split"} for row in rows]
+
     def told(self) -> str:
-        """What its best epoch came to, in a line."""
-        found = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))["best"]
+        """What its best epoch came to, in a line.
+
+        Raises:
+            DataError: none of its test images has a label.
+        """
+        path = self.folder / "evaluation.json"
+        if not path.is_file():
+            raise DataError(f"{self.folder} has no test image with a label: give fewer data.folds, or more labels.")
+        found = json.loads(path.read_text(encoding="utf-8"))["best"]
         metric, estimate = next(iter(found["overall"].items()))
         bounds = Estimate(**{name: math.nan if value is None else value for name, value in estimate.items()})
         return f"seed {self.seed}, fold {self.fold}: test {label(metric, found['specificity'])} {bounds}"

@@ -82,13 +82,14 @@ class Run:
         return self.folder / "validate" / "best" / "predictions.csv"
 
     def go_on(self, args: Sequence[str]) -> None:
-        """Train it by the arguments of ``fit``, or go on with it."""
+        """Train it by the arguments of ``fit``, or go on with it, until all processes have done so."""
         own = ["--trainer.default_root_dir", str(self.folder)]
         if self.last.is_file():
             own += ["--ckpt_path", str(self.last)]
         elif is_first_process() and self.folder.exists():
             shutil.rmtree(self.folder)  # stopped in its first epoch
-        _Fit(["fit", *args, *own])
+        fit = _Fit(["fit", *args, *own])
+        fit.trainer.strategy.barrier("fitted")  # what the first process wrote is there for all
 
     def validate(self) -> None:
         """Write the best epoch's predictions for the validation images, where they are missing."""
