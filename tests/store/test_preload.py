@@ -217,7 +217,26 @@ def test_one_store_serves_every_fold(given: bool, image_root: Path, tiny_data: M
         assert data.preload(ENCODER).specification == made
         data.setup("fit")
     with pytest.raises(StaleStoreError, match=f"statistics: 'auto over {len(measured)} images"):
-        tiny_data(**settings).preload(ENCODER)  # whose training images are others
+        tiny_data(**settings).preload(ENCODER)  # as test images have a share in them
+
+
+def test_the_store_of_one_split_serves_every_fold_of_its_images(
+    image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"mean": "auto", "std": "auto", "folds": 3}
+    monkeypatch.setattr(statistics, "SAMPLED", 5)
+    made = tiny_data(**settings).preload(ENCODER).specification
+    for fold in (1, 2):
+        data = tiny_data(**settings, fold=fold)
+        assert data.preload(ENCODER).specification == made
+        data.setup("fit")
+    with pytest.raises(StaleStoreError, match="statistics: 'auto over 21 images"):
+        tiny_data(**settings, fold=1, split_seed=1).preload(ENCODER)
+    anew = tiny_data(**settings, fold=1)
+    assert anew.preload(ENCODER, overwrite=True).specification.statistics.startswith("auto over 30 images ")
+    write_images(image_root, {"a": 11})
+    with pytest.raises(StaleStoreError, match="statistics: 'auto over 30 images"):
+        tiny_data(**settings, fold=1).preload(ENCODER)
 
 
 def test_many_training_images_are_measured_by_a_sample(

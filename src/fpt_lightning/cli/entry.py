@@ -136,7 +136,7 @@ def _run(args: list[str]) -> None:
 
 def _asks_help(args: Sequence[str]) -> str | None:
     """Which of the commands that train or use a model is to be explained shortly."""
-    named = [name for name, command in COMMANDS.items() if command.source == _TRAINING]
+    named = [name for name, command in COMMANDS.items() if command.source in _OF_LIGHTNING]
     asked = {"-h", "--help"} & set(args) and _ALL not in pairwise(args)
     return next((name for name in named if asked and name.split() == list(args[: len(name.split())])), None)
 

@@ -56,6 +56,8 @@ class Manifest:
         files: of the images, as they were when it was read; None of a list that was not read.
         measured: splits over whose images ``auto`` statistics are measured: in a cross-validation all splits that
             change from fold to fold, so that one store serves every fold.
+        unfolded: of a cross-validation, ids of the training images that there are without it, in ascending order: a
+            store whose statistics are of these serves every fold too.
     """
 
     root: Path
@@ -66,6 +68,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     files: ImageFiles | None = field(default=None, compare=False, repr=False)
     measured: tuple[str, ...] = ("train",)
+    unfolded: tuple[str, ...] = ()
 
     def look(self) -> Manifest:
         """The data set with its files as they are now."""

@@ -227,8 +227,7 @@ class ImageDataModule(ManifestDataModule):
         """``auto``, and over which images."""
         if self.listed is None:
             return "auto"
-        ids = [sample.id for sample in self.listed.to_measure()]
-        return f"auto over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
+        return over_images([sample.id for sample in self.listed.to_measure()])
 
     @property
     def reader(self) -> ImageReader:
@@ -389,6 +388,11 @@ class ImageDataModule(ManifestDataModule):
 
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
         return self._dataloader(self._dataset(split, augmentation), split == "train", self.batch_size)
+
+
+def over_images(ids: Sequence[str]) -> str:
+    """What ``FeatureSpecification.statistics`` says of images, in ascending order, that ``auto`` is measured over."""
+    return f"auto over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
 
 
 def _given_statistics(

@@ -163,7 +163,7 @@ class FeatureSpecification:
 
     def _compared(self, name: str) -> object:
         value = getattr(self, name)
-        return value.partition(_SAMPLE)[0] if name in ("statistics", "range_of") else value
+        return _images(value) if name in ("statistics", "range_of") else value
 
 
 _SAMPLE = ", from "
@@ -172,6 +172,15 @@ _SAMPLE = ", from "
 def from_sample(images: str, drawn: int, total: int) -> str:
     """What ``statistics`` or ``range_of`` says of images of which not all may have been drawn."""
     return images if drawn == total else f"{images}{_SAMPLE}{drawn:,} of {total:,}"
+
+
+def is_over(statistics: str, images: str) -> bool:
+    """Whether ``statistics`` or ``range_of`` is of these images, all of them or a sample."""
+    return _images(statistics) == images
+
+
+def _images(statistics: str) -> str:
+    return statistics.partition(_SAMPLE)[0]
 
 
 _EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full"}
