@@ -100,7 +100,8 @@ def read_manifest(
         notes = rows.notes
     samples = sorted(samples, key=lambda sample: sample.id)
     drawn = not external and not samples[0].split
-    measured, unfolded = tuple[str, ...](("train",)), tuple[str, ...]()
+    measured: tuple[str, ...] = ("train",)
+    unfolded: tuple[str, ...] = ()
     if external:
         samples = [replace(sample, split="test") for sample in samples]
     elif fold is not None:
