@@ -280,6 +280,18 @@ def align(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     )
 
 
+def write_pickle(path: Path, content: Any) -> None:
+    """Write tensors and plain values, as ``load_pickle`` reads them, whole or not at all."""
+    import torch
+
+    with whole_file(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's own of a full disk
+            raise OSError(in_one_line(error)) from error
+        os.fsync(file.fileno())
+
+
 def load_pickle(path: str | Path) -> Any:
     """Tensors and plain values of a file of ``torch.save``; no code is run.
 

@@ -110,11 +110,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     message = fails(capsys, *command)
     assert "holds runs of another configuration" in message
     assert "there: data: of another" in message
-    assert [path.name for path in root.iterdir()] == ["auto.yaml"]
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "auto.yaml"]
 
 
 def test_a_metric_without_a_value_cannot_choose(tmp_path: Path) -> None:
-    run = auto.Run(tmp_path, "attentive", 1e-3)
+    run = auto.Candidate(tmp_path, "attentive", 1e-3)
     (tmp_path / "metrics.csv").write_text("epoch,val_auc\n0,nan\n1,0.7\n2,nan\n")
     assert run.score("auc", "max") == 0.7
     (tmp_path / "metrics.csv").write_text("epoch,val_auc\n0,nan\n")
@@ -141,7 +141,7 @@ def test_more_or_less_may_be_better(mode: str, chosen: str, tmp_path: Path) -> N
         (folder / "metrics.csv").write_text(
             f"epoch,val_mae,epoch_seconds,train_peak_live_mib\n0,{error},2,\n1,{error + 1},4,9\n"
         )
-        runs.append(auto.Run(folder, method, 1e-3))
+        runs.append(auto.Candidate(folder, method, 1e-3))
     choice = auto.choose(runs, "mae", mode)
     assert choice.chosen.label == chosen
     assert [run.score("mae", "min") for run in runs] == [-5, -5, -1]

@@ -478,9 +478,10 @@ def test_a_stale_store_names_fields_and_the_command(
     message = fails(capsys, "fit", "--config", config, "--model.token_ratio", 0.5, "--data.resolution", 96)
     assert "token_ratio: 0.2, asked for 0.5" in message
     assert "resolution: (64, 64), asked for (96, 96)" in message
-    assert f"fpt-lightning preload --config {config} --overwrite true" in message
-    run("preload", "--config", config, "--model.token_ratio", 0.5, "--overwrite", "true")
-    run("fit", "--config", config, "--model.token_ratio", 0.5)
+    options = f"--config {config} --model.token_ratio 0.5 --data.resolution 96"  # else it would be stale again
+    assert f"\n  fpt-lightning preload {options} --overwrite true\n" in message
+    run(*f"preload {options} --overwrite true".split())
+    run("fit", "--trainer.max_epochs", 1, *options.split())
 
 
 def test_test_without_a_store(config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_a_setting_that_fails_at_its_use(config: Path, capsys: pytest.CaptureFix
     ("arguments", "said"),
     [
         (["fit"], "fit needs a configuration: give --config FILE, such as examples/quickstart.yaml."),
+        (["preload"], "preload needs a configuration: give --config FILE, such as examples/quickstart.yaml."),
         (["test", "--model.num_classes", "3"], "model has options but no class: give --config FILE, or --model with"),
         (["evaluate"], "needed: evaluate.predictions."),
         (["evaluate", "p.csv", "--resamples", "a"], "resamples is a: give int."),

@@ -295,7 +295,7 @@ def test_the_range_is_that_of_all_sixteen_bit_pictures(tmp_path: Path) -> None:
     assert value_range(paths[:2]) == (12, 900)
     assert value_range([*paths, tmp_path / "colours.tif"]) == (7, colours(4000).max())
     assert value_range(paths[2:]) == FULL_RANGE  # of one value
-    with pytest.raises(ImageError, match="1 of 4 training images cannot be read"):
+    with pytest.raises(ImageError, match="1 of 4 images that are measured cannot be read"):
         value_range([*paths, tmp_path / "broken.png"])
     assert value_range([*paths, tmp_path / "broken.png"], on_error="skip") == (7, 900)
 

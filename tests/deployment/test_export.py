@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fpt_lightning import Predictor
 from fpt_lightning.cli import main
 from fpt_lightning.deployment import export as exporting
 from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.deployment.export import Classifier, export
 from fpt_lightning.errors import CheckpointError, ConfigurationError, ExportError
 from fpt_lightning.methods import METHODS
@@ -97,6 +99,12 @@ def test_every_method_is_tested() -> None:
 @pytest.mark.parametrize("method", ["fpt_plus", "stored_linear", "lora", "prompt"])
 def test_onnx_computes_what_the_predictor_does(method: str, tmp_path: Path) -> None:
     agrees(checkpoint(tmp_path, method, task=TASKS[method]), method)
+
+
+def test_an_ensemble_as_onnx(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "query_tokens", prompts=4)
+    write_ensemble([path, shutil.copy(path, tmp_path / "other.ckpt")], tmp_path / "ensemble.ckpt", {})
+    agrees(tmp_path / "ensemble.ckpt", "query_tokens")
 
 
 @pytest.mark.slow

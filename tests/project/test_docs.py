@@ -50,8 +50,15 @@ SMALL: dict[str, Any] = {
     "count": 24,
     "size": 320,
     "num_workers": 0,
+    "folds": 3,
 }
-CHANGED_OPTIONS = ("encoder", "side_resolution", "max_epochs", "num_workers")  # where a command line gives them
+CHANGED_OPTIONS = (
+    "encoder",
+    "side_resolution",
+    "max_epochs",
+    "num_workers",
+    "folds",
+)  # where a command line gives them
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>fails|not run: [^\n]+) -->\n)?"
     r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",

@@ -201,6 +201,44 @@ def test_mean_and_std_are_those_of_the_training_images(image_root: Path, tiny_da
     assert specification.statistics.startswith("auto over 21 images ")
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_one_store_serves_every_fold(given: bool, image_root: Path, tiny_data: MakeData, tmp_path: Path) -> None:
+    """Mean and std are those of all images but test images that are given, whatever the fold."""
+    rows = [f"{id},{id[0]},{'test' if given and id.endswith('9.png') else 'train'}" for id in IDS]
+    table, column = tmp_path / "t.csv", "split" if given else "site"
+    table.write_text("\n".join([f"image,label,{column}", *rows]))
+    settings: dict[str, Any] = {"manifest": str(table), "mean": "auto", "std": "auto", "folds": 3}
+    made = tiny_data(**settings, fold=1).preload(ENCODER).specification
+    measured = [image_root / id for id in IDS if not (given and id.endswith("9.png"))]
+    assert (made.mean, made.std) == channel_statistics(measured, (64, 64))
+    assert made.statistics.startswith(f"auto over {len(measured)} images ")
+    for fold in (2, 3):
+        data = tiny_data(**settings, fold=fold)
+        assert data.preload(ENCODER).specification == made
+        data.setup("fit")
+    with pytest.raises(StaleStoreError, match=f"statistics: 'auto over {len(measured)} images"):
+        tiny_data(**settings).preload(ENCODER)  # as test images have a share in them
+
+
+def test_the_store_of_one_split_serves_every_fold_of_its_images(
+    image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"mean": "auto", "std": "auto", "folds": 3}
+    monkeypatch.setattr(statistics, "SAMPLED", 5)
+    made = tiny_data(**settings).preload(ENCODER).specification
+    for fold in (1, 2):
+        data = tiny_data(**settings, fold=fold)
+        assert data.preload(ENCODER).specification == made
+        data.setup("fit")
+    with pytest.raises(StaleStoreError, match="statistics: 'auto over 21 images"):
+        tiny_data(**settings, fold=1, split_seed=1).preload(ENCODER)
+    anew = tiny_data(**settings, fold=1)
+    assert anew.preload(ENCODER, overwrite=True).specification.statistics.startswith("auto over 30 images ")
+    write_images(image_root, {"a": 11})
+    with pytest.raises(StaleStoreError, match="statistics: 'auto over 30 images"):
+        tiny_data(**settings, fold=1).preload(ENCODER)
+
+
 def test_many_training_images_are_measured_by_a_sample(
     image_root: Path, tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

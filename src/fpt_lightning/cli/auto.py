@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -13,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fpt_lightning.cli.run_folder import is_finished, is_first_process, logged
-from fpt_lightning.cli.training import CommandLine
+from fpt_lightning.cli.run_folder import is_first_process, logged
+from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.comparison import Difference, compare
 from fpt_lightning.evaluation.estimates import Estimate, label, number
@@ -44,75 +43,50 @@ def fit_all(args: Sequence[str]) -> None:
         ConfigurationError: the folder holds runs of another configuration, or a run that would leave no checkpoint.
         DataError: the validation images give the metric no value.
     """
-    configuration = _Configuration(_arguments(args, "fpt_plus"))
-    root = Path(configuration.settings["trainer"]["default_root_dir"])
-    _claim(root / "auto.yaml", configuration)
+    configuration = Configuration(_arguments(args, "fpt_plus"))
+    trainer = configuration.settings["trainer"]
+    if trainer["fast_dev_run"]:
+        raise ConfigurationError("trainer.fast_dev_run leaves no checkpoint: --model auto has nothing to compare.")
+    if configuration.settings["ckpt_path"] is not None:
+        raise ConfigurationError("--model auto goes on by itself where it was stopped: leave --ckpt_path out.")
+    root = Path(trainer["default_root_dir"])
     metric, mode = task_class(configuration.settings["model"]["init_args"]["task"]).MONITOR
-    runs = [Run(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
-    for i, run in enumerate(runs, 1):
-        if not run.finished:
-            rank_zero_info(f"\n{i} of {len(runs)}: {run.label}, learning rate {run.learning_rate:g}")
-            run.fit(args)
-        run.score(metric, mode)  # refused after the first run, not after all
-    best = [
-        max((run for run in runs if run.method == name), key=lambda run: run.score(metric, mode)) for name in CANDIDATES
-    ]
-    for run in best:
-        run.validate()
-    if is_first_process():
-        choice = choose(best, metric, mode)
-        write_json(root / "choice.json", choice.to_dict())
-        write_text(root / "choice.txt", choice.table() + "\n")
-        print(f"\n{choice.table()}\n\nThis is in {root / 'choice.txt'}, and choice.json beside it.")
+    runs = [Candidate(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
+    with claimed(root / "auto.yaml", configuration.text, runs):
+        for i, run in enumerate(runs, 1):
+            if not run.finished:
+                rank_zero_info(f"\n{i} of {len(runs)}: {run.label}, learning rate {run.learning_rate:g}")
+                rate = f"{run.learning_rate:g}"
+                run.go_on([*_arguments(args, run.method)[1:], "--model.learning_rate", rate])
+            run.score(metric, mode)  # refused after the first run, not after all
+        best = [
+            max((run for run in runs if run.method == name), key=lambda run: run.score(metric, mode))
+            for name in CANDIDATES
+        ]
+        for run in best:
+            run.validate()
+        if is_first_process():
+            choice = choose(best, metric, mode)
+            write_json(root / "choice.json", choice.to_dict())
+            write_text(root / "choice.txt", choice.table() + "\n")
+            print(f"\n{choice.table()}\n\nThis is in {root / 'choice.txt'}, and choice.json beside it.")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One candidate: a method at a learning rate.
+class Candidate(Run):
+    """A method at a learning rate.
 
     Attributes:
-        folder: of the run.
         method: by short name.
         learning_rate: the highest.
     """
 
-    folder: Path
     method: str
     learning_rate: float
 
     @property
     def label(self) -> str:
         return METHODS[self.method].LABEL
-
-    @property
-    def finished(self) -> bool:
-        """Whether it was trained, and tested at its best and its last epoch."""
-        return is_finished(self.folder)
-
-    @property
-    def checkpoint(self) -> Path:
-        """Of the best epoch."""
-        return self.folder / "best.ckpt"
-
-    @property
-    def validation(self) -> Path:
-        """The best epoch's predictions for the validation images."""
-        return self.folder / "validate" / "best" / "predictions.csv"
-
-    def fit(self, args: Sequence[str]) -> None:
-        """Train it by the arguments of ``fit --model auto``, or go on with it."""
-        last = self.folder / "last.ckpt"
-        own = {"--trainer.default_root_dir": str(self.folder), "--model.learning_rate": f"{self.learning_rate:g}"}
-        if last.is_file():
-            own["--ckpt_path"] = str(last)
-        elif is_first_process() and self.folder.exists():
-            shutil.rmtree(self.folder)  # stopped in its first epoch
-        CommandLine([*_arguments(args, self.method), *(part for pair in own.items() for part in pair)])
-
-    def validate(self) -> None:
-        """Write the best epoch's predictions for the validation images, where they are missing."""
-        if not self.validation.is_file():
-            CommandLine(["validate", "--config", str(self.folder / "config.yaml"), "--ckpt_path", str(self.checkpoint)])
 
     def score(self, metric: str, mode: str) -> float:
         """The best epoch's validation metric, of which more is better.
@@ -214,7 +188,7 @@ class Choice:
         return "\n".join(lines)
 
 
-def choose(runs: Sequence[Run], metric: str, mode: str) -> Choice:
+def choose(runs: Sequence[Candidate], metric: str, mode: str) -> Choice:
     """Compare runs by their predictions for the same validation images.
 
     Args:
@@ -252,51 +226,3 @@ def _arguments(args: Sequence[str], method: str) -> list[str]:
     joined = [f"--model={fpt}" if arg == "--model=auto" else arg for arg in args]
     named = [fpt if pair == ("--model", "auto") else pair[1] for pair in zip(["", *joined], joined, strict=False)]
     return [*named, "--model", own]
-
-
-class _Configuration(CommandLine):
-    """What a command line comes to, of which nothing is made or run.
-
-    Attributes:
-        settings: of ``fit``, as plain values.
-        text: the same as YAML.
-    """
-
-    def before_instantiate_classes(self) -> None:
-        self.checkpoint = None
-        self._find_classes()
-        self.settings = self.config["fit"].as_dict()
-        self.text = self._parser("fit").dump(self.config["fit"])
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def after_instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def _claim(path: Path, configuration: _Configuration) -> None:
-    """Write down whose runs the folder holds, or refuse to mix them with another configuration's.
-
-    Raises:
-        ConfigurationError: naming the folder and what differs, or a setting that leaves nothing to compare.
-    """
-    trainer = configuration.settings["trainer"]
-    if trainer["fast_dev_run"]:
-        raise ConfigurationError("trainer.fast_dev_run leaves no checkpoint: --model auto has nothing to compare.")
-    if configuration.settings["ckpt_path"] is not None:
-        raise ConfigurationError("--model auto goes on by itself where it was stopped: leave --ckpt_path out.")
-    if path.is_file() and (earlier := path.read_text(encoding="utf-8")) != configuration.text:
-        here, there = configuration.text.splitlines(), earlier.splitlines()
-        raise ConfigurationError(
-            f"{path.parent} holds runs of another configuration: give another --trainer.default_root_dir, or remove "
-            "the folder.\n  there: "
-            + "; ".join(line.strip() for line in there if line not in here)
-            + "\n  now: "
-            + "; ".join(line.strip() for line in here if line not in there)
-        )
-    if is_first_process():
-        write_text(path, configuration.text)

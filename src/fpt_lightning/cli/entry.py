@@ -38,10 +38,12 @@ class Command(NamedTuple):
 
 
 _TRAINING = "cli.training:CommandLine"  # Lightning's own command line, which knows its commands by name
+_FOLDS = "cli.crossval:cross_validate"  # which has one too
 
 COMMANDS: dict[str, Command] = {
     "init": Command("look at a folder or table of images, and write a configuration for it", "cli.init:init"),
     "fit": Command("make the store if it is missing, train, and test the best and the last epoch", _TRAINING),
+    "crossval": Command("every fold, with one or several seeds, from one store: one report, one ensemble", _FOLDS),
     "validate": Command("a trained model on the validation images", _TRAINING),
     "test": Command("a trained model on the test images, or on those of another hospital", _TRAINING),
     "predict": Command("a trained model on every image of a folder", _TRAINING),
@@ -62,6 +64,9 @@ COMMANDS: dict[str, Command] = {
 
 _ALL = ("--help", "all")
 """Asks for all options, where ``--help`` tells those that people change."""
+_OF_LIGHTNING = (_TRAINING, _FOLDS)
+"""What parses its own arguments."""
+
 _AUTO = Command("every method on stored features, compared on validation", "cli.auto:fit_all")  # fit --model auto
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -115,7 +120,7 @@ def _run(args: list[str]) -> None:
         _parser().parse_args(args)  # prints help or version, or refuses what is no command
     elif named == ["fit"] and _asks_auto(args):
         _AUTO.load()(args)
-    elif any(COMMANDS[name].source == _TRAINING for name in named):
+    elif any(COMMANDS[name].source in _OF_LIGHTNING for name in named):
         COMMANDS[first].load()(args)
     else:
         from jsonargparse import auto_cli
@@ -131,7 +136,7 @@ def _run(args: list[str]) -> None:
 
 def _asks_help(args: Sequence[str]) -> str | None:
     """Which of the commands that train or use a model is to be explained shortly."""
-    named = [name for name, command in COMMANDS.items() if command.source == _TRAINING]
+    named = [name for name, command in COMMANDS.items() if command.source in _OF_LIGHTNING]
     asked = {"-h", "--help"} & set(args) and _ALL not in pairwise(args)
     return next((name for name in named if asked and name.split() == list(args[: len(name.split())])), None)
 
@@ -144,7 +149,7 @@ def _components(names: Sequence[str]) -> dict[str, Any]:
     """Functions by name, those of a group in a dictionary of their own, as jsonargparse takes them."""
     components: dict[str, Any] = {}
     for name in names:
-        if COMMANDS[name].source != _TRAINING:
+        if COMMANDS[name].source not in _OF_LIGHTNING:
             *group, last = name.split()
             within = components.setdefault(group[0], {"_help": _GROUPS[group[0]]}) if group else components
             within[last] = COMMANDS[name].load()

@@ -37,8 +37,9 @@ def in_words(message: str, options: Iterable[str] = ()) -> str:
     if "is abstract" in inner:
         return f"{place} has options but no class: give --config FILE, or --{place} with the name of a class."
     if required := _REQUIRED.search(inner):
-        if {"fit.model", "fit.data"} & set(required[1].split(", ")):
-            return "fit needs a configuration: give --config FILE, such as examples/quickstart.yaml."
+        command, _, name = required[1].split(", ")[0].partition(".")
+        if name in ("model", "data"):
+            return f"{command} needs a configuration: give --config FILE, such as examples/quickstart.yaml."
         return f"{place + ' needs' if place else 'needed:'} {required[1]}."
     values, types = _VALUE.findall(inner), _TYPES.findall(inner)
     if place and values and types:

@@ -65,6 +65,9 @@ OPTIONS: dict[str, list[Option]] = {
 }
 """By section, in the order of use."""
 
+OF_FOLDS = {"Folds": [Option("seeds", "1", "of every fold, counted from seed_everything")]}
+"""Of ``crossval`` alone."""
+
 
 def short_help(command: str, purpose: str) -> str:
     """The page of ``fpt-lightning {command} --help``.
@@ -76,7 +79,7 @@ def short_help(command: str, purpose: str) -> str:
     lines = [f"usage: fpt-lightning {command} --config FILE [...] [--OPTION VALUE ...]", ""]
     told = f"{purpose[0].upper()}{purpose[1:]}. Options stand in the YAML or on the command line."
     lines += textwrap.wrap(told, _WIDTH)
-    for section, options in OPTIONS.items():
+    for section, options in {**(OF_FOLDS if command == "crossval" else {}), **OPTIONS}.items():
         lines += ["", f"{section}:"]
         for option in options:
             default = f" [{option.default}]" if option.default else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +17,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
-from fpt_lightning.errors import ConfigurationError, in_one_line
-from fpt_lightning.files import keep_beside, make_folder, read_rows, take_lock, whole_file, write_rows, write_text
+from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.files import (
+    keep_beside,
+    make_folder,
+    read_rows,
+    take_lock,
+    write_pickle,
+    write_rows,
+    write_text,
+)
 
 
 def is_first_process() -> bool:
@@ -37,6 +44,17 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
     Raises:
         ConfigurationError: another fit is running there, or the folder holds another run.
     """
+    lock = lock_folder(folder)
+    check_free(folder, checkpoint)  # now that no other can leave a run there
+    return lock
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Make a folder that no other command writes runs to while the lock that is returned is open.
+
+    Raises:
+        ConfigurationError: another is at work there.
+    """
     make_folder(folder)
     lock = (folder / ".lock").open("ab+")
     if not take_lock(lock):
@@ -44,7 +62,6 @@ def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
         raise ConfigurationError(
             f"another fit is running in {folder}: wait for it, or give another --trainer.default_root_dir."
         )
-    check_free(folder, checkpoint)  # now that no other can leave a run there
     return lock
 
 
@@ -145,12 +162,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole_file(Path(path)) as partial, partial.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # PyTorch's own of a full disk
-                raise OSError(in_one_line(error)) from error
-            os.fsync(file.fileno())
+        write_pickle(Path(path), checkpoint)
 
 
 class SaveRunConfig(SaveConfigCallback):

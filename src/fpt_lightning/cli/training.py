@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from jsonargparse import ArgumentParser
@@ -41,6 +42,7 @@ from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods.ensemble import EnsembleModule, is_ensemble
 from fpt_lightning.methods.tasks import task_class
 from fpt_lightning.methods.trained import TrainedModule
 
@@ -50,14 +52,21 @@ _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar
 class CommandLine(LightningCLI):
     """``fit``, ``validate``, ``test``, ``predict``, ``preload``, ``plan`` and ``explain`` from one configuration."""
 
+    TRAINER: ClassVar[type[Trainer]] = Trainer
+    """Whose methods are the commands."""
+
+    TELLS: ClassVar[bool] = True
+    """Whether ``fit`` prints what its tests found, which the run's folder has anyway."""
+
     def __init__(self, args: Sequence[str] | None = None) -> None:
         self.results = ResultsWriter()
+        self._given = sys.argv[1:] if args is None else list(args)
         super().__init__(
             ClassificationModule,
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_class=Trainer,
+            trainer_class=self.TRAINER,
             trainer_defaults={
                 "max_epochs": 20,
                 "gradient_clip_val": 1.0,
@@ -73,7 +82,7 @@ class CommandLine(LightningCLI):
                 "exit_on_error": False,  # main says it in a line
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
             },
-            args=None if args is None else list(args),
+            args=self._given,
         )
 
     @staticmethod
@@ -91,10 +100,11 @@ class CommandLine(LightningCLI):
             ConfigurationError: an option that there is not, or a value of another type.
         """
         try:
-            self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
+            if "test" in self._subcommand_parsers:
+                self._subcommand_parsers["test"].set_defaults(verbose=False)  # Lightning's table of what is shown here
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            command = next((arg for arg in args or sys.argv[1:] if arg in self._subcommand_parsers), "")
+            command = next((arg for arg in args if arg in self._subcommand_parsers), "")
             of_command = self._subcommand_parsers.get(command, parser)
             raise ConfigurationError(in_words(str(error), of_command._option_string_actions)) from error
 
@@ -141,7 +151,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         path, folder = self._get(self.config, "ckpt_path"), Path(self._get(self.config, "trainer").default_root_dir)
-        if path in ("best", "last"):  # the run's own
+        if path in ("best", "last", "ensemble"):  # the run's own
             path = self.config[self.subcommand].ckpt_path = str(folder / f"{path}.ckpt")
         if path is None and self.subcommand in ("validate", "test", "predict", "explain"):
             raise CheckpointError(
@@ -177,13 +187,27 @@ class CommandLine(LightningCLI):
         """Let errors name this very command, and results the checkpoint they are of."""
         if self._listed is not None:  # read once
             self.datamodule.manifest = self.datamodule.listed = self._listed
-        given = self._get(self.config, "config") or []
-        configs = "".join(f" --config {path}" for path in given)
+        if self.checkpoint is not None:
+            self.model = self._as_trained(self.checkpoint)
         if isinstance(self.datamodule, PreloadedFeatureDataModule):
-            self.datamodule.rebuild = f"fpt-lightning preload{configs} --overwrite true"
+            options = shlex.join(["preload", *_of_store(self._given), "--overwrite", "true"])
+            self.datamodule.rebuild = f"fpt-lightning {options}"
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self.results.checkpoint = Path(path).stem
+
+    def _as_trained(self, checkpoint: dict[str, Any]) -> ClassificationModule:
+        """The model, or as many of it as a checkpoint of an ensemble holds.
+
+        Raises:
+            CheckpointError: an ensemble that is to be trained or explained.
+        """
+        if is_ensemble(checkpoint) and self.subcommand in ("fit", "explain"):
+            raise CheckpointError(
+                f"{self._get(self.config, 'ckpt_path')} is an ensemble, and {self.subcommand} takes one model: give "
+                "a member's checkpoint."
+            )
+        return EnsembleModule.like(self.model, checkpoint)
 
     @property
     def _writes_run(self) -> bool:
@@ -280,10 +304,11 @@ class CommandLine(LightningCLI):
             else:
                 why = "no epoch was validated" if name == "best" else "no epoch was finished"
                 rank_zero_warn(f"{why}, so that there is no {path} to test.")
-        if tested:
-            print(f"\n{results(tested)}\n")
-            self._say_cases(tested[0].name)
-        self._say_where()
+        if self.TELLS:
+            if tested:
+                print(f"\n{results(tested)}\n")
+                self._say_cases(tested[0].name)
+            self._say_where()
 
     def _test(self, name: str, path: Path) -> list[CheckpointResult]:
         """Test one of the run's checkpoints; loggers get its metrics under its own name."""
@@ -314,6 +339,17 @@ class CommandLine(LightningCLI):
     def _say_where(self) -> None:
         if self.results.told:
             print(self.results.told)
+
+
+def _of_store(args: Sequence[str]) -> list[str]:
+    """The options of a command line that may decide what a store holds."""
+    kept, keeps = list[str](), False
+    for arg in args:
+        if arg.startswith("--") or arg == "-c":
+            keeps = arg.startswith(("--config", "-c", "--model", "--data"))
+        if keeps:
+            kept.append(arg)
+    return kept
 
 
 def _check_writable(folder: Path) -> None:

@@ -54,6 +54,10 @@ class Manifest:
         random: whether the split was drawn, and not given.
         notes: what people should know of how it was read.
         files: of the images, as they were when it was read; None of a list that was not read.
+        measured: splits over whose images ``auto`` statistics are measured: in a cross-validation all splits that
+            change from fold to fold, so that one store serves every fold.
+        unfolded: of a cross-validation, ids of the training images that there are without it, in ascending order: a
+            store whose statistics are of these serves every fold too.
     """
 
     root: Path
@@ -63,6 +67,8 @@ class Manifest:
     random: bool = False
     notes: tuple[str, ...] = ()
     files: ImageFiles | None = field(default=None, compare=False, repr=False)
+    measured: tuple[str, ...] = ("train",)
+    unfolded: tuple[str, ...] = ()
 
     def look(self) -> Manifest:
         """The data set with its files as they are now."""
@@ -71,6 +77,10 @@ class Manifest:
     def split(self, name: str) -> tuple[Sample, ...]:
         """The samples of one split, in ascending order of their ids."""
         return tuple(sample for sample in self.samples if sample.split == name)
+
+    def to_measure(self) -> tuple[Sample, ...]:
+        """The samples over whose images ``auto`` statistics are measured, in ascending order of their ids."""
+        return tuple(sample for sample in self.samples if sample.split in self.measured)
 
     def without(self, ids: Collection[str]) -> Manifest:
         """The data set without some samples, whose images cannot be read.

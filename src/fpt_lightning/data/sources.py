@@ -14,7 +14,7 @@ from typing import Literal
 from fpt_lightning.data import tables
 from fpt_lightning.data.folders import IMAGE_SUFFIXES, find_images, labelled_folders
 from fpt_lightning.data.image_files import ImageFiles
-from fpt_lightning.data.manifest import Kind, Manifest, Sample, numbers_of
+from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, numbers_of
 from fpt_lightning.data.splits import Digests, check_splits, draw_validation, fold_split, random_split
 from fpt_lightning.data.tables import UNCERTAIN, Table, read_table
 from fpt_lightning.errors import DataError, a_few
@@ -54,6 +54,7 @@ def read_manifest(
 
     With ``fold``, cross-validation: where splits are given, the test images stay, and the fold of the others validates;
     otherwise the fold is the test split, and the next one validates. Folds are stratified and keep groups whole.
+    ``Manifest.measured`` then has all splits that change from fold to fold, and never test images that are given.
 
     Args:
         root: folder of the images.
@@ -99,26 +100,37 @@ def read_manifest(
         notes = rows.notes
     samples = sorted(samples, key=lambda sample: sample.id)
     drawn = not external and not samples[0].split
+    measured: tuple[str, ...] = ("train",)
+    unfolded: tuple[str, ...] = ()
     if external:
         samples = [replace(sample, split="test") for sample in samples]
     elif fold is not None:
+        unfolded = tuple(sample.id for sample in _split(samples, split_seed, kind) if sample.split == "train")
         samples = fold_split(samples, fold, folds, split_seed, kind)
-    elif drawn:
-        samples = random_split(samples, split_seed, kind)
-    elif {sample.split for sample in samples} == {"train", "test"}:
-        samples, drawn = draw_validation(samples, split_seed, kind), True
-        count = sum(sample.split == "val" for sample in samples)
-        notes.append(f"there are no validation images: {count:,} of the training images are drawn, whole groups.")
+        measured = SPLITS if drawn else ("train", "val")
+    else:
+        given, samples = samples, _split(samples, split_seed, kind)
+        if not drawn and samples is not given:
+            drawn, count = True, sum(sample.split == "val" for sample in samples)
+            notes.append(f"there are no validation images: {count:,} of the training images are drawn, whole groups.")
     if kind == "multi-label":
         samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
     random = not external and (drawn or fold is not None)
     files = files.of([sample.id for sample in samples])
-    manifest = Manifest(folder, tuple(samples), names, kind, random, tuple(notes), files)
+    manifest = Manifest(folder, tuple(samples), names, kind, random, tuple(notes), files, measured, unfolded)
     if not external:
         if kind == "single-label" and len(names) < 2:
             raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
         check_splits(manifest, allow_overlap, digests)
     return manifest
+
+
+def _split(samples: list[Sample], seed: int, kind: Kind) -> list[Sample]:
+    """The splits without folds: those that are given, themselves; what lacks is drawn."""
+    if not samples[0].split:
+        return random_split(samples, seed, kind)
+    drawn = {sample.split for sample in samples} == {"train", "test"}
+    return draw_validation(samples, seed, kind) if drawn else samples
 
 
 def list_images(

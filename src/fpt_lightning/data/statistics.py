@@ -1,4 +1,4 @@
-"""What is measured over the training images: the range of their values, their mean and standard deviation."""
+"""What is measured over images before training: the range of their values, their mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def value_range(
 
     deep = deep_pictures(paths)
     with ThreadPoolExecutor() as pool:
-        found = list(track(pool.map(extremes, deep), "range of the training images", len(deep)))
+        found = list(track(pool.map(extremes, deep), "range of the values", len(deep)))
     known = [each for each in found if isinstance(each, tuple)]
     _check_readable([each for each in found if isinstance(each, str)], len(deep), on_error)
     low, high = min(each[0] for each in known), max(each[1] for each in known)
@@ -79,8 +79,9 @@ def value_range(
 def _check_readable(broken: Sequence[str], count: int, on_error: OnError) -> None:
     if broken and (on_error == "stop" or len(broken) == count):
         raise ImageError(
-            f"{len(broken)} of {count} training images cannot be read:\n  " + "\n  ".join(broken) + "\nMend them, "
-            "or take them out of the data set; or leave them out by data.on_error skip."
+            f"{len(broken)} of {count} images that are measured cannot be read:\n  "
+            + "\n  ".join(broken)
+            + "\nMend them, or take them out of the data set; or leave them out by data.on_error skip."
         )
 
 
@@ -114,13 +115,13 @@ def channel_statistics(
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        found = list(track(pool.map(moments, paths), "mean and std of the training images", len(paths)))
+        found = list(track(pool.map(moments, paths), "mean and std of the images", len(paths)))
     _check_readable([each for each in found if isinstance(each, str)], len(paths), on_error)
     mean, squares = np.mean([each for each in found if not isinstance(each, str)], axis=0)
     std = np.sqrt(np.maximum(squares - np.square(mean), 0))
     if std.min() < 1e-4:
         raise ConfigurationError(
-            "data.mean and data.std are 'auto', but a channel of the training images never varies "
+            "data.mean and data.std are 'auto', but a channel of the images never varies "
             f"(std {[round(v, 6) for v in std.tolist()]}): look at the images, or give numbers."
         )
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())

@@ -38,7 +38,8 @@ class ImageDataModule(ManifestDataModule):
         resolution: of the encoder's images in pixels: a side, or (height, width); by default the multiple of the
             encoder's patch size that is nearest to 512.
         mean: of each channel (or one for grey), for pixels in [0, 1]; ``auto`` computes it over the training
-            images, or over 1,000 of them (``fpt_lightning.data.statistics.draw_sample``).
+            images, or with ``fold`` over those of all folds (``fpt_lightning.data.manifest.Manifest.measured``); over
+            1,000 of them, if there are more (``fpt_lightning.data.statistics.draw_sample``).
         std: like ``mean``.
         fit: ``squash`` resizes images to the encoder's aspect, ``letterbox`` pads them to it with black first.
         crop_border: whether the dark border of images (fundus, mammograms) is cut off
@@ -192,7 +193,7 @@ class ImageDataModule(ManifestDataModule):
             resolution=self.resolution,
             mean=self.mean,
             std=self.std,
-            statistics="given" if self.mean else self._over_training_images(),
+            statistics="given" if self.mean else self._over_measured_images(),
             image_size=self.image_size,
             codec="fp32",
             precision=encoder.precision,
@@ -209,7 +210,7 @@ class ImageDataModule(ManifestDataModule):
             return tuple(map(float, self.value_range)), "given"
         if self.value_range == "full":
             return (), "full"
-        return (), self._over_training_images() if self._has_deep() else "none"
+        return (), self._over_measured_images() if self._has_deep() else "none"
 
     def _has_deep(self) -> bool:
         """Whether there are 16-bit pictures; True before any image is known."""
@@ -218,16 +219,15 @@ class ImageDataModule(ManifestDataModule):
             return True
         if self._deep is None:
             training = manifest is self.listed and not self.external
-            samples = manifest.split("train") if training else manifest.samples
+            samples = manifest.to_measure() if training else manifest.samples
             self._deep = bool(deep_pictures([manifest.path(sample) for sample in samples]))
         return self._deep
 
-    def _over_training_images(self) -> str:
+    def _over_measured_images(self) -> str:
         """``auto``, and over which images."""
         if self.listed is None:
             return "auto"
-        ids = [sample.id for sample in self.listed.split("train")]
-        return f"auto over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
+        return over_images([sample.id for sample in self.listed.to_measure()])
 
     @property
     def reader(self) -> ImageReader:
@@ -261,12 +261,12 @@ class ImageDataModule(ManifestDataModule):
             self.specification = replace(asked, value_range=self.measured) if self.measured else asked
 
     def _measure(self) -> None:
-        """Range of values, mean and std of a sample of the training images, where they are ``auto``."""
+        """Range of values, mean and std of a sample of ``Manifest.to_measure``, where they are ``auto``."""
         of_values = self.measured is None and self.value_range == "auto" and self._has_deep()
         of_channels = not self.mean and not self.computed[0]
         if not of_values and not of_channels:
             return
-        root, paths = self.labelled.root, [self.labelled.path(sample) for sample in self.labelled.split("train")]
+        root, paths = self.labelled.root, [self.labelled.path(sample) for sample in self.labelled.to_measure()]
         if of_values:
             deep = deep_pictures(paths)
             drawn = draw_sample(deep, root)
@@ -388,6 +388,11 @@ class ImageDataModule(ManifestDataModule):
 
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
         return self._dataloader(self._dataset(split, augmentation), split == "train", self.batch_size)
+
+
+def over_images(ids: Sequence[str]) -> str:
+    """What ``FeatureSpecification.statistics`` says of images, in ascending order, that ``auto`` is measured over."""
+    return f"auto over {len(ids)} images {sha256(chr(10).join(ids).encode()).hexdigest()[:16]}"
 
 
 def _given_statistics(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Manifest
-from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.datamodules.images import ImageDataModule, over_images
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
 from fpt_lightning.errors import ConfigurationError, StoreError
@@ -22,7 +22,7 @@ from fpt_lightning.store.codecs import check_codec
 from fpt_lightning.store.damage import check_present
 from fpt_lightning.store.place import resolve
 from fpt_lightning.store.preload import preload
-from fpt_lightning.store.specification import FeatureSpecification
+from fpt_lightning.store.specification import FeatureSpecification, is_over
 from fpt_lightning.store.store import FeatureStore
 
 
@@ -118,7 +118,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         self._looked = True
         if self.external:
             self._check_measured()
-        asked = self.asked_store(encoder)
+        asked = self._of_store(encoder) if overwrite else self.asked_store(encoder)
         before, self.store = None if overwrite or repair else self._open(), None  # until it is complete
         store = preload(
             manifest,
@@ -211,7 +211,17 @@ class PreloadedFeatureDataModule(ImageDataModule):
             store.require(self.asked_store(encoder), self.rebuild)
 
     def asked_store(self, encoder: EncoderConfig) -> FeatureSpecification:
-        """The specification that the store must have."""
+        """The specification that the store must have; of a fold, statistics of a store without folds are as good."""
+        asked, store = self._of_store(encoder), self._known()
+        if store is not None and self.listed is not None and self.listed.unfolded:
+            made, unfolded = store.specification, over_images(self.listed.unfolded)
+            if asked.statistics.startswith("auto") and is_over(made.statistics, unfolded):
+                asked = replace(asked, statistics=unfolded)
+            if asked.range_of.startswith("auto") and is_over(made.range_of, unfolded):
+                asked = replace(asked, range_of=unfolded)
+        return asked
+
+    def _of_store(self, encoder: EncoderConfig) -> FeatureSpecification:
         return replace(self.asked(encoder), codec=self.codec, mirrored=self.mirrored)
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from fpt_lightning.errors import CheckpointError, FPTError, in_one_line
 from fpt_lightning.files import load_pickle
 from fpt_lightning.methods import METHODS, ClassificationModule
+from fpt_lightning.methods.ensemble import EnsembleModule
 from fpt_lightning.methods.record import KEY, TrainingRecord
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.specification import FeatureSpecification
@@ -50,7 +51,8 @@ def load_trained(
         EncoderError: weights that are out of reach or do not fit.
     """
     checkpoint = read_checkpoint(path)
-    methods = {method.__name__: method for method in METHODS.values()}
+    methods: dict[str, type[ClassificationModule]] = {method.__name__: method for method in METHODS.values()}
+    methods[EnsembleModule.__name__] = EnsembleModule
     about = checkpoint.get(KEY)
     if not isinstance(about, dict) or about.get("method") not in methods:
         raise CheckpointError(

@@ -101,7 +101,7 @@ def compare(
         DataError: other images, classes or labels in ``second``, or no labelled image.
     """
     check_numbers(resamples, specificity)
-    second = _matched(first, second)
+    second = matched(first, second)
     pair, thresholds = (require_labelled(first), require_labelled(second)), checked_thresholds(first, {})
 
     def both(weights: NDArray[np.float64]) -> list[Values]:
@@ -117,8 +117,12 @@ def compare(
     return Comparison(first.unit, len(pair[0].ids), pair[0].group_count, resamples, specificity, differences)
 
 
-def _matched(first: Predictions, second: Predictions) -> Predictions:
-    """``second`` in the order of ``first``."""
+def matched(first: Predictions, second: Predictions) -> Predictions:
+    """``second`` in the order of ``first``.
+
+    Raises:
+        DataError: other images, classes or labels.
+    """
     if (first.kind, first.classes, first.ordered) != (second.kind, second.classes, second.ordered):
         described = [
             f"{each.kind} of {'the grades ' * each.ordered}{', '.join(each.classes) or 'no classes'}"

@@ -31,6 +31,7 @@ def measure(
     specificity: float,
     weights: NDArray[np.float64],
     per_class: bool = True,
+    decided: NDArray[np.bool_] | None = None,
 ) -> Values:
     """Every metric of labelled predictions.
 
@@ -40,10 +41,11 @@ def measure(
         specificity: at which a sensitivity is given.
         weights: (R, N).
         per_class: whether each class's own metrics are given beside the overall ones.
+        decided: which classes each image is decided for (N, C), in place of decisions by the thresholds.
     """
     if predictions.kind == "regression":
         return {("", metric): value for metric, value in _regression(predictions, weights).items()}
-    decided = decide(predictions, thresholds)
+    decided = decide(predictions, thresholds) if decided is None else decided
     classes: dict[str, dict[str, NDArray[np.float64]]] = {}
     for index, name in enumerate(predictions.classes):
         known, positive, scores = predictions.of_class(index)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fpt_lightning.evaluation.decisions import DEFAULT_THRESHOLD, decide
 from fpt_lightning.evaluation.estimates import Estimate, number
 from fpt_lightning.evaluation.predictions import Predictions, Unit
@@ -15,6 +18,7 @@ def collect_notes(
     predictions: Predictions,
     labelled: Predictions,
     thresholds: Mapping[str, float] | None,
+    decided: NDArray[np.bool_] | None,
     positives: Mapping[str, int],
     negatives: Mapping[str, int],
     estimates: Mapping[tuple[str, str], Estimate],
@@ -25,6 +29,7 @@ def collect_notes(
         predictions: what was to be evaluated.
         labelled: those of it that have a label.
         thresholds: as given, by class.
+        decided: which classes each labelled image is decided for (N, C); None of regression.
         positives: by class, how many images it has.
         negatives: by class, how many images it does not have.
         estimates: by class (empty of all) and metric.
@@ -32,7 +37,7 @@ def collect_notes(
     return [
         *_sample_notes(labelled, len(predictions.ids) - len(labelled.ids)),
         *_class_notes(labelled.unit, positives, negatives, estimates),
-        *_threshold_notes(labelled, thresholds),
+        *([] if decided is None else _threshold_notes(labelled, thresholds, decided)),
     ]
 
 
@@ -101,12 +106,14 @@ def _class_notes(
     return notes
 
 
-def _threshold_notes(predictions: Predictions, given: Mapping[str, float] | None) -> list[str]:
+def _threshold_notes(
+    predictions: Predictions, given: Mapping[str, float] | None, decided: NDArray[np.bool_]
+) -> list[str]:
     missing = [name for name in predictions.classes if given and name not in given]
     single = predictions.kind == "single-label"
     rule = "where most probable" if single else f"from {DEFAULT_THRESHOLD} on"
     notes = [f"Classes without a threshold of their own, decided for {rule}: {', '.join(missing)}."] if missing else []
-    otherwise = int((decide(predictions, given) != decide(predictions)).any(1).sum()) if single and given else 0
+    otherwise = int((decided != decide(predictions)).any(1).sum()) if single and given else 0
     if otherwise:
         notes.append(
             f"{otherwise:,} of {len(predictions.ids):,} {predictions.unit}s are decided otherwise than for their most "

@@ -80,8 +80,12 @@ class Predictions:
 
     def labelled(self) -> Predictions:
         """Those with a known label: of multi-label, with any."""
-        known = self.known.reshape(len(self.ids), -1).any(1)
-        return self.take(np.flatnonzero(known))
+        return self.take(self.labelled_rows)
+
+    @property
+    def labelled_rows(self) -> NDArray[np.int64]:
+        """Rows of those with a known label, of multi-label with any, in ascending order."""
+        return np.flatnonzero(self.known.reshape(len(self.ids), -1).any(1))
 
     @property
     def wholes(self) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fpt_lightning.data.manifest import Kind
-from fpt_lightning.evaluation.decisions import checked_thresholds
+from fpt_lightning.evaluation.decisions import checked_thresholds, decide
 from fpt_lightning.evaluation.estimates import Estimate, label, number
-from fpt_lightning.evaluation.measures import measure
+from fpt_lightning.evaluation.measures import Values, measure
 from fpt_lightning.evaluation.notes import collect_notes, validation_notes
 from fpt_lightning.evaluation.predictions import Predictions, Unit
 from fpt_lightning.evaluation.resampling import (
@@ -100,6 +101,7 @@ def evaluate(
     predictions: Predictions,
     thresholds: Mapping[str, float] | None = None,
     *,
+    decided: NDArray[np.bool_] | None = None,
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
@@ -126,6 +128,8 @@ def evaluate(
         predictions: unlabelled ones are left out.
         thresholds: by class, from which score on the class is decided for. A class that is not named is decided for
             where it is the most probable (single-label), or from 0.5 on (multi-label).
+        decided: which classes each image is decided for (N, C), where not all are by the same thresholds, which are
+            then those that are shown.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: to keep.
@@ -138,9 +142,15 @@ def evaluate(
     check_numbers(resamples, specificity)
     used = checked_thresholds(predictions, thresholds or {})
     labelled = require_labelled(predictions)
-    ones = np.ones((1, len(labelled.ids)))
-    values = measure(labelled, used, specificity, ones)
-    chunks = [measure(labelled, used, specificity, weights) for weights in resampled_weights(labelled, resamples, seed)]
+    if predictions.kind != "regression":
+        decided = decide(predictions, used) if decided is None else decided
+        decided = decided[predictions.labelled_rows]
+
+    def measured(weights: NDArray[np.float64]) -> Values:
+        return measure(labelled, used, specificity, weights, decided=decided)
+
+    values = measured(np.ones((1, len(labelled.ids))))
+    chunks = [measured(weights) for weights in resampled_weights(labelled, resamples, seed)]
     estimates = {key: bounded(value[0], resampled_values(chunks, key)) for key, value in values.items()}
     positives, negatives = labelled.class_counts()
     return Evaluation(
@@ -160,7 +170,7 @@ def evaluate(
             for name in predictions.classes
         },
         notes=[
-            *collect_notes(predictions, labelled, thresholds, positives, negatives, estimates),
+            *collect_notes(predictions, labelled, thresholds, decided, positives, negatives, estimates),
             *validation_notes(validation_auc, estimates.get(("", "auc"))),
         ],
     )

@@ -230,12 +230,16 @@ class ClassificationModule(TrainedModule, ABC):
         if stage == "val":
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
         metrics.update(scores, self.task.targets(labels))
-        loss.update(self.task.loss(logits, labels), len(labels))
+        loss.update(self.evaluated_loss(logits, labels), len(labels))
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         monitor = f"val_{self.task.MONITOR[0]}"
         for name, metric in metrics.items(keep_base=False, copy_state=False):
             self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
         return {"ids": batch["ids"], "labels": labels, "scores": scores}
+
+    def evaluated_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss, scalar, of what ``evaluated`` gives."""
+        return self.task.loss(logits, labels)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities (B, classes), by the fitted temperature but in fit, or numbers (B,), of ``forward``'s fp32."""

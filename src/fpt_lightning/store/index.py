@@ -173,7 +173,7 @@ class StoreIndex:
             remedy = ""
             if any(line.startswith("statistics") for line in differences):
                 given = f"data.mean {list(self.specification.mean)} and data.std {list(self.specification.std)}"
-                remedy = f"\nTo keep its normalisation although the training images changed, give {given}."
+                remedy = f"\nTo keep its normalisation although it would now be of other images, give {given}."
             raise StaleStoreError(
                 f"the feature store {self.url} was made with other settings:\n  "
                 + "\n  ".join(differences)

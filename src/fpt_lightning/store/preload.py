@@ -293,8 +293,8 @@ class FrozenPass(L.LightningModule):
             share_lock(self._lock, self.url)
 
     def _measured(self, asked: FeatureSpecification) -> FeatureSpecification:
-        """With range of values, mean and std of a sample of the training images, where they are ``auto``."""
-        root, paths = self.manifest.root, [self.manifest.path(sample) for sample in self.manifest.split("train")]
+        """With range of values, mean and std of a sample of ``Manifest.to_measure``, where they are ``auto``."""
+        root, paths = self.manifest.root, [self.manifest.path(sample) for sample in self.manifest.to_measure()]
         if asked.range_of.startswith("auto"):
             deep = deep_pictures(paths)
             drawn = draw_sample(deep, root)

@@ -43,7 +43,7 @@ class FeatureSpecification:
         resolution: (height, width) of the encoder's images in pixels.
         mean: of each channel; empty where it is still to be computed.
         std: of each channel; empty where it is still to be computed.
-        statistics: ``given``, or which training images mean and std were computed over, and how many of them.
+        statistics: ``given``, or which images mean and std were computed over, and how many of them.
         image_size: side of the low-resolution copies in pixels.
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
@@ -55,8 +55,8 @@ class FeatureSpecification:
         window: of grey DICOM values (``fpt_lightning.data.images.read_image``).
         value_range: (low, high) of 16-bit pictures that become black and white; empty for the full range, or where it
             is still to be measured.
-        range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which training images it was measured
-            over, and how many of them.
+        range_of: ``full``, ``given``, ``none`` where no picture has 16 bits, or which images it was measured over,
+            and how many of them.
         format: version of the store's layout.
     """
 
@@ -163,7 +163,7 @@ class FeatureSpecification:
 
     def _compared(self, name: str) -> object:
         value = getattr(self, name)
-        return value.partition(_SAMPLE)[0] if name in ("statistics", "range_of") else value
+        return _images(value) if name in ("statistics", "range_of") else value
 
 
 _SAMPLE = ", from "
@@ -172,6 +172,15 @@ _SAMPLE = ", from "
 def from_sample(images: str, drawn: int, total: int) -> str:
     """What ``statistics`` or ``range_of`` says of images of which not all may have been drawn."""
     return images if drawn == total else f"{images}{_SAMPLE}{drawn:,} of {total:,}"
+
+
+def is_over(statistics: str, images: str) -> bool:
+    """Whether ``statistics`` or ``range_of`` is of these images, all of them or a sample."""
+    return _images(statistics) == images
+
+
+def _images(statistics: str) -> str:
+    return statistics.partition(_SAMPLE)[0]
 
 
 _EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full"}

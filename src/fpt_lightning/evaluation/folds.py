@@ -1,0 +1,274 @@
+"""A cross-validation: predictions of its folds and seeds as one, and how far their figures lie apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fpt_lightning.errors import DataError, a_few
+from fpt_lightning.evaluation.comparison import matched
+from fpt_lightning.evaluation.decisions import checked_thresholds, decide, fit_thresholds
+from fpt_lightning.evaluation.estimates import label, number
+from fpt_lightning.evaluation.measures import measure
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import require_labelled
+from fpt_lightning.evaluation.scores import Evaluation, evaluate
+from fpt_lightning.files import align, screen_width, without_nan
+
+
+def pooled(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of different images as one, in ascending order of the images.
+
+    Args:
+        parts: of one kind, and of the same classes.
+
+    Raises:
+        DataError: of different things, or an image in several parts.
+    """
+    first = parts[0]
+    for each in parts[1:]:
+        if (each.kind, each.classes, each.ordered) != (first.kind, first.classes, first.ordered):
+            raise DataError(
+                f"the folds predict different things: {first.kind} of {', '.join(first.classes) or 'no classes'}, and "
+                f"{each.kind} of {', '.join(each.classes) or 'no classes'}."
+            )
+    ids = [id for each in parts for id in each.ids]
+    if twice := sorted(id for id, count in Counter(ids).items() if count > 1):
+        raise DataError(f"{len(twice)} images are predicted by several folds: {a_few(twice)}.")
+    groups, cases = (
+        [name for each in parts for name in getattr(each, column) or [""] * len(each.ids)]
+        for column in ("groups", "cases")
+    )
+    labels, scores = (np.concatenate([getattr(each, name) for each in parts]) for name in ("labels", "scores"))
+    whole = Predictions(
+        first.kind,
+        tuple(ids),
+        labels,
+        scores,
+        first.classes,
+        tuple(groups) if any(groups) else (),
+        first.ordered,
+        tuple(cases) if any(cases) else (),
+    )
+    return whole.take(_order(ids))
+
+
+def averaged(several: Sequence[Predictions]) -> Predictions:
+    """The mean scores of several models for the same images, in the order of the first.
+
+    Raises:
+        DataError: other images, classes or labels.
+    """
+    first, *others = several
+    same = [first, *(matched(first, other) for other in others)]
+    return replace(first, scores=np.mean([each.scores for each in same], axis=0))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One metric of several models.
+
+    Attributes:
+        values: one a model, NaN where it has none.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def _known(self) -> NDArray[np.float64]:
+        return np.array([value for value in self.values if value == value])
+
+    @property
+    def mean(self) -> float:
+        """Of those that are known; NaN where none is."""
+        return float(self._known.mean()) if len(self._known) else float("nan")
+
+    @property
+    def sd(self) -> float:
+        """Their sample standard deviation; NaN of fewer than two."""
+        return float(self._known.std(ddof=1)) if len(self._known) > 1 else float("nan")
+
+    @property
+    def low(self) -> float:
+        """The smallest; NaN where none is known."""
+        return float(min(self._known, default=float("nan")))
+
+    @property
+    def high(self) -> float:
+        """The largest; NaN where none is known."""
+        return float(max(self._known, default=float("nan")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"mean": self.mean, "sd": self.sd, "low": self.low, "high": self.high, "values": list(self.values)}
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What the models of all folds and seeds are worth.
+
+    Attributes:
+        predictions: of all folds and seeds as one.
+        by_seed: the same of each seed alone.
+        evaluation: of ``predictions``.
+        held_out: whether each fold tested images of its own (``are_held_out``).
+        folds: by metric, of each fold, the mean over its seeds.
+        seeds: by metric, of each seed's own predictions of all folds.
+    """
+
+    predictions: Predictions
+    by_seed: dict[int, Predictions]
+    evaluation: Evaluation
+    held_out: bool
+    folds: dict[str, Spread]
+    seeds: dict[str, Spread]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: None there."""
+        metrics = {
+            name: {**asdict(estimate), "folds": self.folds[name].to_dict(), "seeds": self.seeds[name].to_dict()}
+            for name, estimate in self.evaluation.overall.items()
+        }
+        content = {
+            "folds": len(next(iter(self.folds.values())).values),
+            "seeds": list(self.by_seed),
+            "held_out": self.held_out,
+            "thresholds": self.evaluation.thresholds,
+            "metrics": metrics,
+        }
+        plain: dict[str, Any] = without_nan(content)
+        return plain
+
+    def table(self) -> str:
+        """For people, as wide as the terminal: a row a metric, of all together, of the folds and of the seeds."""
+        folds, seeds = (len(next(iter(spread.values())).values) for spread in (self.folds, self.seeds))
+        caption = f"{folds} folds: mean, standard deviation (sd), lowest, highest"
+        heads = ["together", "mean", "sd", "lowest", "highest"]
+        if seeds > 1:
+            caption, heads = f"{caption}; {seeds} seeds: sd", [*heads, "seeds"]
+        rows = [["", *heads]]
+        for name, estimate in self.evaluation.overall.items():
+            fold, seed = self.folds[name], self.seeds[name]
+            values = [estimate.value, fold.mean, fold.sd, fold.low, fold.high, seed.sd][: len(heads)]
+            rows.append([label(name, self.evaluation.specificity), *map(number, values)])
+        return f"{caption}.\n\n{align(rows, screen_width())}"
+
+
+def are_held_out(tests: Sequence[Predictions]) -> bool:
+    """Whether folds tested images of their own, so that none was predicted by a model that saw it; else all the same.
+
+    Args:
+        tests: of each fold.
+    """
+    return len({frozenset(each.ids) for each in tests}) > 1
+
+
+def cross_validated(
+    runs: Mapping[tuple[int, int], Predictions],
+    thresholds: Mapping[str, float] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    specificity: float = 0.9,
+) -> CrossValidation:
+    """Score all folds and seeds as one, and each.
+
+    Scores of several seeds are averaged. Where each fold tested images of its own, those are pooled, and decided for by
+    thresholds that are fitted to the other folds' (``fit_thresholds``); the thresholds that are shown are of all. Else
+    the folds' scores are averaged too.
+
+    Args:
+        runs: test predictions by fold and seed, of every fold with every seed.
+        thresholds: by class, where all folds tested the same images; as of ``evaluate``.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        specificity: at which a sensitivity is given.
+
+    Raises:
+        ConfigurationError: a threshold of no class, or a number out of its range.
+        DataError: predictions that do not belong together, or no labelled image.
+    """
+    folds, seeds = sorted({fold for fold, _ in runs}), sorted({each for _, each in runs})
+    of_seed = {each: [runs[fold, each] for fold in folds] for each in seeds}
+    parts = [averaged([runs[fold, each] for each in seeds]) for fold in folds]
+    held_out, fits = are_held_out(parts), parts[0].kind != "regression"
+    join = pooled if held_out else averaged
+    whole, by_seed = join(parts), {each: join(own) for each, own in of_seed.items()}
+    by = [thresholds or {} for _ in folds]
+    if held_out and fits:
+        by = [fit_thresholds(pooled([part for part in parts if part is not each])) for each in parts]
+        thresholds = fit_thresholds(whole)
+
+    def decided(predictions: Sequence[Predictions]) -> NDArray[np.bool_] | None:
+        return _decided(predictions, by) if held_out and fits else None
+
+    evaluation = evaluate(
+        whole, thresholds, decided=decided(parts), resamples=resamples, seed=seed, specificity=specificity
+    )
+    of_runs = [
+        [_overall(runs[fold, each], own, specificity, None) for each in seeds]
+        for fold, own in zip(folds, by, strict=True)
+    ]
+    of_seeds = [_overall(by_seed[each], thresholds or {}, specificity, decided(own)) for each, own in of_seed.items()]
+    spread = {
+        name: Spread(tuple(Spread(tuple(each[name] for each in fold)).mean for fold in of_runs))
+        for name in evaluation.overall
+    }
+    notes = [_note(next(iter(spread)), specificity, spread, len(seeds), held_out, fits), *evaluation.notes]
+    return CrossValidation(
+        whole,
+        by_seed,
+        replace(evaluation, notes=notes),
+        held_out,
+        spread,
+        {name: Spread(tuple(each[name] for each in of_seeds)) for name in evaluation.overall},
+    )
+
+
+def _decided(parts: Sequence[Predictions], thresholds: Sequence[Mapping[str, float]]) -> NDArray[np.bool_]:
+    """Which classes each image of ``pooled`` parts is decided for (N, C), by the thresholds of its part."""
+    found = np.concatenate([decide(part, own) for part, own in zip(parts, thresholds, strict=True)])
+    return found[_order([id for part in parts for id in part.ids])]
+
+
+def _overall(
+    predictions: Predictions, thresholds: Mapping[str, float], specificity: float, decided: NDArray[np.bool_] | None
+) -> dict[str, float]:
+    """Metrics of all classes together, without intervals."""
+    labelled, rows = require_labelled(predictions), predictions.labelled_rows
+    values = measure(
+        labelled,
+        checked_thresholds(predictions, thresholds),
+        specificity,
+        np.ones((1, len(rows))),
+        per_class=False,
+        decided=None if decided is None else decided[rows],
+    )
+    return {metric: float(value[0]) for (_, metric), value in values.items()}
+
+
+def _order(ids: Sequence[str]) -> NDArray[np.int64]:
+    """Ascending."""
+    return np.argsort(np.array(ids, dtype=object))
+
+
+def _note(name: str, specificity: float, spread: Mapping[str, Spread], seeds: int, held_out: bool, fits: bool) -> str:
+    """What the predictions of a cross-validation are, with the spread of a metric over the folds."""
+    of = spread[name]
+    models = f"{len(of.values)} folds" + (f", mean of {seeds} seeds" if seeds > 1 else "")
+    how = f"All folds test the same images: scores are the mean of all models ({models})."
+    if held_out:
+        how = (
+            f"Each image was predicted by the fold that tests it ({models}). The folds' models differ in scale, which "
+            "can lower what is ranked over all of them."
+        )
+        how += " Decisions are by thresholds that were fitted to the other folds; those shown are of all." * fits
+    return (
+        f"{how} {label(name, specificity)} of the folds: mean {number(of.mean)}, standard deviation {number(of.sd)}, "
+        f"{number(of.low)} to {number(of.high)}."
+    )
