@@ -74,6 +74,7 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
     ):
         assert words in printed
     assert "fpt-lightning fit --config my.yaml" in printed
+    assert "fpt-lightning crossval --config my.yaml" in printed  # as images are few
     found = settings()
     assert found["model"] == {
         "num_classes": 3,

@@ -94,6 +94,8 @@ def init(data: str, out: str = "my.yaml", gpu_memory: str | None = None, weights
     print(f"\n{path} is written; every line says why. Next:")
     print(f"  fpt-lightning plan --config {path}   # memory and disk, and whether fit would start")
     print(f"  fpt-lightning fit --config {path}")
+    if "folds" in settings["data"]:
+        print(f"  fpt-lightning crossval --config {path}   # all folds, from one store where mean and std are numbers")
 
 
 def choose(
