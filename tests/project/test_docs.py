@@ -52,13 +52,7 @@ SMALL: dict[str, Any] = {
     "num_workers": 0,
     "folds": 3,
 }
-CHANGED_OPTIONS = (
-    "encoder",
-    "side_resolution",
-    "max_epochs",
-    "num_workers",
-    "folds",
-)  # where a command line gives them
+CHANGED_OPTIONS = ("encoder", "side_resolution", "max_epochs", "num_workers", "folds")  # where a command line has them
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>fails|not run: [^\n]+) -->\n)?"
     r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<body>.*?)^```$",
@@ -175,6 +169,8 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(planner, "LARGEST_BATCH", 16)  # what is looked for
     monkeypatch.setattr(planner, "LARGEST_RESOLUTION", 128)
+    monkeypatch.setattr("fpt_lightning.cli.auto.CANDIDATES", ("stored_linear", "fpt_plus"))  # four take a minute
+    monkeypatch.setattr("fpt_lightning.cli.auto.LEARNING_RATES", (1e-3,))
     monkeypatch.setattr("fpt_lightning.cli.trainer.METHODS", {name: METHODS[name] for name in ("linear", "fpt_plus")})
     known = set(sys.modules)
     with mock.patch.dict(CODECS):  # a page adds one
