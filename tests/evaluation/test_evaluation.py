@@ -19,7 +19,7 @@ from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
 from fpt_lightning.evaluation.comparison import compare
 from fpt_lightning.evaluation.decisions import fit_thresholds
-from fpt_lightning.evaluation.measures import measure
+from fpt_lightning.evaluation.measures import measure, net_benefit
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, resample, resampled_weights
 from fpt_lightning.evaluation.scores import evaluate
@@ -177,6 +177,23 @@ def test_perfect_inverted_and_constant_scores() -> None:
     assert constant["auc"] == 0.5
     assert constant["b/average_precision"] == sk.average_precision_score(positive, np.full(40, 0.25)) == 0.5
     assert constant["calibration_error"] == 0.25
+
+
+def test_net_benefit_weighs_wrong_decisions_by_the_odds_of_the_threshold() -> None:
+    positive, scores = np.array([1, 1, 0, 0, 0], bool), np.array([0.9, 0.5, 0.5, 0.2, 0.1])
+    found = net_benefit(positive, scores, np.array([0.2, 0.5, 0.8, 0.95]))
+    assert found == pytest.approx([(2 - 2 / 4) / 5, (2 - 1) / 5, 1 / 5, 0])
+
+
+def test_net_benefit_of_deciding_for_all_for_none_and_rightly() -> None:
+    positive, thresholds = np.arange(10) < 3, np.arange(1, 100) / 100
+    of_all, of_none, right = (
+        net_benefit(positive, each, thresholds) for each in (np.ones(10), np.zeros(10), positive.astype(float))
+    )
+    assert of_all == pytest.approx(0.3 - 0.7 * thresholds / (1 - thresholds))
+    assert of_all[29] == pytest.approx(0)  # at the prevalence
+    assert not of_none.any()
+    assert right == pytest.approx(np.full(99, 0.3))
 
 
 def test_an_absent_class_is_left_out_and_said() -> None:

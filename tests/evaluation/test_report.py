@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fpt_lightning.cli.compare import compare
 from fpt_lightning.cli.evaluate import evaluate as evaluate_file
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.estimates import Estimate, number
-from fpt_lightning.evaluation.figures import draw_forest
+from fpt_lightning.evaluation.figures import draw_decision, draw_forest
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import MOST_PANELS, SplitSummary, write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
@@ -136,7 +137,7 @@ def test_a_report_stands_alone(name: str, tmp_path: Path, history: Path) -> None
 def test_a_report_says_what_was_evaluated(name: str, tmp_path: Path, history: Path) -> None:
     predictions = KINDS[name]
     page, evaluation = written(tmp_path / "report.html", predictions, history)
-    curves = ["Classes", "ROC curves", "Precision-recall", "Calibration"]
+    curves = ["Classes", "ROC curves", "Precision-recall", "Calibration", "Decision curves"]
     of_kind = {
         "single-label": [*curves, "Confusion matrix"],
         "multi-label": curves,
@@ -174,7 +175,7 @@ def test_the_confusion_matrix_counts_the_images(tmp_path: Path, history: Path) -
 
 def test_many_classes_have_a_table_but_not_all_a_curve(tmp_path: Path, history: Path) -> None:
     page, _ = written(tmp_path / "report.html", multi_label(MOST_PANELS + 3), history)
-    assert page.tags.count("figure") == 3 * MOST_PANELS + 2
+    assert page.tags.count("figure") == 4 * MOST_PANELS + 2
     assert f"The {MOST_PANELS} classes with the most images are drawn." in page.text
     assert f"finding {MOST_PANELS + 2}" in page.text
 
@@ -192,6 +193,33 @@ def test_one_image_makes_a_report_with_nothing_else(predictions: Predictions, tm
     write_report(tmp_path / "report.html", predictions, evaluate(predictions, resamples=10), title="tiny")
     page = Page(tmp_path / "report.html")
     assert not {"Data", "Training", "Peak memory", "Configuration", "About", "ROC curves"} & {*page.headings}
+
+
+@pytest.mark.parametrize(("name", "titles"), [("two", ("malignant",)), ("three", NASTY)])
+def test_decision_curves_are_of_each_class_or_of_the_second_of_two(
+    name: str, titles: tuple[str, ...], tmp_path: Path, history: Path
+) -> None:
+    page, _ = written(tmp_path / "report.html", KINDS[name], history)
+    section = page.source.split("<h2>Decision curves</h2>")[1].split("</section>")[0]
+    assert re.findall("<figcaption><b>(.*?)</b>", section) == [escape(title) for title in titles]
+    assert section.count('aria-label="decision curve"') == len(titles)
+    assert page.attributes.count(("aria-label", "decision curve")) == len(titles)
+
+
+def test_classes_without_curves_are_named(tmp_path: Path, history: Path) -> None:
+    page, _ = written(tmp_path / "report.html", multi_label(3), history)
+    assert page.attributes.count(("aria-label", "decision curve")) == 2
+    assert "No curves of finding 0: none or all of the images have the class." in page.text
+    assert "No curves of" not in written(tmp_path / "report.html", single_label(), history)[0].text
+
+
+def test_a_decision_curve_is_cut_off_below_and_not_above() -> None:
+    positive = np.arange(1000) < 20
+    right, wrong = (draw_decision(positive, each.astype(float)) for each in (positive, ~positive))
+    for drawn in (right, wrong):
+        ticks = [float(text) for text in re.findall("<text[^>]*>([^<a-z]*)</text>", drawn.replace("\u2212", "-"))]
+        assert 0.01 <= max(tick for tick in ticks if tick < 0.5) <= 0.021
+        assert min(ticks) >= -0.005
 
 
 def test_a_report_is_the_same_each_time(tmp_path: Path, history: Path) -> None:

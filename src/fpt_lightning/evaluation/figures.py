@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fpt_lightning.evaluation.estimates import Estimate
-from fpt_lightning.evaluation.measures import CALIBRATION_BINS, calibration_bin
+from fpt_lightning.evaluation.measures import CALIBRATION_BINS, calibration_bin, net_benefit
 from fpt_lightning.evaluation.resampling import resampled_counts
 
 POINTS = 200
@@ -52,6 +52,7 @@ STYLE: dict[Any, Any] = {
 _HALVES = (0, 0.5, 1)
 _NAME = 24  # letters of a subgroup's name that are shown
 _GRID = np.linspace(0, 1, 101)
+_THRESHOLDS = np.arange(1, 100) / 100
 
 Floats = NDArray[np.float64]
 
@@ -111,6 +112,24 @@ def draw_reliability(scores: Floats, true: NDArray[np.bool_]) -> str:
         below.set(xlim=(-0.02, 1.02), xticks=_HALVES, xticklabels=_HALVES, xlabel="predicted probability")
         below.set_yticks([counts.max()], [f"{counts.max():,}"])
         return _svg(figure, "reliability diagram")
+
+
+def draw_decision(positive: NDArray[np.bool_], scores: Floats) -> str:
+    """Net benefit of deciding for one class by its scores (N,), for all and for none; any of ``positive`` (N,) is true.
+
+    Nothing is above the share of ``positive``; what is far below 0 is cut off.
+    """
+    prevalence = positive.mean()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _square("threshold probability", "net benefit", left=0.32)
+        axes.axhline(0, color=LINE, linewidth=0.8)
+        everyone = net_benefit(positive, np.ones(len(scores)), _THRESHOLDS)
+        axes.plot(_THRESHOLDS, everyone, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
+        axes.plot(_THRESHOLDS, net_benefit(positive, scores, _THRESHOLDS), color=ACCENT)
+        axes.set_ylim(-0.25 * prevalence, 1.05 * prevalence)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))  # few digits
+        axes.yaxis.set_major_formatter("{x:.4g}")
+        return _svg(figure, "decision curve")
 
 
 def draw_forest(estimates: Mapping[str, Estimate], whole: Estimate) -> str:
@@ -203,10 +222,10 @@ def _sampled(count: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(count)[:SCATTERED])
 
 
-def _square(x: str, y: str, bottom: float = 0.2) -> tuple[Figure, Axes]:
+def _square(x: str, y: str, bottom: float = 0.2, left: float = 0.22) -> tuple[Figure, Axes]:
     """A panel of two shares from 0 to 1."""
     figure = Figure(figsize=(2.1, 2.1 * (0.95 if bottom < 0.3 else 1.1)))
-    axes = figure.add_axes((0.22, bottom, 0.74, 0.98 - bottom))
+    axes = figure.add_axes((left, bottom, 0.96 - left, 0.98 - bottom))
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=_HALVES, yticks=_HALVES, xlabel=x, ylabel=y)
     axes.set(xticklabels=_HALVES, yticklabels=_HALVES)
     return figure, axes

@@ -143,6 +143,28 @@ def calibration_bin(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.minimum((scores * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
 
 
+def net_benefit(
+    positive: NDArray[np.bool_], scores: NDArray[np.float64], thresholds: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Net benefit of a decision for a class by its probability (Vickers and Elkin, Medical Decision Making 2006).
+
+    The share of images that have the class and are decided for, less that of images decided for without having it
+    times the odds of the threshold. A score of 1 for every image is the decision for all, one of 0 that for none.
+
+    Args:
+        positive: (N,), at least one image.
+        scores: (N,), probabilities, presumed to be calibrated.
+        thresholds: (T,), above 0 and below 1, from which score on the class is decided for.
+
+    Returns:
+        (T,), at most the share of ``positive``.
+    """
+    true, false = (
+        len(each) - np.searchsorted(np.sort(each), thresholds) for each in (scores[positive], scores[~positive])
+    )
+    return np.asarray((true - false * thresholds / (1 - thresholds)) / len(scores))
+
+
 def _regression(predictions: Predictions, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     true, found = predictions.labels, predictions.scores
     total, error = weights.sum(1), found - true

@@ -11,6 +11,7 @@ from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.figures import (
     SCATTERED,
     draw_bland_altman,
+    draw_decision,
     draw_forest,
     draw_history,
     draw_precision_recall,
@@ -181,8 +182,8 @@ def _class_table(evaluation: Evaluation, title: str) -> str:
 
 
 def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
-    shown = _shown(labelled, evaluation)
-    roc, recall, calibration = [], [], []
+    shown, without = _shown(labelled, evaluation)
+    roc, recall, calibration, benefit = [], [], [], []
     if evaluation.kind == "single-label":
         top = labelled.scores.argmax(1)
         svg = draw_reliability(labelled.scores.max(1), top == labelled.labels)
@@ -195,9 +196,13 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
         roc.append(_panel(name, _named(values, "auc"), draw_roc(positive, scores, weights, decision)))
         recall.append(_panel(name, _named(values, "average_precision"), draw_precision_recall(positive, scores)))
         calibration.append(_panel(name, _named(values, "calibration_error"), draw_reliability(scores, positive)))
+        benefit.append(_panel(name, "", draw_decision(positive, scores)))
     fewer = f" The {MOST_PANELS} classes with the most images are drawn." if len(labelled.classes) > MOST_PANELS else ""
+    missing = (
+        f" No curves of {', '.join(without)}: none or all of the {evaluation.unit}s have the class." if without else ""
+    )
     groups = [
-        ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}", roc),
+        ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}{missing}", roc),
         ("Precision-recall", "Dashed: the share of images that have the class.", recall),
         (
             "Calibration",
@@ -205,23 +210,35 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
             "chance alone makes it larger than 0.",
             calibration,
         ),
+        (
+            "Decision curves",
+            f"Net benefit of acting from a probability on: the share of {evaluation.unit}s that rightly get an action, "
+            "less that of those that wrongly get it, weighed by the odds of that probability. The model (solid) helps "
+            "where it is above acting on all (dashed) and on none (0), if its probabilities are calibrated.",
+            benefit,
+        ),
     ]
-    sections = "".join(
+    sections = [
         _section(title, f'<div class="panels">{"".join(panels)}</div>', explanation)
         for title, explanation, panels in groups
         if panels
-    )
-    return f'<div class="row">{sections}</div>' if len(shown) == 1 else sections
+    ]
+    if len(shown) == 1:
+        sections = [f'<div class="row">{"".join(sections[:3])}</div>', sections[3]]
+    return "".join(sections)
 
 
-def _shown(labelled: Predictions, evaluation: Evaluation) -> list[str]:
-    """Classes that have curves; of two that exclude each other the second, as the first one's would be its mirror."""
+def _shown(labelled: Predictions, evaluation: Evaluation) -> tuple[list[str], list[str]]:
+    """Classes that have curves, and those that can have none, as no image or every one has them.
+
+    Of two that exclude each other the second alone, as the first one's would be its mirror.
+    """
     names = (
         labelled.classes[1:] if evaluation.kind == "single-label" and len(labelled.classes) == 2 else labelled.classes
     )
     scored = [name for name in names if evaluation.positives[name] and evaluation.negatives[name]]
     most = sorted(scored, key=lambda name: -evaluation.positives[name])[:MOST_PANELS]
-    return [name for name in scored if name in most]
+    return [name for name in scored if name in most], [name for name in names if name not in scored]
 
 
 def _named(values: Mapping[str, Estimate], metric: str) -> str:
