@@ -70,10 +70,6 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ),
         ({"model": {"task": "ordinal"}}, "a, b, c are words in alphabetical order"),
         ({"model": {"pretrained": "no.pth"}}, "the weights file 'no.pth' (pretrained) does not exist"),
-        (
-            {"data": {"manifest": "lacks.csv", "group_column": "label"}},
-            "3 groups have images in more than one split: a, b, c: mend the splits",
-        ),
         ({"data": {"root": "nowhere"}, "model": {"num_classes": None}}, "the data root 'nowhere' is not a folder"),
     ],
 )
@@ -88,6 +84,27 @@ def test_before_the_frozen_pass(
         rows = [",".join(row) for row in zip(listed, labels, used, strict=True)]
         (image_root / f"{name}.csv").write_text("\n".join(["image,label,split", *rows]))
     assert words in say(command, "--config", changed(config, "other", **sections))
+
+
+@pytest.mark.parametrize(("command", "num_classes"), [("fit", None), ("preload", 3)])
+def test_groups_of_several_splits_are_listed_in_the_runs_folder(
+    command: str,
+    num_classes: int | None,
+    config: Path,
+    image_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [f"{name}/{i:03d}.png,{name},{split}" for name in "abc" for i, split in enumerate(("train", "val", "test"))]
+    (image_root / "leak.csv").write_text("\n".join(["image,label,split", *rows]))
+    given = {"manifest": "leak.csv", "group_column": "label"}
+    listing = tmp_path / "run" / "overlaps.csv"
+    path = changed(config, "leak", data=given, model={"num_classes": num_classes})
+    message = fails(capsys, command, "--config", path)
+    assert "3 groups have images in more than one split: a, b, c: mend the splits" in message
+    assert f"; {listing} lists all." in message
+    assert "group,train,a/000.png,val,a/001.png,a" in listing.read_text().splitlines()
+    assert not (tmp_path / "store.zarr").exists()
 
 
 @pytest.mark.parametrize("command", ["fit", "preload", "plan"])

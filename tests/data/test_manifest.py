@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import random
 from collections import Counter, defaultdict
@@ -718,6 +719,52 @@ def test_groups_across_splits_can_be_allowed(tmp_path: Path) -> None:
     path = table_of(tmp_path, rows, ("image", "label", "split", "group"))
     with pytest.warns(UserWarning, match="1 groups have images in more than one split: p1: test figures"):
         read_manifest(tmp_path, path, allow_overlap=True)
+
+
+def test_all_that_is_in_several_splits_is_listed(tmp_path: Path) -> None:
+    """The message names a few; a list of before is replaced, and taken away once the splits are mended."""
+    rows = [(f"{split}{i}.png", "ab"[i % 2], split, f"p{i}") for split in SPLITS for i in range(7)]
+    path = table_of(tmp_path, rows, ("image", "label", "split", "group"))
+    for name in ("train0", "train1", "test0", "val5"):
+        (tmp_path / f"{name}.png").write_bytes(b"same")
+    listing = tmp_path / "run" / "overlaps.csv"
+    told = "p0, p1, p2, p3, p4 and 2 more", "train0.png = val5.png: mend", f"; {listing} lists all."
+    refused(tmp_path, *told, table=path, overlaps=listing)
+    header, *found = csv.reader(listing.read_text().splitlines())
+    assert header == ["kind", "split", "image", "other_split", "other_image", "shared"]
+    assert [row for row in found if row[0] == "group"] == [
+        ["group", "train", f"train{i}.png", split, f"{split}{i}.png", f"p{i}"] for i in range(7) for split in SPLITS[1:]
+    ]
+    digest = hashlib.sha256(b"same").hexdigest()[:16]
+    assert [row for row in found if row[0] == "file"] == [
+        ["file", *pair, digest]
+        for pair in (
+            ("train", "train0.png", "val", "val5.png"),
+            ("train", "train1.png", "val", "val5.png"),
+            ("train", "train0.png", "test", "test0.png"),
+        )
+    ]
+    path = table_of(tmp_path, [row[:3] for row in rows])
+    with pytest.warns(UserWarning, match=r"test figures are too good; .*overlaps\.csv lists all\."):
+        read_manifest(tmp_path, path, allow_overlap=True, overlaps=listing)
+    assert {line.split(",")[0] for line in listing.read_text().splitlines()[1:]} == {"file"}
+    for name in ("train0", "train1", "test0"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    read_manifest(tmp_path, path, overlaps=listing)
+    assert not listing.exists()
+
+
+def test_the_list_of_overlaps_takes_the_place_of_no_other_file(tmp_path: Path) -> None:
+    grouped = [(*row, "p1") for row in GOOD], ("image", "label", "split", "group")
+    path, mine = table_of(tmp_path, *grouped), tmp_path / "overlaps.csv"
+    mine.write_text("image,label\n")
+    for _ in range(2):
+        refused(tmp_path, "p1", f"{tmp_path / 'overlaps-1.csv'} lists all", table=path, overlaps=mine)
+    assert sorted(each.name for each in tmp_path.glob("overlaps*")) == ["overlaps-1.csv", "overlaps.csv"]
+    refused(tmp_path, "p1", "cannot be listed", table=path, overlaps=mine / "run" / "overlaps.csv")
+    table_of(tmp_path, GOOD)
+    read_manifest(tmp_path, path, overlaps=mine)
+    assert mine.read_text() == "image,label\n"
 
 
 # Images of elsewhere

@@ -180,11 +180,13 @@ class CommandLine(LightningCLI):
         parser, asked = ArgumentParser(), self._get(self.config, "data")
         parser.add_subclass_arguments(ImageDataModule, "data")
         data = parser.instantiate_classes(parser.parse_object({"data": asked.as_dict()})).data
+        data.folder = self._lists
         self._listed = data.read_manifest(task_class(given.get("task", "multiclass")).KIND)
         given.num_classes = len(data.class_names)
 
     def after_instantiate_classes(self) -> None:
         """Let errors name this very command, and results the checkpoint they are of."""
+        self.datamodule.folder = self._lists
         if self._listed is not None:  # read once
             self.datamodule.manifest = self.datamodule.listed = self._listed
         if self.checkpoint is not None:
@@ -214,6 +216,15 @@ class CommandLine(LightningCLI):
         """Whether this process trains and leaves a run in the folder."""
         fast = self._get(self.config, "trainer").fast_dev_run
         return self.subcommand == "fit" and not fast and is_first_process()
+
+    @property
+    def _lists(self) -> Path | None:
+        """Where what is wrong with the data is listed: the run's folder, or the command's own part of it."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.fast_dev_run:
+            return None
+        folder = Path(trainer.default_root_dir)
+        return folder if self.subcommand in ("fit", "preload", "plan") else folder / str(self.subcommand)
 
     def check(self, stage: str) -> None:
         """Refuse what cannot work before anything is read, encoded, trained or written.

@@ -44,6 +44,7 @@ def read_manifest(
     external: bool = False,
     allow_overlap: bool = False,
     digests: Digests | None = None,
+    overlaps: Path | None = None,
 ) -> Manifest:
     """Read a labelled data set.
 
@@ -78,6 +79,8 @@ def read_manifest(
         external: whether all images are test images of a model trained elsewhere; splits are not read.
         allow_overlap: whether groups, or identical files, may be in several splits, with a warning.
         digests: what is known of the files' content, so that files of one size need not be read to tell them apart.
+        overlaps: CSV file in which all groups and identical files in several splits are listed, of which the error or
+            warning names a few (``fpt_lightning.data.splits.check_splits``).
 
     Raises:
         DataError: anything missing, empty, duplicated or inconsistent, by name.
@@ -121,7 +124,7 @@ def read_manifest(
     if not external:
         if kind == "single-label" and len(names) < 2:
             raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
-        check_splits(manifest, allow_overlap, digests)
+        check_splits(manifest, allow_overlap, digests, overlaps)
     return manifest
 
 

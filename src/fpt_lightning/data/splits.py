@@ -9,15 +9,17 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample
-from fpt_lightning.errors import ConfigurationError, DataError, OverlapError, a_few
+from fpt_lightning.errors import ConfigurationError, DataError, OutputError, OverlapError, a_few
+from fpt_lightning.files import write_rows
 
 FRACTIONS = (0.7, 0.1, 0.2)  # the paper's random partition (section 4.1)
 _VALIDATION_FOLDS = 8  # one of them is drawn: of 80% of all images, the 10% of that partition
@@ -139,12 +141,36 @@ Digests = Callable[[ImageFiles], NDArray[np.int64]]
 """What is known of files' content: ``fpt_lightning.data.image_files.short_digest`` of each, or 0."""
 
 
-def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | None = None) -> None:
+OVERLAPS = "overlaps.csv"
+
+
+class _Overlap(NamedTuple):
+    """Two images of different splits that share something: a row of ``overlaps.csv``."""
+
+    kind: str  # case, group or file
+    split: str
+    image: str
+    other_split: str
+    other_image: str
+    shared: str  # name of the case or group; the first 16 digits of the file's SHA-256
+
+
+def check_splits(
+    manifest: Manifest, allow_overlap: bool, digests: Digests | None = None, overlaps: Path | None = None
+) -> None:
     """Refuse an empty split, and groups or identical files in several splits unless they are allowed.
+
+    Args:
+        manifest: the data set.
+        allow_overlap: warn only.
+        digests: what is known of the files' content.
+        overlaps: CSV file that lists every image of which another split has the case, the group or the file, with one
+            of that split. An earlier list there is replaced, or removed where nothing overlaps; another file is kept,
+            and the list has a free name beside it.
 
     Raises:
         DataError: an empty split.
-        OverlapError: by name.
+        OverlapError: a few by name, and where all are.
     """
     empty = [split for split in SPLITS if not manifest.split(split)]
     if empty:
@@ -154,24 +180,65 @@ def check_splits(manifest: Manifest, allow_overlap: bool, digests: Digests | Non
             f"the data set {manifest.root} ({len(manifest.samples)} images{few}) leaves the split {', '.join(empty)} "
             f"empty: give it more {'groups' if few else 'images'}, or a CSV manifest with a split column."
         )
-    for overlap in (_crossing(manifest, "case"), _crossing(manifest, "group"), _identical_files(manifest, digests)):
-        if overlap and not allow_overlap:
-            raise OverlapError(f"{overlap}: mend the splits, or allow it by data.allow_overlap true.")
-        if overlap:
-            warnings.warn(f"{overlap}: test figures are too good.", stacklevel=2)
+    crossing = {"case": _crossing(manifest, "case"), "group": _crossing(manifest, "group")}
+    told = [
+        f"{len(found)} {what}s have images in more than one split: {a_few([pairs[0].shared for pairs in found])}"
+        for what, found in crossing.items()
+        if found
+    ]
+    if identical := _identical_files(manifest, digests):
+        few = a_few(sorted(f"{pairs[0].image} = {pairs[0].other_image}" for pairs in identical))
+        told.append(f"{len(identical)} images are also in another split, to the byte: {few}")
+    rows = [pair for found in (*crossing.values(), identical) for pairs in found for pair in pairs]
+    listed = "" if overlaps is None else _list_overlaps(rows, overlaps)
+    if told and not allow_overlap:
+        raise OverlapError(f"{'; '.join(told)}: mend the splits, or allow it by data.allow_overlap true{listed}.")
+    if told:
+        warnings.warn(f"{'; '.join(told)}: test figures are too good{listed}.", stacklevel=2)
 
 
-def _crossing(manifest: Manifest, what: Literal["case", "group"]) -> str:
-    splits: defaultdict[str, set[str]] = defaultdict(set)
+def _list_overlaps(rows: Sequence[_Overlap], path: Path) -> str:
+    """Write the list, and say where it is, or why it is not; without rows, take away an earlier one."""
+    try:
+        if not rows:
+            if _is_list(path):
+                path.unlink()
+            return ""
+        beside = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+        path = next(name for name in chain([path], beside) if not os.path.lexists(name) or _is_list(name))
+        write_rows(path, [_Overlap._fields, *rows])
+    except (OSError, OutputError) as error:
+        return f"; all of them cannot be listed ({error})"
+    return f"; {path} lists all"
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is such a list, and no other."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().rstrip() == ",".join(_Overlap._fields).encode()
+
+
+def _paired(kind: str, shared: str, samples: Iterable[Sample]) -> list[_Overlap]:
+    """A row for each image of several splits, with the first one of another split."""
+    first, *rest = sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.id))
+    other = next(sample for sample in rest if sample.split != first.split)
+    pairs = [(first, other), *((s, other) if s.split == first.split else (first, s) for s in rest if s is not other)]
+    return [_Overlap(kind, one.split, one.id, two.split, two.id, shared) for one, two in pairs]
+
+
+def _crossing(manifest: Manifest, what: Literal["case", "group"]) -> list[list[_Overlap]]:
+    """Cases or groups with images in several splits, by name."""
+    own: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in manifest.samples:
         name = getattr(sample, what)
         if name and (what == "case" or name != sample.case):
-            splits[name].add(sample.split)
-    crossing = sorted(name for name, used in splits.items() if len(used) > 1)
-    return f"{len(crossing)} {what}s have images in more than one split: {a_few(crossing)}" if crossing else ""
+            own[name].append(sample)
+    return [_paired(what, name, own[name]) for name in sorted(own) if len({s.split for s in own[name]}) > 1]
 
 
-def _identical_files(manifest: Manifest, digests: Digests | None) -> str:
+def _identical_files(manifest: Manifest, digests: Digests | None) -> list[list[_Overlap]]:
     """Images with the same bytes in several splits.
 
     Files of one size and of known digests are told apart by these; of others, those with the same ends are read whole.
@@ -191,16 +258,16 @@ def _identical_files(manifest: Manifest, digests: Digests | None) -> str:
     def digest(position: int) -> int:
         return int(known[position]) or files.digest(position)
 
-    _, size_of, count = np.unique(files.sizes, return_inverse=True, return_counts=True)
-    shared = np.flatnonzero((count[size_of] > 1) & (files.sizes > 0))  # empty files are alike in their damage alone
+    _, size_of, counts = np.unique(files.sizes, return_inverse=True, return_counts=True)
+    shared = np.flatnonzero((counts[size_of] > 1) & (files.sizes > 0))  # empty files are alike in their damage alone
     alike = crossing([shared.tolist()], lambda position: (files.sizes[position], files.pages[position]))
     told = [group for group in alike if known[group].all()]
     others = crossing((group for group in alike if not known[group].all()), lambda i: _ends(files.path(i)))
-    pairs = []
-    for first, *rest in crossing([*told, *others], digest):
-        other = next(position for position in rest if splits[position] != splits[first])
-        pairs.append(f"{files.ids[first]} = {files.ids[other]}")
-    return f"{len(pairs)} images are also in another split, to the byte: {a_few(sorted(pairs))}" if pairs else ""
+    found = crossing([*told, *others], digest)
+    return [
+        _paired("file", f"{digest(same[0]) + 2**63:016x}", [manifest.samples[position] for position in same])
+        for same in found
+    ]
 
 
 def _ends(path: Path) -> str:

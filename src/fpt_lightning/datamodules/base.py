@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,6 +19,7 @@ from fpt_lightning.data.images import OnError
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.prefetch import PrefetchingLoader, usable_threads
 from fpt_lightning.data.sources import Fill, read_manifest
+from fpt_lightning.data.splits import OVERLAPS
 from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, labels_of, start_worker
 from fpt_lightning.errors import DataError, check_at_least
 
@@ -42,7 +45,8 @@ class ManifestDataModule(L.LightningDataModule):
         fold: of a cross-validation, from 1 (``fpt_lightning.data.sources.read_manifest``); none by default.
         folds: number of folds.
         external: whether all images are test images of a model that was trained on others.
-        allow_overlap: whether groups and identical files may be in several splits, with a warning.
+        allow_overlap: whether groups and identical files may be in several splits, with a warning. Allowed or not, all
+            are listed in ``overlaps.csv`` in the run's folder, where there is a trainer or a command.
         batch_size: of every stage; of predict, for a method that trains the encoder.
         num_workers: processes that prepare batches; with none, threads do (``decoding_threads``).
         decoding_threads: threads that read, decode, resize and augment
@@ -106,6 +110,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.external = external
         self.batch_size, self.num_workers, self.decoding_threads = batch_size, num_workers, decoding_threads
         self.on_error: OnError = on_error
+        self.folder: Path | None = None  # where a command lists what is wrong with the data; else the trainer's
         self.model: Any = None  # that is met without a trainer; else the trainer's
         self.seed: int | None = None
         self._sampler: EpochSampler | None = None  # of the last training loader without a trainer
@@ -124,14 +129,21 @@ class ManifestDataModule(L.LightningDataModule):
             DataError: see ``fpt_lightning.data.sources.read_manifest``.
         """
         if self.listed is None or self.listed.kind != kind:
-            self.manifest = self.listed = read_manifest(
-                self.root, self.table, kind=kind, digests=self._digests, **self.reading
-            )
+            told: dict[str, Any] = {"digests": self._digests, "overlaps": self._overlaps()}
+            self.manifest = self.listed = read_manifest(self.root, self.table, kind=kind, **told, **self.reading)
         return self.listed
 
     def _digests(self, files: ImageFiles) -> NDArray[np.int64]:
         """What is known of the files' content without reading them (``fpt_lightning.data.splits.Digests``)."""
         return np.zeros(len(files.ids), np.int64)
+
+    def _overlaps(self) -> Path | None:
+        """The list of what is in several splits; None where there is no folder for it, or another process writes it."""
+        folder = self.folder
+        if folder is None and self.trainer is not None:
+            folder = Path(self.trainer.default_root_dir)
+        first = getattr(rank_zero_only, "rank", 0) in (0, None)
+        return folder / OVERLAPS if first and folder is not None else None
 
     @property
     def labelled(self) -> Manifest:
