@@ -13,7 +13,7 @@ import yaml
 
 from commands import fails, run
 from fpt_lightning import FPTPlusModule
-from fpt_lightning.cli.auto import _Configuration
+from fpt_lightning.cli.series import Configuration
 from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from small import table
@@ -140,7 +140,7 @@ def of_task(task: str, config: Path, image_root: Path) -> Path:
 
 @pytest.mark.parametrize(("task", "number"), [("multiclass", 3), ("multilabel", 3), ("regression", 1)])
 def test_the_number_of_classes_is_that_of_the_data(task: str, number: int, config: Path, image_root: Path) -> None:
-    told = _Configuration(["fit", "--config", str(of_task(task, config, image_root))])
+    told = Configuration(["fit", "--config", str(of_task(task, config, image_root))])
     assert told.settings["model"]["init_args"]["num_classes"] == number
 
 
