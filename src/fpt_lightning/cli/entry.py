@@ -176,6 +176,7 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*does not have many workers.*",
+        ".*number of training batches .* is smaller than the logging interval.*",  # the history has a row an epoch
         ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*Experiment logs directory .* exists and is not empty.*",
