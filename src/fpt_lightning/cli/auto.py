@@ -12,8 +12,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fpt_lightning.cli.run_folder import is_first_process, logged
+from fpt_lightning.cli.run_folder import logged
 from fpt_lightning.cli.series import Configuration, Run, claimed
+from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.comparison import Difference, compare
 from fpt_lightning.evaluation.estimates import Estimate, label, number

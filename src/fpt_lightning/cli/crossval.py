@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import fpt_lightning
-from fpt_lightning.cli.run_folder import is_first_process
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
+from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
 from fpt_lightning.evaluation.decisions import fit_thresholds

@@ -29,11 +29,6 @@ from fpt_lightning.files import (
 )
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
-    return getattr(rank_zero_only, "rank", 0) in (0, None)
-
-
 def claim(folder: Path, checkpoint: str | None) -> IO[bytes]:
     """Make a folder the place of one run, which no other fit writes to while the lock that is returned is open.
 
@@ -112,10 +107,10 @@ class RunLogger(Logger):
     def __init__(self, folder: str, resumed_at: int | None = None) -> None:
         super().__init__()
         self.path, self._pending, self._changed = Path(folder) / "metrics.csv", dict[str, Any](), False
-        earlier = read_rows(self.path, "history") if resumed_at is not None and self.path.is_file() else []
-        self._rows = dict[int, dict[str, Any]]()
+        self._rows, until = dict[int, dict[str, Any]](), -1 if resumed_at is None else resumed_at
+        earlier = read_rows(self.path, "history") if until >= 0 and self.path.is_file() else []
         for row in earlier:  # of versions before, several of an epoch
-            if resumed_at is not None and row["epoch"].isdecimal() and int(row["epoch"]) <= resumed_at:
+            if row["epoch"].isdecimal() and int(row["epoch"]) <= until:
                 self._rows.setdefault(int(row["epoch"]), {}).update({n: value for n, value in row.items() if value})
 
     @property

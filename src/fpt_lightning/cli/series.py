@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from fpt_lightning.cli.run_folder import check_free, is_finished, is_first_process, lock_folder
+from fpt_lightning.cli.run_folder import check_free, is_finished, lock_folder
 from fpt_lightning.cli.training import CommandLine
+from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.files import write_text

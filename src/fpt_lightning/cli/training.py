@@ -29,12 +29,12 @@ from fpt_lightning.cli.run_folder import (
     check_free,
     checkpoint_callbacks,
     claim,
-    is_first_process,
     logged_at,
 )
 from fpt_lightning.cli.screen import CheckpointResult, ImageProgress, results
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.deployment.checkpoints import read_checkpoint

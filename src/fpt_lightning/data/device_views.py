@@ -115,10 +115,8 @@ def jittered(views: Tensor, brightness: Tensor, contrast: Tensor, brightness_fir
         contrast: (B,).
         brightness_first: which views, (B,), bool.
     """
-    one = torch.ones_like(brightness)
-    before, after = (each[:, None, None, None] for each in (brightness.where(brightness_first, one), brightness))
-    views = (views * before).clamp_(0, 1)
+    brightness, factor, first = (each[:, None, None, None] for each in (brightness, contrast, brightness_first))
+    views = (views * brightness.where(first, 1.0)).clamp_(0, 1)
     grey = torch.einsum("bchw,c->b", views, views.new_tensor(_GREY)) / views[0, 0].numel()
-    factor = contrast[:, None, None, None]
     views = (views * factor + grey[:, None, None, None] * (1 - factor)).clamp_(0, 1)
-    return (views * after.where(~brightness_first[:, None, None, None], 1.0)).clamp_(0, 1)
+    return (views * brightness.where(~first, 1.0)).clamp_(0, 1)

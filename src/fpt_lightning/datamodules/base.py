@@ -24,6 +24,11 @@ from fpt_lightning.datamodules.samples import EpochSampler, Samples, collated, l
 from fpt_lightning.errors import DataError, check_at_least
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: rank 0, or one that has no rank yet."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
 class ManifestDataModule(L.LightningDataModule):
     """Images that a manifest lists, with their labels and splits.
 
@@ -142,8 +147,7 @@ class ManifestDataModule(L.LightningDataModule):
         folder = self.folder
         if folder is None and self.trainer is not None:
             folder = Path(self.trainer.default_root_dir)
-        first = getattr(rank_zero_only, "rank", 0) in (0, None)
-        return folder / OVERLAPS if first and folder is not None else None
+        return folder / OVERLAPS if is_first_process() and folder is not None else None
 
     @property
     def labelled(self) -> Manifest:

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -213,12 +214,21 @@ class _Bootstrap:
     seed: int
     specificity: float
 
+    @cached_property
+    def _keys(self) -> list[tuple[str, str]]:
+        """Class (empty of all) and metric of all that is measured."""
+        return list(self._measure(self.labelled, np.ones((1, len(self.labelled.ids)))))
+
+    @cached_property
+    def _scored(self) -> list[str]:
+        """Classes that means rest on: some images have them, and some do not."""
+        return [name for name, both in _units_by_class(self.labelled).items() if all(both)]
+
     def subgroup(self, rows: NDArray[np.bool_]) -> Subgroup:
         """Of the images that ``rows`` (N,) marks."""
         part = self.labelled.take(np.flatnonzero(rows))
         own, rest = self._values(rows), self._values(~rows)
-        keys = self._measure(self.labelled, np.ones((1, len(rows))))
-        found = {key: _estimate(key[1], own.get(key, _NOTHING), rest.get(key, _NOTHING)) for key in keys}
+        found = {key: _estimate(key[1], own.get(key, _NOTHING), rest.get(key, _NOTHING)) for key in self._keys}
         overall = {metric: estimate for (name, metric), estimate in found.items() if not name}
         per_class = {
             name: {metric: estimate for (of, metric), estimate in found.items() if of == name} for name in part.classes
@@ -233,11 +243,10 @@ class _Bootstrap:
         values, counts = self._measure(part, np.ones((1, len(part.ids)))), _units_by_class(part)
         drawn = resampled_weights(self.labelled, self.resamples, self.seed)
         chunks = [self._measure(part, weights[:, rows]) for weights in drawn]
-        scored = [name for name, both in _units_by_class(self.labelled).items() if all(both)]
 
         def is_backed(name: str, metric: str) -> bool:
             needed = _RESTS_ON.get(metric, (False, False))
-            found = [counts[each] for each in ([name] if name else scored)]
+            found = [counts[each] for each in ([name] if name else self._scored)]
             return all(count >= FEW for both in found for count, needs in zip(both, needed, strict=True) if needs)
 
         return {
