@@ -58,7 +58,8 @@ def test_the_history_has_a_row_an_epoch(config: Path, tmp_path: Path) -> None:
 
 def test_a_history_of_several_rows_an_epoch_goes_on(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,lr,step,val_auc\n,0.1,0,\n0,,3,0.5\n0,,3,\n1,,6,0.6\n2,,9,0.7\n")
-    logger = RunLogger(str(tmp_path), resumed_at=1)
+    logger = RunLogger(str(tmp_path))
+    logger.go_on(1)
     logger.log_metrics({"lr": 0.3}, 6)
     logger.log_metrics({"epoch": 2, "val_auc": 0.8, "train_loss_step": 1.0}, 9)
     logger.save()

@@ -106,6 +106,19 @@ def test_what_lightning_restores(
     assert message.startswith("CheckpointError: the checkpoint is damaged")
 
 
+@pytest.mark.parametrize("value", [None, [], {"num_classes": "x"}])
+def test_classes_are_taken_from_sound_arguments(
+    value: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(folder / "run" / "best.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = value
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    text = (folder / "config.yaml").read_text().replace("num_classes: 3", "num_classes: null")
+    (tmp_path / "config.yaml").write_text(text)
+    message = fails(capsys, "test", "--config", tmp_path / "config.yaml", "--ckpt_path", tmp_path / "best.ckpt")
+    assert "hyper_parameters" in message or "num_classes" in message
+
+
 def test_a_callable_that_a_checkpoint_names_is_not_called(folder: Path, tmp_path: Path) -> None:
     """By Lightning, from its version 2.6.6 on."""
     content = torch.load(folder / "run" / "best.ckpt", weights_only=True)

@@ -101,16 +101,17 @@ class RunLogger(Logger):
 
     Args:
         folder: of the run.
-        resumed_at: the epoch, from 0, of the checkpoint that a run goes on from: rows of later ones are dropped.
     """
 
-    def __init__(self, folder: str, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: str) -> None:
         super().__init__()
         self.path, self._pending, self._changed = Path(folder) / "metrics.csv", dict[str, Any](), False
-        self._rows, until = dict[int, dict[str, Any]](), -1 if resumed_at is None else resumed_at
-        earlier = read_rows(self.path, "history") if until >= 0 and self.path.is_file() else []
-        for row in earlier:  # of versions before, several of an epoch
-            if row["epoch"].isdecimal() and int(row["epoch"]) <= until:
+        self._rows = dict[int, dict[str, Any]]()
+
+    def go_on(self, epoch: int) -> None:
+        """Keep the rows up to the epoch, from 0, of the checkpoint that the run goes on from."""
+        for row in read_rows(self.path, "history") if self.path.is_file() else []:  # once, several of an epoch
+            if row["epoch"].isdecimal() and int(row["epoch"]) <= epoch:
                 self._rows.setdefault(int(row["epoch"]), {}).update({n: value for n, value in row.items() if value})
 
     @property

@@ -43,6 +43,7 @@ from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.ensemble import EnsembleModule, is_ensemble
+from fpt_lightning.methods.record import TrainingRecord
 from fpt_lightning.methods.tasks import task_class
 from fpt_lightning.methods.trained import TrainedModule
 
@@ -123,7 +124,7 @@ class CommandLine(LightningCLI):
         given = config["logger"]
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
         if fit and given is not False and not config["fast_dev_run"]:
-            loggers = [*loggers, RunLogger(root, None if self.checkpoint is None else self.checkpoint["epoch"])]
+            loggers = [*loggers, RunLogger(root)]
         callbacks = [self.results, PeakMemory()]
         if fit:
             plugins = _as_list(config["plugins"] or [])
@@ -175,7 +176,10 @@ class CommandLine(LightningCLI):
         if given.get("num_classes", 0) is not None:
             return
         if self.checkpoint is not None:
-            given.num_classes = self.checkpoint.get("hyper_parameters", {}).get("num_classes")
+            TrainingRecord.of(self.checkpoint)  # or its refusal
+            given.num_classes = self.checkpoint["hyper_parameters"].get("num_classes")
+            if type(given.num_classes) is not int:
+                raise CheckpointError(f"the checkpoint is damaged: its num_classes is {given.num_classes!r:.80}.")
             return
         parser, asked = ArgumentParser(), self._get(self.config, "data")
         parser.add_subclass_arguments(ImageDataModule, "data")
@@ -288,6 +292,9 @@ class CommandLine(LightningCLI):
         self.check("fit")
         if self._writes_run:
             self._lock = claim(Path(self.trainer.default_root_dir), self._get(self.config, "ckpt_path"))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger) and self.checkpoint is not None:
+                logger.go_on(self.checkpoint["epoch"])
         config = self._get(self.config_init, "trainer")
         if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
             settings = {name: config[name] for name in _PRELOAD_SETTINGS}
