@@ -1,10 +1,11 @@
-"""What ``encoder_precision: bf16`` changes in the frozen pass: tokens selected, their keys and values, time.
+"""What half precision changes in the frozen pass: tokens selected, their keys and values, time.
 
-    python benchmarks/encoder_precision.py --data FOLDER --manifest labels.csv --out runs/codecs   # 5 minutes
+    python benchmarks/encoder_precision.py --data DIR --manifest labels.csv --out runs/codecs [--dinov2 FILE]
 
-The encoders are those of ``store_codecs.py``, whose folder of weights ``--out`` may be. Each encodes the first test
-images twice, with its linear layers in fp32 and under bf16 autocast; attention maps and norms are fp32 in both. Writes
-``results/encoder_precision.json`` and ``.md``.
+It takes 15 minutes. The encoders are those of ``store_codecs.py``, whose folder of weights ``--out`` may be, and DINOv2
+ViT-S/14 with its own weights where they are given. Each encodes the first test images with its linear layers in fp32
+and under autocast to bf16 and fp16; attention maps and norms are fp32 in all. Writes ``results/encoder_precision.json``
+and ``.md``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fpt_lightning.data.images import read_image
 from fpt_lightning.data.transforms import normalise, unit_pixels
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.encoder.precision import HALF, PRECISIONS
 from store_codecs import ENCODERS, RESOLUTION, Setting, weights
 from training_step import in_turns
 
@@ -48,17 +51,16 @@ def compared(exact: Encoded, rounded: Encoded, tokens: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(setting: Setting, label: str, images: int, rounds: int) -> dict[str, Any]:
+def measured(setting: Setting, label: str, config: EncoderConfig, images: int, rounds: int) -> dict[str, Any]:
     """One encoder."""
-    config = EncoderConfig(ENCODERS[label], weights(setting, label))
     size = (setting.resolution, setting.resolution)
     manifest = setting.data(setting.out / "none", "fp32").read_manifest()
     paths = [manifest.path(sample) for sample in manifest.split("test")[:images]]
     pixels = torch.stack([normalise(unit_pixels(read_image(path), size), [0.5] * 3, [0.25] * 3) for path in paths])
-    encoders = {name: FrozenEncoder(replace(config, precision=name), size) for name in ("fp32", "bf16")}
-    exact, rounded = (encoder(pixels) for encoder in encoders.values())
+    encoders = {name: FrozenEncoder(replace(config, precision=name), size) for name in PRECISIONS}
+    exact = encoders["fp32"](pixels)
+    found = {name: compared(exact, encoders[name](pixels), encoders["fp32"].tokens) for name in HALF}
     seconds = in_turns({name: lambda e=e: e(pixels[:1]) for name, e in encoders.items()}, rounds)  # type: ignore[misc]
-    found = compared(exact, rounded, encoders["fp32"].tokens)
     row = {"encoder": label, **found, "seconds": {name: taken["fastest"] for name, taken in seconds.items()}}
     print(row, flush=True)
     return row
@@ -69,18 +71,19 @@ def report(rows: Sequence[dict[str, Any]], images: int, resolution: int) -> str:
     machine = environment()["machine"]
     lines = [
         f"{images} images at {resolution} pixels; {machine['processor']}, {machine['cores']} cores. In percent: "
-        "selected tokens that bf16 replaces by others (mean, and in the first and last tapped layer), and errors "
-        "relative to fp32 of the keys and values of tokens that both select, and of the pooled feature. Seconds an "
-        "image. Made by `benchmarks/encoder_precision.py`.",
+        "selected tokens that half precision replaces by others (mean, and in the first and last tapped layer), and "
+        "errors relative to fp32 of the keys and values of tokens that both select, and of the pooled feature. Seconds "
+        "an image against those of fp32, on this CPU. Made by `benchmarks/encoder_precision.py`.",
         "",
-        "| encoder | other tokens | first | last | keys | values | pooled | s, fp32 | s, bf16 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| encoder | precision | other tokens | first | last | keys | values | pooled | s | s, fp32 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        others = row["other_tokens"]
-        percent = [sum(others) / len(others), others[0], others[-1], row["keys"], row["values"], row["pooled"]]
-        cells = [f"{100 * value:.2f}" for value in percent] + [f"{s:.2f}" for s in row["seconds"].values()]
-        lines.append(f"| {row['encoder']} | {' | '.join(cells)} |")
+    for row, name in product(rows, HALF):
+        found, seconds = row[name], row["seconds"]
+        others = found["other_tokens"]
+        percent = [sum(others) / len(others), others[0], others[-1], found["keys"], found["values"], found["pooled"]]
+        cells = [f"{100 * value:.3f}" for value in percent] + [f"{seconds[each]:.2f}" for each in (name, "fp32")]
+        lines.append(f"| {row['encoder']} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -89,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder of the images")
     parser.add_argument("--manifest", help="CSV file instead of class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of weights")
+    parser.add_argument("--dinov2", help="weights of DINOv2 ViT-S/14")
     parser.add_argument("--tuning-epochs", type=int, default=8, help="of the encoder that is fine-tuned")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -96,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.data, args.manifest, args.out, 0, args.tuning_epochs, 0, args.resolution)
-    rows = [measured(setting, label, args.images, args.rounds) for label in ENCODERS]
+    encoders = {label: EncoderConfig(name, weights(setting, label)) for label, name in ENCODERS.items()}
+    if args.dinov2:
+        encoders["DINOv2 ViT-S"] = EncoderConfig("vit_small_patch14_dinov2", args.dinov2)
+    rows = [measured(setting, label, config, args.images, args.rounds) for label, config in encoders.items()]
     path = write_result("encoder_precision", {"images": args.images, "resolution": args.resolution, "rows": rows})
     (RESULTS / "encoder_precision.md").write_text(report(rows, args.images, args.resolution) + "\n")
     print(f"results are in {path} and .md beside it")
