@@ -102,13 +102,28 @@ def parse_rows(text: str, path: Path, kind: str, separator: str = ",") -> list[R
         lines = [(fields, reader.line_num) for fields in reader if fields]
     except csv.Error as error:
         raise DataError(f"the {kind} {path} is not a CSV file in UTF-8: {error}.") from error
+    for fields, line in lines:
+        if len(fields) != len(names):
+            raise DataError(f"{path}, line {line}: the number of fields differs from the header's.")
+    return named_rows(names, lines, path, kind)
+
+
+def named_rows(names: Sequence[str], lines: Sequence[tuple[Sequence[str], int]], path: Path, kind: str) -> list[Row]:
+    """Rows by the names of their columns.
+
+    Args:
+        names: of the columns; those without one are left out.
+        lines: as many fields, and the line of the file.
+        path: of the file, for errors.
+        kind: what it is called in errors.
+
+    Raises:
+        DataError: no row, or a column twice.
+    """
     if not lines:
         raise DataError(f"the {kind} {path} holds no row below its header.")
     if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
         raise DataError(f"the {kind} {path} has several columns named {', '.join(twice)}.")
-    for fields, line in lines:
-        if len(fields) != len(names):
-            raise DataError(f"{path}, line {line}: the number of fields differs from the header's.")
     columns = [(i, _unguarded(name)) for i, name in enumerate(names) if name]
     return [Row({name: _unguarded(fields[i]) for i, name in columns}, line) for fields, line in lines]
 

@@ -13,6 +13,7 @@ from PIL import Image
 from dicom_files import dataset, write
 from fpt_lightning.data.inspection import Inspection, inspect_data
 from fpt_lightning.errors import DataError, FPTError, ImageError
+from miniatures import write_xlsx
 from small import write_images
 
 COUNT = 36
@@ -45,7 +46,7 @@ def with_table(root: Path, header: str, row: Row, name: str = "some.csv") -> Ins
                 "mf"[i % 2],
             ),
             "single-label",
-            {"image_column": "image_id", "label_column": "dx", "group_column": "lesion_id"},
+            {"image_column": "image_id", "label_column": "dx", "group_column": "lesion_id", "case_column": "lesion_id"},
         ),
         (  # as NIH's
             "Image Index,Finding Labels,Patient ID,Patient Age",
@@ -108,6 +109,33 @@ def test_grades(root: Path, names: tuple[str, ...], column: str, order: tuple[in
         assert found.manifest.classes == tuple(names[i] for i in order)
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "case"),
+    [
+        ("image,label,patient,eye", lambda i: ("ab"[i % 2], f"p{i // 4}", f"{i // 2}"), "eye"),
+        ("image,label,patient,ExamID", lambda i: ("ab"[i % 2], f"p{i // 4}", f"e{i // 2}"), "ExamID"),
+        ("image,label,patient,study", lambda i: ("ab"[i % 2], f"p{i // 4}", "" if i else "s"), None),  # one is named
+        ("image,label,patient,eye", lambda i: ("ab"[i % 2], f"p{i // 4}", "LR"[i % 2]), None),  # of several patients
+        ("image,label,patient,visit", lambda i: ("ab"[i % 2], f"p{i // 4}", i), None),  # nothing is together
+        ("image,label,eye", lambda i: ("ab"[i % 2], "LR"[i % 2]), None),  # a side
+        ("image,label,lesion_id", lambda i: ("ab"[i % 2], i // 3), "lesion_id"),
+    ],
+)
+def test_cases(root: Path, header: str, row: Row, case: str | None) -> None:
+    found = with_table(root, header, row)
+    assert found.reading.get("case_column") == case
+    assert found.labels == ("label",)
+
+
+def test_a_spreadsheet(root: Path) -> None:
+    rows = [["image", "label"], *([f"all/{i:03d}.png", "ab"[i % 2]] for i in range(COUNT))]
+    write_xlsx(root / "mine.xlsx", rows)
+    for path in (root, root / "mine.xlsx"):
+        found = inspect_data(path)
+        assert found.reading["manifest"] == "mine.xlsx"
+        assert found.manifest.classes == ("a", "b")
+
+
 def test_grades_of_folders_in_splits(tmp_path: Path) -> None:
     """Also where one split lacks a grade."""
     for seed, (split, names) in enumerate({"Testing": "013", "Training": "0123"}.items()):
@@ -125,6 +153,7 @@ def test_numbers_that_may_be_grades_are_a_question(root: Path) -> None:
 
 def test_what_people_have_to_decide(root: Path) -> None:
     (root / "notes.xlsx").touch()
+    (root / "old.xls").touch()
     (root / "broken.csv").write_text("a,b\n1\n")
     (root / "extra").mkdir()
     (root / "extra" / "second.csv").write_text("image,label\n" + "".join(f"all/00{i}.png,{i % 2}\n" for i in range(8)))
@@ -133,7 +162,8 @@ def test_what_people_have_to_decide(root: Path) -> None:
     told = "\n".join(found.undecided)
     for words in (
         "columns that may be labels too: original_class, edema",
-        "notes.xlsx is a spreadsheet",
+        "notes.xlsx is not read: ",
+        "old.xls is not read: ",
         "broken.csv is not read: ",
         "second.csv may have them too",
         "which images are of one patient",
@@ -214,7 +244,8 @@ def test_what_cannot_be_used(root: Path, tmp_path: Path) -> None:
 
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "none", "there is no folder and no table")
-    refused(tmp_path / "none.xlsx", "is a spreadsheet: save it as CSV")
+    (tmp_path / "old.ods").touch()
+    refused(tmp_path / "old.ods", "is a spreadsheet in another format than XLSX: save it as XLSX or CSV")
     refused(tmp_path / "empty", "there is no image below")
     refused(root, "the data set has one class only, 'all'")
     table = root / "table.csv"

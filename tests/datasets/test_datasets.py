@@ -7,7 +7,6 @@ import importlib
 import json
 import shutil
 import sys
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ from fpt_lightning.data.sources import read_manifest
 from fpt_lightning.datasets import DATASETS
 from fpt_lightning.datasets.preparation import prepare
 from fpt_lightning.datasets.recipe import DR_GRADES
-from fpt_lightning.datasets.xlsx import read_sheet
 from fpt_lightning.errors import DataError
 from miniatures import MINIATURES, Miniature, build, reads_dicom, write_xlsx
 from small import ROOT
@@ -279,27 +277,6 @@ def test_a_breast_with_two_diagnoses(built: dict[str, Miniature], tmp_path: Path
     write_xlsx(tmp_path / "data" / "CMMD_clinicaldata_revision.xlsx", rows)
     with pytest.raises(DataError, match="the L breast of D1-0001 has two classifications"):
         DATASETS["cmmd"].samples(tmp_path / "data")
-
-
-def test_a_sheet_of_texts_numbers_and_gaps(tmp_path: Path) -> None:
-    path = tmp_path / "sheet.xlsx"
-    write_xlsx(path, [["id", "a & b", "last"], [1, "<x>", "y"], [2], ["", ""], [3.5, "z"]])
-    assert read_sheet(path, ("a & b", "id")) == [["<x>", "1"], ["", "2"], ["z", "3.5"]]
-    with pytest.raises(DataError, match="has no column none, but id, a & b, last"):
-        read_sheet(path, ("id", "none"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_a_spreadsheet_with_entities_or_none_at_all_is_refused(tmp_path: Path, encoding: str) -> None:
-    path = tmp_path / "sheet.xlsx"
-    with zipfile.ZipFile(path, "w") as archive:
-        bomb = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE w [<!ENTITY a "b">]><w>&a;</w>'
-        archive.writestr("xl/workbook.xml", bomb.encode(encoding))
-    with pytest.raises(DataError, match=r"sheet.xlsx cannot be read as XLSX: .*has a DOCTYPE"):
-        read_sheet(path, ("id",))
-    path.write_bytes(b"ID1,LeftRight")
-    with pytest.raises(DataError, match=r"sheet.xlsx cannot be read as XLSX: BadZipFile"):
-        read_sheet(path, ("id",))
 
 
 # Other places and copies

@@ -189,6 +189,7 @@ def _reading(found: Inspection, out: Path) -> list[Line]:
         "label_column": "its labels",
         "label_separator": "of several names in a field",
         "group_column": "what one split keeps whole",
+        "case_column": "some have several images: predictions and metrics of each as one, too",
         "split_column": "train, val and test are given",
         "classes": "from low to high",
         "allow_overlap": "the same are in several splits: test figures are too good until they are taken out",
@@ -318,6 +319,8 @@ def _told(found: Inspection, notes: Sequence[str]) -> str:
         rows["patients"] = f"{len(groups):,}, " + (
             "PatientID of the headers" if found.patients else f"column {found.reading.get('group_column', 'group')}"
         )
+    if cases := {sample.case for sample in manifest.samples if sample.case}:
+        rows["cases"] = f"{len(cases):,}, column {found.reading['case_column']}"
     counts = ", ".join(f"{name} {len(manifest.split(name)):,}" for name in SPLITS)
     rows["splits"] = f"given: {counts}" if found.given else "none given: 70/10/20 is drawn, patients whole"
     lines = [f"{name:<17}{said}" for name, said in rows.items()]

@@ -19,14 +19,14 @@ from fpt_lightning.data.images import DICOM_SUFFIXES, bright_box, check_extras, 
 from fpt_lightning.data.manifest import Kind, Manifest
 from fpt_lightning.data.pages import file_and_page, named_page
 from fpt_lightning.data.sources import list_images, read_manifest
-from fpt_lightning.data.tables import MISSING, Table, as_number, read_table, truth_of
+from fpt_lightning.data.tables import MISSING, Table, as_number, case_name, read_table, truth_of
+from fpt_lightning.data.xlsx import SHEETS
 from fpt_lightning.errors import DataError, ImageError, OverlapError, a_few
 
 OPENED = 32
 """Images that are opened, evenly spread over all."""
 
-_TABLES = (".csv", ".tsv")
-_SHEETS = (".xlsx", ".xls", ".ods")
+_TABLES = (".csv", ".tsv", *SHEETS)
 _MOST_CLASSES = 100
 _FEW = 20  # different numbers that may be classes
 _LABELS = (
@@ -37,6 +37,12 @@ _LABELS = (
 _NO_LABELS = {"sex", "gender", "age", "view", "eye", "side", "laterality", "year", "date", "fold", "site", "device"}
 _GROUPS = ("patient", "subject", "participant", "person", "case", "lesion", "study")
 """How columns of groups are called, the widest group first."""
+_CASES = {
+    *("case", "exam", "examination", "study", "visit", "accession", "encounter", "eye", "breast", "lesion", "series"),
+    *("studyid", "caseid", "examid", "lesionid"),
+}
+"""Words in the names of columns of cases."""
+_FEWEST_CASES, _MOST_IMAGES = 8, 20  # of all, and of a case on average: fewer or more are sides or classes
 _IDS = {"id", "ids", "no", "nr", "number", "name", "code", "uid", "key", "identifier"}
 _SPLITS = {"split", "splits", "set", "subset", "partition", "usage", "dataset", "phase"}
 _GRADES = {"grade", "grades", "level", "stage", "severity", "birads", "kl", "density", "retinopathy"}
@@ -75,6 +81,7 @@ class Columns(NamedTuple):
         kind: of the labels.
         separator: of several names in one field.
         group: of patients or the like.
+        case: of exams, eyes or the like, each of one group, of which some have several images.
         split: of train, val and test.
         others: that may be labels too.
     """
@@ -84,6 +91,7 @@ class Columns(NamedTuple):
     kind: Kind
     separator: str | None
     group: str | None
+    case: str | None
     split: str | None
     others: tuple[str, ...]
 
@@ -188,10 +196,10 @@ def inspect_data(path: Path) -> Inspection:
         DataError: nothing is there, no image, no labels, one class, or what ``read_manifest`` refuses.
         ImageError: none of the images that are opened can be read.
     """
-    if path.suffix.lower() in _SHEETS:
-        raise DataError(f"{path} is a spreadsheet: save it as CSV in the folder of the images, and give that.")
     if not path.exists():
-        raise DataError(f"there is no folder and no table {path}: give the folder of the images, or a CSV file in it.")
+        raise DataError(
+            f"there is no folder and no table {path}: give the folder of the images, or a CSV or XLSX file in it."
+        )
     root = path if path.is_dir() else path.parent
     ids = [sample.id for sample in list_images(root).samples]
     undecided: list[str] = []
@@ -309,8 +317,6 @@ def _find_table(root: Path, ids: Sequence[str], undecided: list[str]) -> Table |
     near = [path for path, hidden in walk(root) if not hidden and len(path.relative_to(root).parts) <= 2]
     names, fitting = _names(ids, root), list[tuple[int, Table]]()
     for path in sorted(near, key=lambda path: (len(path.parts), path)):
-        if path.suffix.lower() in _SHEETS:
-            undecided.append(f"{path.name} is a spreadsheet, which is not read: save it as CSV if it has the labels.")
         if path.suffix.lower() not in _TABLES:
             continue
         try:
@@ -366,10 +372,12 @@ def _recognised(table: Table, names: _Names) -> Columns | None:
     if image is None:
         return None
     group, split = _group_column(table, image), _split_column(table)
+    case = _case_column(table, image, group)
+    places = (group, case, split)
     values = {
         column: [row[column].strip() for row in table.rows]
         for column in table.rows[0]
-        if column not in (image, group, split)
+        if column not in (image, group, case, split)
     }
     truths = [column for column, own in values.items() if _are_truths(own) and not _words(column) & _NO_LABELS]
     named = sorted((rank, column) for column in values if (rank := _label_rank(column)) is not None)
@@ -378,21 +386,20 @@ def _recognised(table: Table, names: _Names) -> Columns | None:
     for _, column in named:
         others = tuple(other for other in dict.fromkeys([*(c for _, c in named), *classes]) if other != column)
         if separator := _separator(values[column]):
-            return Columns(image, (column,), "multi-label", separator, group, split, others)
+            return Columns(image, (column,), "multi-label", separator, *places, others)
         if _are_classes(values[column]):
-            return Columns(image, (column,), "single-label", None, group, split, others)
+            return Columns(image, (column,), "single-label", None, *places, others)
         if column in numbers:
-            return Columns(image, (column,), "regression", None, group, split, others)
+            return Columns(image, (column,), "regression", None, *places, others)
     if len(truths) > 1:
         one = all(sum(truth_of(values[column][i]) == 1 for column in truths) == 1 for i in range(len(table.rows)))
         kind: Kind = "single-label" if one else "multi-label"
-        return Columns(
-            image, tuple(truths), kind, None, group, split, tuple(column for column in classes if column not in truths)
-        )
+        others = tuple(column for column in classes if column not in truths)
+        return Columns(image, tuple(truths), kind, None, *places, others)
     if classes:
-        return Columns(image, (classes[0],), "single-label", None, group, split, tuple(classes[1:]))
+        return Columns(image, (classes[0],), "single-label", None, *places, tuple(classes[1:]))
     if len(numbers) == 1:
-        return Columns(image, (numbers[0],), "regression", None, group, split, ())
+        return Columns(image, (numbers[0],), "regression", None, *places, ())
     return None
 
 
@@ -413,6 +420,18 @@ def _group_column(table: Table, image: str) -> str | None:
             words = {word for word in _words(column) if word not in (group, f"{group}s", f"{group}id")}
             if column != image and words <= _IDS and len(words) < len(_words(column)):
                 return column
+    return None
+
+
+def _case_column(table: Table, image: str, group: str | None) -> str | None:
+    for column in table.rows[0]:
+        if column == image or not _words(column) & _CASES:
+            continue
+        cases = [(case_name(row[column]), row[group].strip() if group else "") for row in table.rows]
+        images = Counter(case for case, _ in cases if case)
+        torn = len({pair for pair in cases if pair[0]}) > len(images)
+        if not torn and _FEWEST_CASES <= len(images) < images.total() <= _MOST_IMAGES * len(images):
+            return column
     return None
 
 
@@ -469,7 +488,12 @@ def _reading(root: Path, table: Table | None, columns: Columns | None, classes: 
         asked["manifest"] = table.path.relative_to(root).as_posix()
         asked["image_column"] = columns.image
         asked["label_column"] = columns.labels[0] if len(columns.labels) == 1 else list(columns.labels)
-        named = {"label_separator": columns.separator, "group_column": columns.group, "split_column": columns.split}
+        named = {
+            "label_separator": columns.separator,
+            "group_column": columns.group,
+            "case_column": columns.case,
+            "split_column": columns.split,
+        }
         asked |= {name: value for name, value in named.items() if value is not None}
     return asked if classes is None else {**asked, "classes": list(classes)}
 

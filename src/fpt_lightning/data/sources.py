@@ -49,9 +49,9 @@ def read_manifest(
     """Read a labelled data set.
 
     Without ``table`` the folders say it: ``root/{train,val,test}/{class}/image``, or ``root/{class}/image``, which is
-    split 70/10/20 at random, stratified by class. A ``table`` is a CSV file with one row an image; without a split
-    column its images are split in the same way, groups kept whole. Where there are training and test images alone, an
-    eighth of the training images is drawn for validation.
+    split 70/10/20 at random, stratified by class. A ``table`` has one row an image; without a split column its images
+    are split in the same way, groups kept whole. Where there are training and test images alone, an eighth of the
+    training images is drawn for validation.
 
     With ``fold``, cross-validation: where splits are given, the test images stay, and the fold of the others validates;
     otherwise the fold is the test split, and the next one validates. Folds are stratified and keep groups whole.
@@ -59,7 +59,7 @@ def read_manifest(
 
     Args:
         root: folder of the images.
-        table: CSV file, absolute or relative to ``root``.
+        table: CSV file, or XLSX file whose first sheet is read; absolute or relative to ``root``.
         image_column: column of image paths, relative to ``root``.
         label_column: column of class names or numbers; the columns of 1, 0, -1 or nothing of a multi-label data set;
             of a single-label one also columns of which one is true in each row.

@@ -18,12 +18,13 @@ import numpy as np
 from fpt_lightning.data.folders import SPLIT_NAMES, find_images
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Kind, Sample
+from fpt_lightning.data.xlsx import SHEETS, read_sheet
 from fpt_lightning.errors import DataError, a_few
 from fpt_lightning.files import Row, parse_rows, read_bytes
 
 UNCERTAIN = -1.0  # as CheXpert and MIMIC-CXR write it
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-MISSING = ("", "nan", "na", "n/a", "none", "null")
+MISSING = ("", "nan", "na", "n/a", "#n/a", "none", "null")
 """What stands for no value, in small letters."""
 _TRUTH = {"true": 1.0, "false": 0.0}
 _NO_FINDING = "no finding"  # as NIH and CheXpert write it
@@ -64,14 +65,19 @@ class Table:
 
 
 def read_table(path: Path, image_column: str) -> Table:
-    """Read a table of whatever encoding and separator.
+    """Read a table of whatever encoding and separator, or the first sheet of a spreadsheet.
 
     UTF-8, UTF-16, or else Windows-1252 (which holds Latin-1); the separator is the one that gives the header the column
     of images.
 
     Raises:
-        DataError: no table (``fpt_lightning.files.parse_rows``), or a separator that cannot be told.
+        DataError: no table (``fpt_lightning.files.parse_rows``, ``fpt_lightning.data.xlsx.read_sheet``), or a separator
+            that cannot be told.
     """
+    if path.suffix.lower() in SHEETS:
+        rows, others = read_sheet(path, "manifest")
+        unread = [f"of the manifest {path} the first sheet is read, not {a_few(others)}."] if others else []
+        return Table(path, rows, unread)
     text, notes = decoded(read_bytes(path, "manifest"), path)
     head = text.splitlines()[:1]
     heads = {separator: next(csv.reader(head, delimiter=separator), []) for separator in _SEPARATORS}

@@ -34,7 +34,8 @@ class ManifestDataModule(L.LightningDataModule):
 
     Args:
         root: folder of the images: ``{train,val,test}/{class}/image``, or ``{class}/image`` (split 70/10/20).
-        manifest: CSV file instead of class folders; absolute or relative to ``root``. Prediction does not read it.
+        manifest: CSV file, or XLSX file whose first sheet is read, instead of class folders; absolute or relative to
+            ``root``. Prediction does not read it.
         image_column: its column of image paths, relative to ``root``.
         label_column: its column of class names or numbers; its columns of a multi-label task, or of which one is true.
         label_separator: of the names of a multi-label task, where one column holds them: ``|`` of ``Mass|Nodule``.

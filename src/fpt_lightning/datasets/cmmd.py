@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fpt_lightning.data.xlsx import read_columns
 from fpt_lightning.datasets.pieces import Pieces, Wanted
 from fpt_lightning.datasets.recipe import Found, Layout, Recipe, files, label_of
-from fpt_lightning.datasets.xlsx import read_sheet
 from fpt_lightning.errors import DataError
 from fpt_lightning.progress import track
 
@@ -34,7 +34,7 @@ _LABELS = {"Benign": 0, "Malignant": 1}
 def _read(found: Found, pieces: Pieces) -> None:
     table = pieces[_TABLE]
     labels: dict[tuple[str, str], int] = {}
-    for patient, side, diagnosis in read_sheet(table, ("ID1", "LeftRight", "classification")):
+    for patient, side, diagnosis in read_columns(table, ("ID1", "LeftRight", "classification")):
         if labels.setdefault((patient, side), label := label_of(diagnosis, _LABELS, table, patient)) != label:
             raise DataError(f"{table}: the {side} breast of {patient} has two classifications.")
     seen = set()
