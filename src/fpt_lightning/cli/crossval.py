@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import fpt_lightning
@@ -137,9 +137,8 @@ class _Plan(Configuration):
 
     TRAINER = _FoldsTrainer
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"crossval": Configuration.subcommands()["fit"]}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {"crossval": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.description = (
