@@ -224,3 +224,9 @@ def test_the_batches_that_are_overfitted(config: Path, tmp_path: Path) -> None:
     """Lightning draws them by a sampler of its own, which knows no epochs."""
     run("fit", "--config", config, "--trainer.overfit_batches", 1)
     assert (tmp_path / "run" / "best.ckpt").is_file()
+
+
+def test_more_processes_than_images_to_evaluate(config: Path, say: Say) -> None:
+    """One without any would let the others wait for ever."""
+    message = say("fit", "--config", config, "--trainer.devices", 40, "--trainer.strategy", "ddp")
+    assert "image(s) are to be evaluated in 40 processes, each in one: give trainer.devices" in message

@@ -37,6 +37,7 @@ from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
+from fpt_lightning.datamodules.samples import check_processes
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
@@ -48,6 +49,10 @@ from fpt_lightning.methods.tasks import task_class
 from fpt_lightning.methods.trained import TrainedModule
 
 _PRELOAD_SETTINGS = ("accelerator", "devices", "num_nodes", "enable_progress_bar")  # of the frozen pass within fit
+
+
+_EVALUATED = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}
+"""Splits that a stage evaluates."""
 
 
 class CommandLine(LightningCLI):
@@ -246,6 +251,8 @@ class CommandLine(LightningCLI):
                 self.model.check_optimizer(self.checkpoint)
                 self._check_seed(self.model._seed)
         self.datamodule.check(stage, self.model)
+        for split in _EVALUATED.get(stage, ()):
+            check_processes(len(self.datamodule.labelled.split(split)), self.trainer.world_size)
         if self.checkpoint is not None:
             encoder = getattr(self.model, "encoder_config", None)
             asked = None if encoder is None else self.datamodule.asked(encoder)

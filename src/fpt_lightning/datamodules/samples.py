@@ -18,6 +18,7 @@ from fpt_lightning.data.images import ImageReader
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.data.prefetch import items_in_threads, thread_pool
 from fpt_lightning.data.transforms import ViewTransform, normalise, stored_copy
+from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.store.store import FeatureStore
 
 
@@ -60,6 +61,19 @@ STORED = frozenset({"features", "pooled"})
 _PARTS = 2  # of a batch; more would wait for Python's lock, which augmenting holds for much of its time
 
 
+def check_processes(images: int, processes: int) -> None:
+    """Refuse to evaluate images in more processes than there are images: one without would keep the others waiting.
+
+    Raises:
+        ConfigurationError: naming both.
+    """
+    if images < processes > 1:
+        raise ConfigurationError(
+            f"{images} image(s) are to be evaluated in {processes} processes, each in one: give trainer.devices (times "
+            f"trainer.num_nodes) {max(images, 1)} at most."
+        )
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Pairs (epoch, index): with them a view depends on the seed, the epoch and the sample, on no worker.
 
@@ -72,9 +86,14 @@ class EpochSampler(DistributedSampler[Any]):
         world_size: of all.
         shuffle: a new order each epoch.
         seed: of the orders.
+
+    Raises:
+        ConfigurationError: ``check_processes``, of samples that are not for training.
     """
 
     def __init__(self, count: int, rank: int, world_size: int, shuffle: bool, seed: int) -> None:
+        if not shuffle:
+            check_processes(count, world_size)
         self.count, self.rank, self.world_size = count, rank, world_size
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
