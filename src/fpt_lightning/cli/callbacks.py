@@ -255,6 +255,7 @@ class ResultsWriter(L.Callback):
         cases: of the cases that they are of, where there are any, likewise.
         told: where they are.
         validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
+        writes: whether files are written; else what is found is kept for those of the next checkpoint.
     """
 
     def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
@@ -263,6 +264,7 @@ class ResultsWriter(L.Callback):
         self.evaluations: dict[str, Evaluation] = {}
         self.cases: dict[str, Evaluation] = {}
         self.validation_auc: float | None = None
+        self.writes = True
         self.told = ""
         self._rows: list[tuple[str, Any, Any]] = []
 
@@ -293,22 +295,29 @@ class ResultsWriter(L.Callback):
         predictions = self._predictions(trainer, pl_module)
         if predictions is None:
             return
-        folder = self._folder(trainer, "test")
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test_")}
         self.metrics[self.checkpoint] = without_nan(found)
-        write_json(folder / "metrics.json", self.metrics)
         assert isinstance(pl_module, ClassificationModule)
-        self._write(folder, predictions, pl_module)
-        if predictions.kind == "single-label":
-            write_confusion(folder, predictions)
         if predictions.known.any():
             evaluation = evaluate(predictions, pl_module.thresholds or None, validation_auc=self.validation_auc)
             self.evaluations[self.checkpoint] = evaluation
             cases = _evaluated_cases(predictions, pl_module)
             if cases is not None:
                 self.cases[self.checkpoint] = cases
+        if self.writes:
+            self._write_test(self._folder(trainer, "test"), trainer, pl_module, predictions)
+
+    def _write_test(
+        self, folder: Path, trainer: L.Trainer, module: ClassificationModule, predictions: Predictions
+    ) -> None:
+        write_json(folder / "metrics.json", self.metrics)
+        self._write(folder, predictions, module)
+        if predictions.kind == "single-label":
+            write_confusion(folder, predictions)
+        if self.checkpoint in self.evaluations:
             write_json(folder / "evaluation.json", {name: self._content(name) for name in self.evaluations})
-            self._report(folder, trainer, pl_module, predictions, evaluation, cases)
+            evaluation, cases = self.evaluations[self.checkpoint], self.cases.get(self.checkpoint)
+            self._report(folder, trainer, module, predictions, evaluation, cases)
         self.told = f"metrics, predictions and the report are in {folder}"
 
     def _content(self, name: str) -> dict[str, Any]:

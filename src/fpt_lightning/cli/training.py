@@ -340,6 +340,7 @@ class CommandLine(LightningCLI):
         """Test one of the run's checkpoints; loggers get its metrics under its own name."""
         root, epoch, metric = path.parent, read_checkpoint(path)["epoch"], f"val_{self.model.task.MONITOR[0]}"
         self.results.checkpoint, self.results.validation_auc = name, logged_at(root, "val_auc", epoch)
+        self.results.writes = name == "best" or not path.with_name("best.ckpt").is_file()
         loggers, self.trainer.loggers = self.trainer.loggers, []
         self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True, verbose=False)
         self.trainer.loggers = loggers
