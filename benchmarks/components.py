@@ -17,13 +17,14 @@ class SideNetworkAlone(FPTPlusModule):
 
     Args:
         num_classes: number of classes.
+        prompt_head: there is none, as published.
         **kwargs: see ``FPTPlusModule``; what concerns prompts and stored tokens is not used.
     """
 
     INPUTS: ClassVar[frozenset[str]] = frozenset({"side_images"})
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
+    def __init__(self, num_classes: int, prompt_head: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
         self.save_hyperparameters()
         del self.fusion
 
@@ -49,11 +50,12 @@ class MLPTransfer(FPTPlusModule):
 
     Args:
         num_classes: number of classes.
+        prompt_head: there is none, as published.
         **kwargs: see ``FPTPlusModule``; ``token_ratio`` must be 1, ``prompts`` and ``dropout`` are not used.
     """
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
+    def __init__(self, num_classes: int, prompt_head: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
         self.save_hyperparameters()
         del self.fusion
         width = self.side.norm.normalized_shape[0]

@@ -86,7 +86,7 @@ ROWS = {
     "stored_linear": Entry("stored_linear", "Linear probing, stored"),
     "attentive": Entry("attentive", "Attentive probing, stored"),
     "query_tokens": Entry("query_tokens", "Query tokens, stored"),
-    "fpt_plus": Entry("fpt_plus", "FPT+", SIDE),
+    "fpt_plus": Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False}),
     "fpt_plus_prompt_head": Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True}),
     "query_tokens_mirrored": Entry("query_tokens", "Query tokens, mirror images too", BOTH, *_MIRRORED),
     "fpt_plus_mirrored": Entry(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from environment import DOCS, RESULTS, write_result
 from fpt_lightning import methods
-from fpt_lightning.methods import ClassificationModule
+from fpt_lightning.methods import ClassificationModule, FPTPlusModule
 from fpt_lightning.methods.tuning import EncoderModule, EncoderTuningModule, build_on_meta
 from fpt_lightning.planning.memory import (
     Attention,
@@ -106,8 +106,10 @@ PAPER: dict[tuple[str, str], dict[int, int | None]] = {  # MB on an RTX A6000 (4
 def make(method: str, encoder: str, variant: Variant) -> ClassificationModule:
     """A method as the table has it."""
     kind = METHODS[method]
-    saving: dict[str, Any] = {"gradient_checkpointing": True} if variant.gradient_checkpointing else {}
-    return kind(CLASSES, encoder=ENCODERS[encoder], pretrained=False, **saving)
+    options: dict[str, Any] = {"gradient_checkpointing": True} if variant.gradient_checkpointing else {}
+    if issubclass(kind, FPTPlusModule):
+        options["prompt_head"] = False  # as published
+    return kind(CLASSES, encoder=ENCODERS[encoder], pretrained=False, **options)
 
 
 def cells(resolutions: Sequence[int], encoders: Sequence[str]) -> Iterator[tuple[str, str, int, Variant]]:

@@ -179,6 +179,7 @@ def trained(setting: Setting, label: str, store: Path, codec: str, seed: int) ->
         classes,
         encoder=ENCODERS[label],
         pretrained=weights(setting, label),
+        prompt_head=False,
         side_resolution=8 * patch,
         learning_rate=3e-3,
     )

@@ -40,7 +40,13 @@ BATCHES, RESOLUTIONS = (1, 2, 4, 8, 16, 32, 64, 128), (256, 384, 512, 768, 1024,
 
 def make(gradient_checkpointing: bool) -> FPTPlusModule:
     """FPT+ as the paper sets it."""
-    return FPTPlusModule(CLASSES, encoder=ENCODER, pretrained=False, gradient_checkpointing=gradient_checkpointing)
+    return FPTPlusModule(
+        CLASSES,
+        encoder=ENCODER,
+        pretrained=False,
+        prompt_head=False,  # as published
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 def steps(batch_size: int = 16, resolution: int = 512) -> dict[str, TrainingStep]:

@@ -83,7 +83,13 @@ def trained(setting: Setting, way: str, seed: int) -> dict[str, float]:
         L.seed_everything(seed)
         data = data_of(setting, way)
         classes = len(data.read_manifest().classes)
-        model = FPTPlusModule(classes, encoder=ENCODERS[LABEL], pretrained=weights(setting, LABEL), learning_rate=3e-3)
+        model = FPTPlusModule(
+            classes,
+            encoder=ENCODERS[LABEL],
+            pretrained=weights(setting, LABEL),
+            prompt_head=False,
+            learning_rate=3e-3,
+        )
         start = time.perf_counter()
         setting.fit(model, data, setting.epochs)
         seconds = time.perf_counter() - start

@@ -192,7 +192,7 @@ def method_variants(setting: Setting, names: Sequence[str]) -> list[Variant]:
 
 
 def ablation_variants(setting: Setting, ablation: str) -> list[Variant]:
-    """FPT+ with one setting varied (or built up from its components); what cannot work is left out, and said."""
+    """FPT+ as published, with one setting varied or built up from its components; what cannot work is left out."""
     variants = []
     for name, label, method, live, changes in _ablated(setting, ablation):
         try:
@@ -200,6 +200,7 @@ def ablation_variants(setting: Setting, ablation: str) -> list[Variant]:
                 raise ConfigurationError("the encoder's images are not square, as the side network's are.")
             if name == "preloading" and "store" not in setting.data["init_args"]:
                 raise ConfigurationError("data has no store.")
+            changes |= {"prompt_head": False}
             variants.append(make_variant(setting, f"{ablation}-{name}", label, method, live, **changes))
         except ConfigurationError as error:
             print(f"{ablation} {label} is left out: {error}")

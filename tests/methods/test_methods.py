@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
 from fpt_lightning.methods import FPTModule, QueryTokensModule
@@ -58,7 +59,7 @@ def live_twin(data: PreloadedFeatureDataModule, **changes: Any) -> ImageDataModu
     [(4, 845_669), (8, 864_101), (16, 900_965), (32, 974_693), (64, 1_122_149), (128, 1_417_061)],
 )
 def test_learnable_parameters_are_the_papers(prompts: int, expected: int) -> None:
-    module = FPTPlusModule(5, encoder="vit_base_patch16_384", pretrained=False, prompts=prompts)
+    module = FPTPlusModule(5, encoder="vit_base_patch16_384", pretrained=False, prompts=prompts, prompt_head=False)
     assert sum(p.numel() for p in module.parameters() if p.requires_grad) == expected
     assert module.encoder_shape.parameters == 86_859_496
     paper = {4: 0.96, 8: 0.99, 16: 1.03, 32: 1.11, 64: 1.28, 128: 1.61}  # table 4
@@ -71,7 +72,7 @@ def test_learnable_parameters_are_the_papers(prompts: int, expected: int) -> Non
 def test_with_a_prompt_head_training_starts_as_query_tokens(data: PreloadedFeatureDataModule) -> None:
     """And goes on from there: the side network learns from the second step on, its head from the first."""
     torch.manual_seed(0)
-    module = tiny_model(prompt_head=True, reduction=2).eval()
+    module = tiny_model(reduction=2).eval()
     peer = QueryTokensModule(3, encoder="test_vit", pretrained=False, reduction=2, prompts=4).eval()
     assert module.prompt_head is not None
     peer.load_state_dict(
@@ -94,20 +95,24 @@ def test_with_a_prompt_head_training_starts_as_query_tokens(data: PreloadedFeatu
 
 
 def test_a_prompt_head_costs_as_many_parameters_as_it_has_numbers_to_read() -> None:
-    module = FPTPlusModule(5, encoder="vit_base_patch16_384", pretrained=False, prompt_head=True)
+    module = FPTPlusModule(5, encoder="vit_base_patch16_384", pretrained=False)
     assert module.learnable_parameters == 900_965 + 5 * (6 * 16 * 96 + 1)
     assert round(100 * module.learnable_ratio, 2) == 1.08
 
 
 def test_a_checkpoint_from_before_an_option_is_one_without_it(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path)
-    trainer.fit(tiny_model(), data)
+    trainer.fit(tiny_model(prompt_head=False), data)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     content = torch.load(tmp_path / "model.ckpt", weights_only=True)
     del content["hyper_parameters"]["prompt_head"]
-    tiny_model().on_load_checkpoint(content)
+    tiny_model(prompt_head=False).on_load_checkpoint(content)
     with pytest.raises(CheckpointError, match="prompt_head: None in the checkpoint, True here"):
-        tiny_model(prompt_head=True).on_load_checkpoint(content)
+        tiny_model().on_load_checkpoint(content)
+    torch.save(content, tmp_path / "model.ckpt")
+    loaded, _ = load_trained(tmp_path / "model.ckpt")
+    assert isinstance(loaded, FPTPlusModule)
+    assert loaded.prompt_head is None
 
 
 def test_building_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +202,7 @@ def test_a_vit_b_checkpoint_is_small(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
-    assert 3.6e6 < (tmp_path / "best.ckpt").stat().st_size < 3.7e6
+    assert 3.78e6 < (tmp_path / "best.ckpt").stat().st_size < 3.88e6
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_a_vit_b_checkpoint_is_small(tmp_path: Path) -> None:
         ({"layers": [4, 5]}, "layers: None in the checkpoint, [4, 5] here"),
         ({"token_ratio": 0.5}, "token_ratio: 0.2 in the checkpoint, 0.5 here"),
         ({"num_classes": 4}, "num_classes: 3 in the checkpoint, 4 here"),
-        ({"prompt_head": True}, "prompt_head: False in the checkpoint, True here"),
+        ({"prompt_head": False}, "prompt_head: True in the checkpoint, False here"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_name(

@@ -225,7 +225,8 @@ def test_every_method_learns_every_task(name: str, task: str) -> None:
 
 
 def test_the_published_number_of_parameters_stays() -> None:
-    module = build_on_meta(lambda: FPTPlusModule(5, encoder="vit_base_patch16_224.augreg_in21k"), (512, 512))
+    published = {"encoder": "vit_base_patch16_224.augreg_in21k", "prompt_head": False}
+    module = build_on_meta(lambda: FPTPlusModule(5, **published), (512, 512))
     assert module.learnable_parameters == 900_965
 
 

@@ -60,7 +60,9 @@ def load_trained(
             "`fpt-lightning fit` wrote, such as best.ckpt."
         )
     record = TrainingRecord.of(checkpoint)
-    arguments = {str(name): v for name, v in checkpoint["hyper_parameters"].items() if not str(name).startswith("_")}
+    method = methods[record.method]
+    given = {str(name): v for name, v in checkpoint["hyper_parameters"].items() if not str(name).startswith("_")}
+    arguments: dict[str, Any] = dict.fromkeys(method.ARCHITECTURE) | given  # earlier versions lack some: they were off
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
     weights = arguments.get("pretrained")
@@ -69,8 +71,8 @@ def load_trained(
             f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give their "
             "place now as pretrained."
         )
-    _check_size(methods[record.method], arguments, record, checkpoint["state_dict"])
-    module = methods[record.method](**arguments)
+    _check_size(method, arguments, record, checkpoint["state_dict"])
+    module = method(**arguments)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     if module.specification is None or not module.specification.mean:

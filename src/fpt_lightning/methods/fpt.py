@@ -26,7 +26,7 @@ class FPTPlusModule(FeatureModule):
         dropout: after the shared out-projector.
         prompt_head: whether a linear head reads the fused prompts of all layers too, as in ``QueryTokensModule``. Its
             logits are added to those of the side network, whose own head then starts from zero, so that training starts
-            from the prompts alone. Not in the paper.
+            from the prompts alone. Not in the paper: false is FPT+ as published.
         gradient_checkpointing: whether the side network's blocks are computed again in the backward pass: less memory
             for more time. On a GPU the stored tokens are widened in as small pieces as on a CPU, likewise.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
@@ -56,7 +56,7 @@ class FPTPlusModule(FeatureModule):
         reduction: int = 8,
         prompts: int = 16,
         dropout: float = 0.5,
-        prompt_head: bool = False,
+        prompt_head: bool = True,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +109,8 @@ class FPTModule(FPTPlusModule):
     """FPT, the earlier method: a side block for every block of the encoder, prompts at the side network's width.
 
     Args:
+        num_classes: number of classes.
+        prompt_head: see ``FPTPlusModule``.
         **kwargs: see ``FPTPlusModule``; ``layers`` are all of the encoder's by default.
 
     Raises:
@@ -120,3 +122,7 @@ class FPTModule(FPTPlusModule):
     ALL_LAYERS = True
     FUSION = ProjectedFusion
     SIDE_RESOLUTION = 224
+
+    def __init__(self, num_classes: int | None = None, prompt_head: bool = False, **kwargs: Any) -> None:
+        super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
+        self.save_hyperparameters()
