@@ -227,7 +227,7 @@ main(sys.argv[1:])
 
 
 def test_ctrl_c_in_a_preload_keeps_what_is_complete(config: Path, tmp_path: Path, image_root: Path) -> None:
-    change(config, "data", preload_batch_size=1, resolution=384, mean=[0.4], std=[0.2])
+    change(config, "data", preload_batch_size=1, resolution=256, mean=[0.4], std=[0.2])
     write_images(image_root, {"a": 28, "b": 10, "c": 10}, size=(400, 400))
     process = subprocess.Popen(
         [sys.executable, "-m", "fpt_lightning", "preload", "--config", str(config)],
