@@ -18,6 +18,7 @@ from fpt_lightning.cli import crossval, training
 from fpt_lightning.cli.run_folder import checkpoint_callbacks
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder import frozen
+from fpt_lightning.evaluation.conformal import fit_nonconformity
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
 from fpt_lightning.methods.ensemble import EnsembleModule
@@ -95,6 +96,8 @@ def test_the_ensemble_predicts_the_mean_of_the_folds(folder: Path, capsys: pytes
     thresholds = json.loads((root / "crossval.json").read_text())["thresholds"]
     assert set(thresholds) == {"a", "b", "c"}
     assert ensemble.module.thresholds == thresholds
+    pooled = Predictions.read(root / PREDICTED)
+    assert ensemble.module.nonconformity == fit_nonconformity(pooled)
     by_command = ["--config", root / "crossval.yaml", "--ckpt_path", "ensemble", "--data.root", images]
     run("predict", *by_command)
     predicted = Predictions.read(root / "predict/ensemble" / PREDICTED)
@@ -207,6 +210,8 @@ def test_given_test_images_are_tested_by_all_folds(
     found, evaluation = (json.loads((root / f"{name}.json").read_text()) for name in ("crossval", "evaluation"))
     again = json.loads((root / "test/ensemble/evaluation.json").read_text())["ensemble"]
     assert again["thresholds"] == found["thresholds"] == evaluation["thresholds"]
+    assert again["coverage"] == evaluation["coverage"]
+    assert evaluation["coverage"]["images"] == 24
     assert not found["held_out"]
     validated = [Predictions.read(root / f"seed0/fold{k}/validate/best" / PREDICTED) for k in (1, 2)]
     assert len({id for each in validated for id in each.ids}) == 24

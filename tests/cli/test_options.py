@@ -57,6 +57,7 @@ def test_help_is_short_and_narrow(command: str, capsys: pytest.CaptureFixture[st
     assert COMMANDS[command].help[1:20] in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert "--data.resolution [null]" in shown
+    assert ("--coverage [null]" in shown) == (command == "predict")
     assert len(LISTED) < 35
 
 

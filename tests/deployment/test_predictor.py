@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import fails
 from fpt_lightning import ImageDataModule, Predictor
 from fpt_lightning.cli import main
 from fpt_lightning.data.images import read_image
@@ -20,6 +21,7 @@ from fpt_lightning.encoder.frozen import build_encoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, ImageError
 from fpt_lightning.evaluation.decisions import decide
 from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.files import read_rows
 from fpt_lightning.methods import METHODS, FPTPlusModule
 from miniatures import reads_dicom, write_dicom
 from small import quiet_trainer, save_trained, tiny_model, write_images
@@ -32,7 +34,7 @@ def checkpoint(folder: Path, **settings: Any) -> Path:
     return save_trained(FPTPlusModule, folder / "best.ckpt", (64, 96), **{**TINY, **settings})
 
 
-def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ImageDataModule(
         str(image_root), resolution=(64, 96), image_size=48, batch_size=8, fit="letterbox", crop_border=True
     )
@@ -46,13 +48,23 @@ def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path) -> N
     reading = ["--data", "ImageDataModule", "--data.root", str(image_root), "--data.resolution", "[64,96]"]
     reading += ["--data.image_size", "48", "--data.fit", "letterbox", "--data.crop_border", "true"]
     run = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
-    main(["predict", *model, *reading, *run, "--data.batch_size", "8", "--ckpt_path", str(path)])
+    command = ["predict", *model, *reading, *run, "--data.batch_size", "8", "--ckpt_path", str(path), "--coverage"]
+    assert "a coverage of 0.9 needs 9 labelled validation patients" in fails(capsys, *command, "0.9")
+    main([*command, "0.7"])
     expected = Predictions.read(tmp_path / "run" / "predict" / path.stem / "predictions.csv")
     found = Predictor(path)(image_root)
     assert (found.ids, found.classes) == (expected.ids, expected.classes)
     assert not found.known.any()
     np.testing.assert_allclose(found.scores, expected.scores, atol=2e-6)
-    assert Predictor(path).module.temperature != 1
+    predictor = Predictor(path)
+    assert predictor.module.temperature != 1
+    rows, table = read_rows(tmp_path / "run/predict/last/predictions.csv", "predictions"), predictor.table(found)
+    assert not {"set", "abstains"} & table[0].keys()
+    sets = predictor.sets(found, 0.7)
+    assert [row["set"] for row in rows] == sets.columns(found)["set"]
+    beside = [(row["set"], row["abstains"]) for row in predictor.table(found, coverage=0.7)]
+    assert [(row["set"], int(row["abstains"])) for row in rows] == beside
+    assert all(("|" in held) == bool(abstains) for held, abstains in beside)
 
 
 @pytest.mark.parametrize("method", ["linear", "stored_linear"])

@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import mean_absolute_error, recall_score, roc_auc_score
 
 from fpt_lightning.errors import DataError
+from fpt_lightning.evaluation.conformal import assess, fit_nonconformity, prediction_sets
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.folds import Spread, averaged, cross_validated, pooled
 from fpt_lightning.evaluation.predictions import Predictions
@@ -69,6 +70,23 @@ def test_decisions_for_a_fold_know_nothing_of_its_own_labels() -> None:
     assert found.evaluation.thresholds == fit_thresholds(found.predictions)
     by_all = found.predictions.scores[:, 1] >= found.evaluation.thresholds["ill"]
     assert recall_score(found.predictions.labels, by_all) != pytest.approx(ill["sensitivity"].value)
+
+
+def test_sets_for_a_fold_know_nothing_of_its_own_labels() -> None:
+    given = runs()
+    found = cross_validated(given, resamples=20)
+    parts = [averaged([given[fold, seed] for seed in SEEDS]) for fold in FOLDS]
+    held = list[float]()
+    for i, part in enumerate(parts):
+        others = fit_nonconformity(pooled(parts[:i] + parts[i + 1 :]))
+        held.append(assess(part, prediction_sets(part, others, 0.9), resamples=1).covered.value)
+    coverage = found.evaluation.coverage
+    assert coverage is not None
+    assert coverage.covered.value == pytest.approx(np.mean(held))  # seven groups of as many images in each
+    assert (coverage.images, coverage.units) == (80, 14)
+    assert found.nonconformity == fit_nonconformity(found.predictions)
+    few = {key: each.take(np.arange(4)) for key, each in given.items()}
+    assert cross_validated(few, resamples=5).evaluation.coverage is None
 
 
 def test_folds_that_test_the_same_images_are_averaged() -> None:

@@ -261,7 +261,8 @@ def test_evaluate_fits_on_validation_images(tmp_path: Path) -> None:
     single_label().write(tmp_path / "p.csv")
     single_label(count=60).write(tmp_path / "v.csv")
     settings = {"predictions": str(tmp_path / "p.csv"), "validation": str(tmp_path / "v.csv"), "resamples": 20}
-    for folder, changes in (("plain", {}), ("set", {"thresholds": {NASTY[0]: 0.25}}), ("cool", {"calibrate": True})):
+    changed: dict[str, dict[str, object]] = {"set": {"thresholds": {NASTY[0]: 0.25}}, "cool": {"calibrate": True}}
+    for folder, changes in {"plain": {}, **changed, "sets": {"coverage": 0.7}}.items():
         evaluate_file(**settings, **changes, out=str(tmp_path / folder))  # type: ignore[arg-type]
     plain, given, cool = (
         json.loads((tmp_path / folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -273,6 +274,12 @@ def test_evaluate_fits_on_validation_images(tmp_path: Path) -> None:
     assert cool["overall"]["calibration_error"]["value"] < plain["overall"]["calibration_error"]["value"]
     assert cool["overall"]["accuracy"] == plain["overall"]["accuracy"]
     assert "temperature" in Page(tmp_path / "cool" / "report.html").text
+    assert (plain["coverage"]["asked"], plain["coverage"]["units"], plain["coverage"]["images"]) == (0.9, 30, 60)
+    told = Page(tmp_path / "sets" / "report.html")
+    assert "Prediction sets" in told.headings
+    assert "Made for a coverage of 70%, from 60 validation images of 30 groups." in told.text
+    with pytest.raises(ConfigurationError, match=r"a coverage of 0\.99 needs 99 labelled"):
+        evaluate_file(**settings, coverage=0.99)  # type: ignore[arg-type]
 
 
 def test_evaluate_holds_the_auc_against_that_of_validation_images(tmp_path: Path) -> None:
@@ -290,6 +297,8 @@ def test_evaluate_refuses_what_cannot_be_fitted(tmp_path: Path) -> None:
     multi_label(2).write(tmp_path / "v.csv")
     with pytest.raises(ConfigurationError, match="give --validation"):
         evaluate_file(str(tmp_path / "p.csv"), calibrate=True)
+    with pytest.raises(ConfigurationError, match=r"coverage is 0\.9, but there are no validation images"):
+        evaluate_file(str(tmp_path / "p.csv"), coverage=0.9)
     with pytest.raises(ConfigurationError, match=r"multi-label of finding 0, finding 1, but .*p\.csv is single-label"):
         evaluate_file(str(tmp_path / "p.csv"), validation=str(tmp_path / "v.csv"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "v.csv"]

@@ -12,7 +12,7 @@ import torch
 from commands import fails, run, write_config
 from fpt_lightning import FPTPlusModule
 from fpt_lightning.deployment.checkpoints import load_trained
-from fpt_lightning.errors import CheckpointError, NonFiniteError
+from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError
 from small import write_images
 
 Checkpoint = dict[str, Any]
@@ -56,6 +56,13 @@ TENSOR = "fusion.prompts"
         (put(*OWN, "temperature"), 0, "its temperature is 0"),
         (put(*OWN, "case_rule"), "median", "its case_rule is 'median'"),
         (put(*OWN, "case_thresholds"), {"z": 0.5}, "its case_thresholds are of z"),
+        (put(*OWN, "nonconformity"), {"": [[0.1, 0.2], [1.0]]}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"": [[0.2, 0.1], [1.0, 1.0]]}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"": [[-0.1], [1.0]]}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"": [[0.1], [0.0]]}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"": [[float("inf")], [1.0]]}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"": torch.ones(2, 3)}, "its nonconformity is"),
+        (put(*OWN, "nonconformity"), {"a": [[0.1], [1.0]]}, "its nonconformity is of a."),
         (put(*OWN, "seed"), -1, "its seed is -1"),
         (put(*OWN, "seen"), {"train": torch.zeros(3)}, "its seen is"),
         (put(*OWN, "split"), None, "its split is None"),
@@ -87,6 +94,21 @@ def test_what_no_training_writes(
     with pytest.raises((CheckpointError, NonFiniteError)) as error:
         load_trained(tmp_path / "best.ckpt")
     assert said in str(error.value)
+
+
+def test_a_checkpoint_of_before_prediction_sets_has_none(folder: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(folder / "run" / "best.ckpt", weights_only=True)
+    module, _ = load_trained(folder / "run" / "best.ckpt")
+    assert module.nonconformity == checkpoint["fpt_lightning"]["nonconformity"]
+    (scores, shares), predictions = module.nonconformity[""], module.predictions([("x", -1, [0.5, 0.3, 0.2])])
+    assert (len(scores), shares) == (3, [1.0] * 3)
+    assert module.sets(predictions, 0.75).units == 3
+    with pytest.raises(ConfigurationError, match=r"needs 4 labelled validation patients .* there are 3"):
+        module.sets(predictions, 0.8)
+    del checkpoint["fpt_lightning"]["nonconformity"]
+    torch.save(checkpoint, tmp_path / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds nothing of validation images: .* Train it again"):
+        load_trained(tmp_path / "best.ckpt")[0].sets(predictions, 0.75)
 
 
 @pytest.mark.parametrize("part", ["optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch"])

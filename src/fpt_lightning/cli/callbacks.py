@@ -23,6 +23,7 @@ from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.cases import RULES, by_case, evaluate_cases
+from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, Sets, shortage
 from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import SplitSummary, write_report
@@ -256,6 +257,8 @@ class ResultsWriter(L.Callback):
         told: where they are.
         validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
         writes: whether files are written; else what is found is kept for those of the next checkpoint.
+        coverage: of the prediction sets that ``predictions.csv`` of a prediction has too, and that a test reports. By
+            default a prediction has none, and a test reports those of ``DEFAULT_COVERAGE``, if validation gives them.
     """
 
     def __init__(self, folder: str | Path | None = None, checkpoint: str = "model") -> None:
@@ -265,6 +268,7 @@ class ResultsWriter(L.Callback):
         self.cases: dict[str, Evaluation] = {}
         self.validation_auc: float | None = None
         self.writes = True
+        self.coverage: float | None = None
         self.told = ""
         self._rows: list[tuple[str, Any, Any]] = []
 
@@ -299,7 +303,12 @@ class ResultsWriter(L.Callback):
         self.metrics[self.checkpoint] = without_nan(found)
         assert isinstance(pl_module, ClassificationModule)
         if predictions.known.any():
-            evaluation = evaluate(predictions, pl_module.thresholds or None, validation_auc=self.validation_auc)
+            evaluation = evaluate(
+                predictions,
+                pl_module.thresholds or None,
+                sets=self._tested_sets(predictions, pl_module),
+                validation_auc=self.validation_auc,
+            )
             self.evaluations[self.checkpoint] = evaluation
             cases = _evaluated_cases(predictions, pl_module)
             if cases is not None:
@@ -319,6 +328,11 @@ class ResultsWriter(L.Callback):
             evaluation, cases = self.evaluations[self.checkpoint], self.cases.get(self.checkpoint)
             self._report(folder, trainer, module, predictions, evaluation, cases)
         self.told = f"metrics, predictions and the report are in {folder}"
+
+    def _tested_sets(self, predictions: Predictions, module: ClassificationModule) -> Sets | None:
+        if self.coverage is None and shortage(module.nonconformity, DEFAULT_COVERAGE):
+            return None
+        return module.sets(predictions, self.coverage or DEFAULT_COVERAGE)
 
     def _content(self, name: str) -> dict[str, Any]:
         """What ``evaluation.json`` holds of a checkpoint."""
@@ -354,12 +368,14 @@ class ResultsWriter(L.Callback):
         predictions = self._predictions(trainer, module)
         if predictions is not None:
             assert isinstance(module, ClassificationModule)
-            folder = self._folder(trainer, stage)
-            self._write(folder, predictions, module)
+            folder, asked = self._folder(trainer, stage), self.coverage if stage == "predict" else None
+            self._write(folder, predictions, module, None if asked is None else module.sets(predictions, asked))
             rank_zero_info(f"{len(predictions.ids)} predictions are in {folder / 'predictions.csv'}")
 
-    def _write(self, folder: Path, predictions: Predictions, module: ClassificationModule) -> None:
-        predictions.write(folder / "predictions.csv")
+    def _write(
+        self, folder: Path, predictions: Predictions, module: ClassificationModule, sets: Sets | None = None
+    ) -> None:
+        predictions.write(folder / "predictions.csv", None if sets is None else sets.columns(predictions))
         if predictions.cases:
             by_case(predictions, module.case_rule or RULES[0]).write(folder / "predictions_cases.csv")
 

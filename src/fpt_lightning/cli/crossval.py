@@ -21,6 +21,7 @@ from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
+from fpt_lightning.evaluation.conformal import Nonconformity, fit_nonconformity
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.folds import CrossValidation, are_held_out, averaged, cross_validated, pooled
@@ -73,9 +74,7 @@ def cross_validate(args: Sequence[str]) -> None:
         for run in () if held_out else runs:
             run.validate()
         if is_first_process():
-            predictions = next(iter(tests.values()))
-            fits = not held_out and predictions.kind != "regression"
-            _conclude(plan, runs, cross_validated(tests, fit_thresholds(_validated(runs)) if fits else None))
+            _conclude(plan, runs, cross_validated(tests, *(() if held_out else _fitted(_validated(runs)))))
 
 
 @dataclass(frozen=True)
@@ -202,11 +201,16 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
         print(f"There is no ensemble, which is for methods on a frozen encoder's features: {name} trains the encoder.")
         return
     ensemble = plan.root / "ensemble.ckpt"
-    write_ensemble([run.checkpoint for run in runs], ensemble, found.evaluation.thresholds)
+    write_ensemble([run.checkpoint for run in runs], ensemble, found.evaluation.thresholds, found.nonconformity)
     print(
         f"The ensemble of all {len(runs)} models predicts by\n"
         f"  fpt-lightning predict --config {plan.root / 'crossval.yaml'} --ckpt_path ensemble --data.root new_images/"
     )
+
+
+def _fitted(validated: Predictions) -> tuple[dict[str, float], Nonconformity]:
+    """The thresholds, and what prediction sets come from, of out-of-fold predictions of the validation images."""
+    return {} if validated.kind == "regression" else fit_thresholds(validated), fit_nonconformity(validated)
 
 
 def _validated(runs: Sequence[Fold]) -> Predictions:

@@ -13,6 +13,7 @@ from fpt_lightning.data.tables import fields_of
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation import scores
 from fpt_lightning.evaluation.cases import RULES, Rule, by_case, choose_rule, evaluate_cases
+from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, fit_nonconformity, prediction_sets, shortage
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import write_report
@@ -34,6 +35,7 @@ def evaluate(
     by: list[str] | None = None,
     manifest: str | None = None,
     image_column: str = "image",
+    coverage: float | None = None,
 ) -> None:
     """Score a predictions file: a table, ``evaluation.json`` and ``report.html``.
 
@@ -41,7 +43,8 @@ def evaluate(
         predictions: the CSV file.
         out: folder of the results; by default ``evaluate`` beside the predictions, as a run has files of these names,
             and what an earlier evaluation left there is kept as ``evaluate-1``.
-        validation: predictions of validation images, on which thresholds are fitted (Youden's index).
+        validation: predictions of validation images, on which thresholds are fitted (Youden's index), and from which
+            prediction sets come.
         thresholds: by class, in place of fitted ones.
         calibrate: whether a temperature is fitted on the validation images too, and applied.
         title: of the report; the name of the predictions file by default.
@@ -53,13 +56,15 @@ def evaluate(
         by: columns of ``manifest``, such as sex or site, by whose values the images are scored in subgroups too.
         manifest: CSV file that lists the images of the predictions.
         image_column: its column of image paths, which are those of the predictions.
+        coverage: of the prediction sets that are reported, from ``validation``; by default 0.9, where it gives them.
 
     Raises:
-        ConfigurationError: ``calibrate`` without ``validation``, ``case_rule`` without cases, ``by`` without
-            ``manifest`` or the reverse, validation images of other classes, or a number out of its range.
+        ConfigurationError: ``calibrate`` or ``coverage`` without ``validation``, ``case_rule`` without cases, ``by``
+            without ``manifest`` or the reverse, validation images of other classes or too few for the coverage, or a
+            number out of its range.
         DataError: a file that cannot be used as it is.
     """
-    found, fitting = Predictions.read(predictions), None
+    found, fitting, sets = Predictions.read(predictions), None, None
     about, validation_auc = {"predictions": predictions}, None
     if manifest is not None:
         about["manifest"] = manifest
@@ -69,6 +74,10 @@ def evaluate(
         )
     if calibrate and validation is None:
         raise ConfigurationError("calibrate is true, but there are no validation images to fit on: give --validation.")
+    if coverage is not None and validation is None:
+        raise ConfigurationError(
+            f"coverage is {coverage}, but there are no validation images that sets come from: give --validation."
+        )
     if (manifest is None) != (not by):
         raise ConfigurationError(
             f"by is {by} and manifest {manifest}: give columns, such as --by sex, and the --manifest that has them."
@@ -94,10 +103,14 @@ def evaluate(
             temperature = fit_temperature(fitting)
             found, fitting = (with_temperature(each, temperature) for each in (found, fitting))
             about["temperature"] = f"{temperature:.4g}"
-        thresholds = fit_thresholds(fitting) | (thresholds or {})
-        validation_auc = scores.evaluate(fitting, resamples=1).overall["auc"].value
+        if found.kind != "regression":
+            thresholds = fit_thresholds(fitting) | (thresholds or {})
+            validation_auc = scores.evaluate(fitting, resamples=1).overall["auc"].value
+        nonconformity, asked = fit_nonconformity(fitting), coverage or DEFAULT_COVERAGE
+        if coverage is not None or not shortage(nonconformity, asked):
+            sets = prediction_sets(found, nonconformity, asked)
     settings: dict[str, Any] = {"resamples": resamples, "seed": seed, "specificity": specificity}
-    evaluation = scores.evaluate(found, thresholds, **settings, validation_auc=validation_auc)
+    evaluation = scores.evaluate(found, thresholds, **settings, sets=sets, validation_auc=validation_auc)
     cases = _evaluated_cases(found, fitting, case_rule, settings) if found.cases else None
     breakdowns = evaluate_subgroups(found, columns, thresholds, **settings)
     folder = Path(predictions).parent / "evaluate" if out is None else Path(out)

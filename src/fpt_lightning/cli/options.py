@@ -65,8 +65,13 @@ OPTIONS: dict[str, list[Option]] = {
 }
 """By section, in the order of use."""
 
-OF_FOLDS = {"Folds": [Option("seeds", "1", "of every fold, counted from seed_everything")]}
-"""Of ``crossval`` alone."""
+_COVERAGE = "share of images whose prediction set shall hold the truth"
+OWN: dict[str, dict[str, list[Option]]] = {
+    "crossval": {"Folds": [Option("seeds", "1", "of every fold, counted from seed_everything")]},
+    "test": {"Prediction sets": [Option("coverage", "null", f"{_COVERAGE}; null: 0.9")]},
+    "predict": {"Prediction sets": [Option("coverage", "null", f"{_COVERAGE}; null: without sets")]},
+}
+"""Of one command alone."""
 
 
 def short_help(command: str, purpose: str) -> str:
@@ -79,7 +84,7 @@ def short_help(command: str, purpose: str) -> str:
     lines = [f"usage: fpt-lightning {command} --config FILE [...] [--OPTION VALUE ...]", ""]
     told = f"{purpose[0].upper()}{purpose[1:]}. Options stand in the YAML or on the command line."
     lines += textwrap.wrap(told, _WIDTH)
-    for section, options in {**(OF_FOLDS if command == "crossval" else {}), **OPTIONS}.items():
+    for section, options in {**OWN.get(command, {}), **OPTIONS}.items():
         lines += ["", f"{section}:"]
         for option in options:
             default = f" [{option.default}]" if option.default else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 from lightning.pytorch.accelerators import CPUAccelerator
 
+from fpt_lightning.cli.callbacks import ResultsWriter
 from fpt_lightning.data.manifest import Kind
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
@@ -18,7 +21,63 @@ from fpt_lightning.planning.planner import CONTEXT_BYTES, Setting, parse_memory,
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer with the frozen pass, the planner and explanations as three more things it does."""
+    """Lightning's trainer with the frozen pass, the planner and explanations as three more things it does.
+
+    ``test`` and ``predict`` take the coverage of prediction sets too.
+    """
+
+    def test(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        coverage: float | None = None,
+    ) -> list[Mapping[str, float]]:
+        """Test a model.
+
+        Args:
+            model: to test.
+            dataloaders: of the images, or a data module.
+            ckpt_path: of the checkpoint.
+            verbose: whether Lightning prints its table.
+            datamodule: of the images.
+            weights_only: whether the checkpoint is read as tensors and plain values alone.
+            coverage: of the prediction sets that are reported; by default 0.9, where validation gives them.
+        """
+        self._report(coverage)
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def predict(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        coverage: float | None = None,
+    ) -> list[Any] | list[list[Any]] | None:
+        """Predict images.
+
+        Args:
+            model: that predicts.
+            dataloaders: of the images, or a data module.
+            datamodule: of the images.
+            return_predictions: whether they are returned too.
+            ckpt_path: of the checkpoint.
+            weights_only: whether the checkpoint is read as tensors and plain values alone.
+            coverage: share of images whose set of classes shall hold the true one: predictions.csv gets such sets.
+        """
+        self._report(coverage)
+        return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+
+    def _report(self, coverage: float | None) -> None:
+        for callback in cast(Any, self).callbacks:
+            if isinstance(callback, ResultsWriter):
+                callback.coverage = coverage
 
     def preload(
         self,

@@ -271,9 +271,16 @@ class CommandLine(LightningCLI):
 
     def before_test(self) -> None:
         self.check("test")
+        self._check_coverage()
 
     def before_predict(self) -> None:
         self.check("predict")
+        self._check_coverage()
+
+    def _check_coverage(self) -> None:
+        coverage = self._get(self.config, "coverage")
+        if coverage is not None:
+            self.model.check_coverage(coverage)
 
     def before_plan(self) -> None:
         """Plan for the accelerator that the trainer is asked for, in whose place a CPU stands."""

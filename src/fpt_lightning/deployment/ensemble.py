@@ -9,13 +9,19 @@ from typing import Any
 
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError
+from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.files import write_pickle
 from fpt_lightning.methods.ensemble import EnsembleModule
 
 _OF_LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version")
 
 
-def write_ensemble(paths: Sequence[str | Path], out: str | Path, thresholds: Mapping[str, float]) -> None:
+def write_ensemble(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    thresholds: Mapping[str, float],
+    nonconformity: Nonconformity | None = None,
+) -> None:
     """Write the checkpoint of an ensemble, whole or not at all; it is used as that of any other model.
 
     Args:
@@ -23,6 +29,8 @@ def write_ensemble(paths: Sequence[str | Path], out: str | Path, thresholds: Map
             on images of the same kind.
         out: of the ensemble's.
         thresholds: by class, which the ensemble decides by, such as those fitted to out-of-fold predictions.
+        nonconformity: of such predictions (``fpt_lightning.evaluation.conformal.fit_nonconformity``); without, it has
+            no prediction sets.
 
     Raises:
         CheckpointError: no such checkpoint, or members that do not belong together, naming them.
@@ -32,7 +40,7 @@ def write_ensemble(paths: Sequence[str | Path], out: str | Path, thresholds: Map
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise CheckpointError(f"the checkpoint {twice[0]} is given more than once: a member has one voice.")
     members = {name: read_checkpoint(name) for name in names}
-    ensemble = EnsembleModule.of(members, thresholds)
+    ensemble = EnsembleModule.of(members, thresholds, nonconformity)
     first = next(iter(members.values()))
     checkpoint: dict[str, Any] = {name: first[name] for name in _OF_LIGHTNING if name in first}
     checkpoint |= {"state_dict": ensemble.state_dict(), "hyper_parameters": dict(ensemble.hparams)}

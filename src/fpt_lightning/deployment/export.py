@@ -21,6 +21,7 @@ from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.predictor import NOTICE
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ExportError
+from fpt_lightning.evaluation.conformal import quantiles, shortage
 from fpt_lightning.explanation.attention import overlay, prompt_attention
 from fpt_lightning.files import whole_file
 from fpt_lightning.methods import ClassificationModule
@@ -34,6 +35,7 @@ TOLERANCE = 1e-4
 
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _LARGEST_ONNX = 2 * 2**30  # bytes: what a file of Protocol Buffers can hold
+_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 _SIDE_IMAGES = "as a low-resolution copy of the input, then resized; bicubic, antialiased"
 
 
@@ -113,6 +115,7 @@ class Classifier(nn.Module):
             "kind": module.task.KIND,
             "classes": [] if regression else list(module.output_names),
             "thresholds": module.thresholds,
+            "prediction_sets": _sets_about(module),
             "temperature": module.temperature if module.temperature_scaling else 1.0,
             "input": {
                 "name": "images",
@@ -143,6 +146,26 @@ class Classifier(nn.Module):
 
     def _side_images(self) -> dict[str, Any]:
         return {"copy": self.specification.image_size, "size": self.module.side_resolution, "made": _SIDE_IMAGES}
+
+
+def _sets_about(module: ClassificationModule) -> dict[str, Any]:
+    """How a program makes the sets of a few coverages, of those that validation gives."""
+    rules = {
+        "single-label": "the most probable class, and each whose probability is at least 1 - largest",
+        "multi-label": "of each label, present (p) or absent (1 - p), the more probable and each of at least 1 - its "
+        "largest",
+        "regression": "the prediction - largest to the prediction + largest",
+    }
+    rule = rules[module.task.KIND]
+    if module.task.ORDERED:
+        rule = "the most probable grade, and its neighbours as long as their probability is at least 1 - largest"
+    return {"rule": rule, "largest": {f"{coverage:g}": found for coverage, found in _largest(module).items()}}
+
+
+def _largest(module: ClassificationModule) -> dict[float, Any]:
+    known = [each for each in _COVERAGES if not shortage(module.nonconformity, each)]
+    found = {coverage: quantiles(module.nonconformity, coverage) for coverage in known}
+    return {coverage: own.get("", own) for coverage, own in found.items()}
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

@@ -22,6 +22,7 @@ from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.encoder.selection import parts
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
+from fpt_lightning.evaluation.conformal import Sets
 from fpt_lightning.evaluation.decisions import checked_thresholds, decide
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.files import write_rows
@@ -109,18 +110,41 @@ class Predictor:
         """
         return decide(predictions, self.module.thresholds)
 
-    def table(self, predictions: Predictions, path: str | Path | None = None) -> list[dict[str, Any]]:
+    def sets(self, predictions: Predictions, coverage: float) -> Sets:
+        """What may be true of each image, so that the truth is among it as often as is asked for.
+
+        What that promises is in ``fpt_lightning.evaluation.conformal``.
+
+        Args:
+            predictions: of this model.
+            coverage: share of images, averaged over patients, whose set shall hold the truth.
+
+        Raises:
+            CheckpointError: the checkpoint holds nothing of validation images.
+            ConfigurationError: a coverage that is no share, or too few validation images for it.
+        """
+        return self.module.sets(predictions, coverage)
+
+    def table(
+        self, predictions: Predictions, path: str | Path | None = None, coverage: float | None = None
+    ) -> list[dict[str, Any]]:
         """Predictions and decisions, a row an image.
 
         Args:
             predictions: of this model.
             path: of a CSV file that is written too, if given.
+            coverage: of the prediction sets that the table has too, if given.
 
         Returns:
             ``path``; of a regression ``prediction``; else ``prob_{class}``, ``threshold_{class}`` and
             ``decided_{class}`` (0 or 1) of each class, and for single-label data ``most_probable``. A class is decided
             for from its threshold on, so that another than the most probable one may be, or several or none; where the
-            threshold is empty, the class is decided for where it is the most probable.
+            threshold is empty, the class is decided for where it is the most probable. With a coverage, also what
+            ``fpt_lightning.evaluation.conformal.Sets.columns`` gives.
+
+        Raises:
+            CheckpointError: see ``sets``.
+            ConfigurationError: likewise.
         """
         classes = predictions.classes
         if predictions.kind == "regression":
@@ -133,7 +157,8 @@ class Predictor:
             columns |= {f"decided_{name}": decided[:, i].tolist() for i, name in enumerate(classes)}
         if predictions.kind == "single-label":
             columns["most_probable"] = [classes[i] for i in predictions.scores.argmax(1)]
-        columns = {"path": list(predictions.ids), **columns}
+        beside = {} if coverage is None else self.sets(predictions, coverage).columns(predictions)
+        columns = {"path": list(predictions.ids), **columns, **beside}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         if path is not None:
             write_rows(Path(path), [list(columns), *(list(row.values()) for row in rows)])

@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 
 from fpt_lightning.errors import DataError, a_few
 from fpt_lightning.evaluation.comparison import matched
+from fpt_lightning.evaluation.conformal import (
+    DEFAULT_COVERAGE,
+    Nonconformity,
+    Sets,
+    fit_nonconformity,
+    prediction_sets,
+    shortage,
+)
 from fpt_lightning.evaluation.decisions import checked_thresholds, decide, fit_thresholds
 from fpt_lightning.evaluation.estimates import label, number
 from fpt_lightning.evaluation.measures import measure
@@ -119,6 +127,7 @@ class CrossValidation:
         held_out: whether each fold tested images of its own (``are_held_out``).
         folds: by metric, of each fold, the mean over its seeds.
         seeds: by metric, of each seed's own predictions of all folds.
+        nonconformity: from which the prediction sets of all models together come.
     """
 
     predictions: Predictions
@@ -127,6 +136,7 @@ class CrossValidation:
     held_out: bool
     folds: dict[str, Spread]
     seeds: dict[str, Spread]
+    nonconformity: Nonconformity
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
@@ -171,6 +181,7 @@ def are_held_out(tests: Sequence[Predictions]) -> bool:
 def cross_validated(
     runs: Mapping[tuple[int, int], Predictions],
     thresholds: Mapping[str, float] | None = None,
+    nonconformity: Nonconformity | None = None,
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -179,12 +190,13 @@ def cross_validated(
     """Score all folds and seeds as one, and each.
 
     Scores of several seeds are averaged. Where each fold tested images of its own, those are pooled, and decided for by
-    thresholds that are fitted to the other folds' (``fit_thresholds``); the thresholds that are shown are of all. Else
-    the folds' scores are averaged too.
+    thresholds that are fitted to the other folds' (``fit_thresholds``); the thresholds that are shown are of all, and
+    prediction sets likewise. Else the folds' scores are averaged too.
 
     Args:
         runs: test predictions by fold and seed, of every fold with every seed.
         thresholds: by class, where all folds tested the same images; as of ``evaluate``.
+        nonconformity: of the validation images, where all folds tested the same images.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: at which a sensitivity is given.
@@ -200,15 +212,20 @@ def cross_validated(
     join = pooled if held_out else averaged
     whole, by_seed = join(parts), {each: join(own) for each, own in of_seed.items()}
     by = [thresholds or {} for _ in folds]
-    if held_out and fits:
-        by = [fit_thresholds(pooled([part for part in parts if part is not each])) for each in parts]
-        thresholds = fit_thresholds(whole)
+    if held_out:
+        others = [pooled([part for part in parts if part is not each]) for each in parts]
+        sets = _sets(parts, [fit_nonconformity(other) for other in others])
+        nonconformity = fit_nonconformity(whole)
+        if fits:
+            by, thresholds = [fit_thresholds(other) for other in others], fit_thresholds(whole)
+    else:
+        sets = _sets([whole], [nonconformity or {}])
 
     def decided(predictions: Sequence[Predictions]) -> NDArray[np.bool_] | None:
         return _decided(predictions, by) if held_out and fits else None
 
     evaluation = evaluate(
-        whole, thresholds, decided=decided(parts), resamples=resamples, seed=seed, specificity=specificity
+        whole, thresholds, decided=decided(parts), sets=sets, resamples=resamples, seed=seed, specificity=specificity
     )
     of_runs = [
         [_overall(runs[fold, each], own, specificity, None) for each in seeds]
@@ -227,7 +244,18 @@ def cross_validated(
         held_out,
         spread,
         {name: Spread(tuple(each[name] for each in of_seeds)) for name in evaluation.overall},
+        nonconformity or {},
     )
+
+
+def _sets(parts: Sequence[Predictions], fitted: Sequence[Nonconformity]) -> Sets | None:
+    """The prediction sets of ``pooled`` parts, each by what was fitted for it; None where that is too little of one."""
+    if any(shortage(each, DEFAULT_COVERAGE) for each in fitted):
+        return None
+    found = [prediction_sets(part, each, DEFAULT_COVERAGE) for part, each in zip(parts, fitted, strict=True)]
+    fewest = min(found, key=lambda sets: sets.units)
+    members = np.concatenate([sets.members for sets in found])
+    return replace(fewest, members=members[_order([id for part in parts for id in part.ids])])
 
 
 def _decided(parts: Sequence[Predictions], thresholds: Sequence[Mapping[str, float]]) -> NDArray[np.bool_]:
@@ -268,6 +296,7 @@ def _note(name: str, specificity: float, spread: Mapping[str, Spread], seeds: in
             "can lower what is ranked over all of them."
         )
         how += " Decisions are by thresholds that were fitted to the other folds; those shown are of all." * fits
+        how += " Prediction sets come from the other folds too."
     return (
         f"{how} {label(name, specificity)} of the folds: mean {number(of.mean)}, standard deviation {number(of.sd)}, "
         f"{number(of.low)} to {number(of.high)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,7 @@ class Predictions:
         positives = {name: int(positive.sum()) for name, positive in found.items()}
         return positives, {name: len(found[name]) - count for name, count in positives.items()}
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Path, sets: Mapping[str, Sequence[Any]] | None = None) -> None:
         """Write as CSV, whole or not at all.
 
         The columns are ``path``, or ``case`` of cases; ``group`` and ``case`` if there are any; ``label``, or ``grade``
@@ -131,16 +131,22 @@ class Predictions:
         ``prob_{class}`` of each class. Multi-label has ``label_{class}`` (0 or 1) of each class in place of ``label``
         and no ``most_probable``, regression ``label`` and ``prediction``. What is unknown is empty, and there is no
         column of labels of which all are. Numbers have the digits that they need to be read as they were.
+
+        Args:
+            path: of the file.
+            sets: columns of prediction sets, beside the others (``fpt_lightning.evaluation.conformal.Sets.columns``).
         """
         labels, scores = _columns(self.kind, self.classes, "grade" if self.ordered else "label")
         labels = labels if self.known.any() else []
         top = [self.classes[i] for i in self.scores.argmax(1)] if self.kind == "single-label" else []
         names = [_ID[self.unit], *["group"][: len(self.groups)], *["case"][: len(self.cases)]]
-        rows = [[*names, *labels, *["most_probable"][: len(top)], *scores]]
+        beside = sets or {}
+        rows = [[*names, *labels, *["most_probable"][: len(top)], *scores, *beside]]
         for i, id in enumerate(self.ids):
             label = self._written(self.labels[i])[: len(labels)]
             named = [id, *self.groups[i : i + 1], *self.cases[i : i + 1]]
-            rows.append([*named, *label, *top[i : i + 1], *map(_shortest, np.atleast_1d(self.scores[i]))])
+            numbers = map(_shortest, np.atleast_1d(self.scores[i]))
+            rows.append([*named, *label, *top[i : i + 1], *numbers, *(column[i] for column in beside.values())])
         write_rows(Path(path), rows)
 
     def _written(self, label: Any) -> list[str]:
@@ -150,7 +156,7 @@ class Predictions:
 
     @classmethod
     def read(cls, path: str | Path) -> Predictions:
-        """Read what ``write`` writes; the columns may be in any order.
+        """Read what ``write`` writes; the columns may be in any order, and those of sets are passed over.
 
         Raises:
             DataError: no such file, no such columns, an image twice, a label that is no class, or probabilities that
@@ -187,6 +193,12 @@ class Predictions:
         return cls(kind, ids, indices, scores, classes, ordered="grade" in labels, **named)
 
 
+def set_columns(kind: Kind, classes: Sequence[str]) -> list[str]:
+    """Of prediction sets, beside the predictions that they are of."""
+    by_label = [f"set_{name}" for name in classes]
+    return {"single-label": ["set", "abstains"], "multi-label": by_label, "regression": ["low", "high"]}[kind]
+
+
 def _shortest(number: float) -> str:
     """The shortest text that is read as the same number."""
     return repr(float(number)).removesuffix(".0")
@@ -215,7 +227,8 @@ def _layout(path: Path, columns: Sequence[str]) -> tuple[Kind, tuple[str, ...], 
     for kind, label, fewest in _KINDS:
         labels, scores = _columns(kind, classes, label)
         single = kind == "single-label"
-        own = {*columns} - {"path", "case", "group", *(["most_probable"] if single else [])}
+        beside = [*(["most_probable"] if single else []), *set_columns(kind, classes)]
+        own = {*columns} - {"path", "case", "group", *beside}
         named = not {"path", "case"}.isdisjoint(columns)
         unlabelled = own == {*scores} and (not single or "most_probable" in columns)
         if named and (own == {*labels, *scores} or unlabelled) and "" not in classes and len(classes) >= fewest:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from fpt_lightning.evaluation.conformal import Coverage
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.figures import (
     SCATTERED,
@@ -99,6 +100,7 @@ def write_report(
         _notes(evaluation.notes),
         _data(data) if data else "",
         *([_agreement(labelled)] if evaluation.kind == "regression" else _classification(labelled, evaluation)),
+        _sets(evaluation.coverage) if evaluation.coverage else "",
         _cases(cases) if cases else "",
         *(_subgroups(breakdown, evaluation) for breakdown in breakdowns),
         _training(Path(history)) if history is not None else "",
@@ -270,6 +272,20 @@ def _confusion(labelled: Predictions) -> str:
         table,
         "Images by true class (rows) and most probable class, whatever thresholds say; shares of each row.",
     )
+
+
+def _sets(found: Coverage) -> str:
+    rows = [["Sets that hold the truth", _cell(found.covered)]]
+    if found.per_class:
+        rows += [["Sets of one class", _cell(found.single)], ["Classes in a set", _cell(found.size)]]
+        rows += [[f"Of {escape(name)}: hold the truth", _cell(each)] for name, each in found.per_class.items()]
+    else:
+        rows.append(["Width of an interval", _cell(found.size)])
+    explanation = (
+        f"Made {found.basis}. Promised is a mean over patients like those of validation, for no class by itself; "
+        "each patient weighs the same here."
+    )
+    return _section("Prediction sets", _table([], rows, "narrow"), explanation)
 
 
 def _cases(evaluation: Evaluation) -> str:

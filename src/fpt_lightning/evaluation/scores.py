@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.data.manifest import Kind
+from fpt_lightning.evaluation.conformal import Coverage, Sets, assess
 from fpt_lightning.evaluation.decisions import checked_thresholds, decide
 from fpt_lightning.evaluation.estimates import Estimate, label, number
 from fpt_lightning.evaluation.measures import Values, measure
@@ -45,6 +46,7 @@ class Evaluation:
         overall: by metric.
         per_class: by class and metric.
         notes: what a reader must know.
+        coverage: of prediction sets; None where there are none.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Evaluation:
     overall: dict[str, Estimate]
     per_class: dict[str, dict[str, Estimate]]
     notes: list[str]
+    coverage: Coverage | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
@@ -81,7 +84,7 @@ class Evaluation:
         return [[label(name, self.specificity), str(value)] for name, value in self.overall.items()]
 
     def details(self) -> list[str]:
-        """Paragraphs as wide as the terminal: the classes, the thresholds, the notes."""
+        """Paragraphs as wide as the terminal: the classes, the thresholds, the prediction sets, the notes."""
         parts, width = [], screen_width()
         if self.per_class:
             metrics = list(next(iter(self.per_class.values())))
@@ -94,6 +97,8 @@ class Evaluation:
         if self.thresholds:
             listed = ", ".join(f"{name} {number(value)}" for name, value in self.thresholds.items())
             parts.append(textwrap.fill(f"Thresholds: {listed}.", width))
+        if self.coverage is not None:
+            parts.append(textwrap.fill(str(self.coverage), width))
         return [*parts, *(textwrap.fill(note, width) for note in self.notes)]
 
 
@@ -102,6 +107,7 @@ def evaluate(
     thresholds: Mapping[str, float] | None = None,
     *,
     decided: NDArray[np.bool_] | None = None,
+    sets: Sets | None = None,
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
@@ -130,6 +136,7 @@ def evaluate(
             where it is the most probable (single-label), or from 0.5 on (multi-label).
         decided: which classes each image is decided for (N, C), where not all are by the same thresholds, which are
             then those that are shown.
+        sets: prediction sets, whose coverage and size are given too.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: to keep.
@@ -173,4 +180,5 @@ def evaluate(
             *collect_notes(predictions, labelled, thresholds, decided, positives, negatives, estimates),
             *validation_notes(validation_auc, estimates.get(("", "auc"))),
         ],
+        coverage=None if sets is None else assess(predictions, sets, resamples=resamples, seed=seed),
     )

@@ -18,9 +18,10 @@ from torchmetrics import MeanMetric
 from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
-from fpt_lightning.errors import ConfigurationError, NonFiniteError, check_at_least
+from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError, check_at_least
 from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
 from fpt_lightning.evaluation.cases import by_case, choose_rule
+from fpt_lightning.evaluation.conformal import Sets, fit_nonconformity, prediction_sets, shortage
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.methods.tasks import TaskName, Weights, make_task
@@ -251,13 +252,14 @@ class ClassificationModule(TrainedModule, ABC):
         self._validated = []
 
     def on_validation_epoch_end(self) -> None:
-        """Fit the temperature if wanted, thresholds, and how cases are predicted, to this epoch's validation images.
+        """Fit to this epoch's validation images what decides later.
 
-        All are kept in checkpoints. Thresholds are of probabilities by the temperature, as in test and prediction.
+        It is the temperature if wanted, what prediction sets come from, thresholds, and how cases are predicted. All
+        are kept in checkpoints, and of probabilities by the temperature, as in test and prediction.
         """
         rows = from_all_processes(self._validated)
         self._validated = []
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking or self.task.KIND == "regression":
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
         predictions = self.predictions(rows, samples_of(self.trainer))
         if not predictions.known.any():
@@ -265,11 +267,39 @@ class ClassificationModule(TrainedModule, ABC):
         if self.temperature_scaling:
             self.temperature = fit_temperature(predictions)
             predictions = with_temperature(predictions, self.temperature)
+        self.nonconformity = fit_nonconformity(predictions)
+        if self.task.KIND == "regression":
+            return
         self.thresholds = fit_thresholds(predictions)
         if predictions.cases:
             self.case_rule = choose_rule(predictions)
             cases = by_case(predictions, self.case_rule)
             self.case_thresholds = fit_thresholds(cases) if cases.known.any() else {}
+
+    def check_coverage(self, coverage: float) -> None:
+        """Refuse a coverage that this model has no prediction sets of.
+
+        Raises:
+            CheckpointError: it knows nothing of validation images.
+            ConfigurationError: it is no share, or there were too few validation images for it.
+        """
+        if not self.nonconformity:
+            raise CheckpointError(
+                "the model has no prediction sets, as its checkpoint holds nothing of validation images: it is of an "
+                "earlier version, or they had no labels. Train it again, with labelled validation images."
+            )
+        if why := shortage(self.nonconformity, coverage):
+            raise ConfigurationError(f"there are no prediction sets: {why}. Give a smaller coverage.")
+
+    def sets(self, predictions: Predictions, coverage: float) -> Sets:
+        """What may be true of each image of this model's predictions (``fpt_lightning.evaluation.conformal``).
+
+        Raises:
+            CheckpointError: see ``check_coverage``.
+            ConfigurationError: likewise.
+        """
+        self.check_coverage(coverage)
+        return prediction_sets(predictions, self.nonconformity, coverage)
 
     def predictions(self, rows: Sequence[tuple[str, Any, Any]], samples: Iterable[Sample] = ()) -> Predictions:
         """Predictions of images.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
@@ -56,12 +57,18 @@ class EnsembleModule(FeatureModule):
         self.ARCHITECTURE = (*first.ARCHITECTURE, "member")  # type: ignore[misc]
 
     @classmethod
-    def of(cls, checkpoints: Mapping[str, dict[str, Any]], thresholds: Mapping[str, float]) -> EnsembleModule:
+    def of(
+        cls,
+        checkpoints: Mapping[str, dict[str, Any]],
+        thresholds: Mapping[str, float],
+        nonconformity: Nonconformity | None = None,
+    ) -> EnsembleModule:
         """The ensemble of trained models.
 
         Args:
             checkpoints: of the members, by file name.
             thresholds: by class, which the ensemble decides by.
+            nonconformity: from which its prediction sets come; without, it has none.
 
         Raises:
             CheckpointError: no checkpoint, one of a method that trains the encoder, or of another method, other
@@ -87,7 +94,7 @@ class EnsembleModule(FeatureModule):
             cast(FeatureModule, member).on_load_checkpoint(checkpoint)
             member.load_state_dict(checkpoint["state_dict"])
         ensemble.class_names, ensemble.specification = first.classes, first.specification
-        ensemble.thresholds = dict(thresholds)
+        ensemble.thresholds, ensemble.nonconformity = dict(thresholds), nonconformity or {}
         ensemble._seen = {
             split: torch.cat([record.seen[split] for record in records.values() if split in record.seen])
             for split in first.seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fpt_lightning.errors import CheckpointError, FPTError, NonFiniteError, a_few
 from fpt_lightning.evaluation.cases import RULES, Rule
+from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.store.specification import FeatureSpecification
 
 KEY = "fpt_lightning"
@@ -33,6 +35,8 @@ class TrainingRecord:
         temperature: fitted likewise; 1 changes nothing.
         case_rule: by which the predictions of cases come of their images', chosen on validation; None without cases.
         case_thresholds: by class, fitted to the validation cases.
+        nonconformity: of the validation images, from which prediction sets come
+            (``fpt_lightning.evaluation.conformal``).
     """
 
     method: str
@@ -45,6 +49,7 @@ class TrainingRecord:
     temperature: float = 1.0
     case_rule: Rule | None = None
     case_thresholds: dict[str, float] = field(default_factory=dict)
+    nonconformity: Nonconformity = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -87,6 +92,16 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_nonconformity(given: Any) -> bool:
+    """Whether it is ascending scores from 0 on, and as many shares in (0, 1]."""
+    if not isinstance(given, list) or [type(each) for each in given] != [list, list] or len(given[0]) != len(given[1]):
+        return False
+    scores, shares = given
+    if not all(map(_is_number, (*scores, *shares))):
+        return False
+    return all(low <= high for low, high in pairwise([0, *scores])) and all(0 < share <= 1 for share in shares)
+
+
 _SOUND: dict[str, Callable[[Any], bool]] = {
     "method": lambda method: isinstance(method, str),
     "classes": lambda names: (
@@ -102,9 +117,10 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "temperature": lambda temperature: _is_number(temperature) and temperature > 0,
     "case_rule": lambda rule: rule in (None, *RULES),
     "case_thresholds": lambda by_class: isinstance(by_class, dict) and all(map(_is_number, by_class.values())),
+    "nonconformity": lambda by_label: isinstance(by_label, dict) and all(map(_is_nonconformity, by_label.values())),
 }
 """What each of a record's values must be."""
-_LATER = ("seen", "case_rule", "case_thresholds")  # than the first checkpoints
+_LATER = ("seen", "case_rule", "case_thresholds", "nonconformity")  # than the first checkpoints
 
 
 def _check(about: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, a_few
 from fpt_lightning.evaluation.cases import Rule
+from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.methods.record import KEY, TrainingRecord, check_resumable
 from fpt_lightning.methods.saved_files import keep_own_files
 from fpt_lightning.methods.tasks import Task
@@ -34,6 +35,7 @@ class TrainedModule(L.LightningModule):
         temperature: fitted likewise; 1 changes nothing.
         case_rule: by which cases are predicted from their images, chosen on validation; None without cases.
         case_thresholds: by class, fitted to the validation cases.
+        nonconformity: of the validation images, from which prediction sets come.
     """
 
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("num_classes", "task", "encoder", "pretrained")
@@ -52,6 +54,7 @@ class TrainedModule(L.LightningModule):
         self.temperature, self.thresholds = 1.0, dict[str, float]()
         self.case_rule: Rule | None = None
         self.case_thresholds: dict[str, float] = {}
+        self.nonconformity: Nonconformity = {}
         self._digest = ""  # of the encoder's weights, once they are loaded
         self._split_digest = ""  # of the split trained on, where it was drawn
         self._seen: dict[str, Tensor] = {}  # digests of the training and of the validation images and groups
@@ -211,6 +214,7 @@ class TrainedModule(L.LightningModule):
             self.temperature,
             self.case_rule,
             self.case_thresholds,
+            self.nonconformity,
         )
         checkpoint[KEY] = record.to_dict()
 
@@ -231,9 +235,15 @@ class TrainedModule(L.LightningModule):
                 f"the checkpoint is damaged: it names {len(record.classes)} classes, has {self.num_classes} outputs."
             )
         self.class_names, self.specification = record.classes, record.specification
+        labels = {*self.output_names} if self.task.KIND == "multi-label" else {""}
+        if record.nonconformity and record.nonconformity.keys() != labels:
+            raise CheckpointError(
+                f"the checkpoint is damaged: its nonconformity is of {a_few(sorted(map(str, record.nonconformity)))}."
+            )
         self._seed, self._split_digest, self._seen = record.seed, record.split, record.seen
         self.thresholds, self.temperature = record.thresholds, record.temperature
         self.case_rule, self.case_thresholds = record.case_rule, record.case_thresholds
+        self.nonconformity = record.nonconformity
 
     def check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to go on with other settings of the optimizer than a checkpoint has, or without its state.
