@@ -76,6 +76,14 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert evaluation["overall"] == evaluate(pooled).to_dict()["overall"]  # as ``evaluate`` on the file gives them
     assert "3 folds" in (root / "report.html").read_text()
     assert {path.name for path in (root / "seed0/fold2").iterdir()} > {"best.ckpt", "split.csv", "evaluation.json"}
+    of_fold, of_all = ((root / name / "card.md").read_text() for name in ("seed0/fold2", "."))
+    assert "# FPT+ on images" in of_fold
+    assert "The splits were fold 2 of 3, drawn at random, seed 0; no patients are known." in of_fold
+    assert "| training | epoch " in of_fold
+    assert "| images | 12 | 9 | 9 |" in of_fold
+    assert "# FPT+, mean of 3 on images" in of_all
+    assert "An ensemble of the models of a cross-validation" in of_all
+    assert not [text for text in (of_fold, of_all) if ".png" in text or str(folder) in text]
 
 
 def test_one_store_is_made_once(folder: Path) -> None:

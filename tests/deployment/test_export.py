@@ -197,6 +197,15 @@ def test_a_torch_program_says_it_too_and_nothing_of_this_machine(tmp_path: Path)
     with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
         content = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".json"))
     assert str(Path(exporting.__file__).parent).encode() not in content
+    assert "# FPT+" in (tmp_path / "model.card.md").read_text()
+
+
+def test_a_program_is_told_how_to_make_prediction_sets(tmp_path: Path) -> None:
+    module, specification = load_trained(checkpoint(tmp_path, task="ordinal"))
+    module.nonconformity = {"": [[0.0] * 8 + [0.4], [1.0] * 9]}
+    said = Classifier(module, specification).about()["prediction_sets"]
+    assert said["largest"] == {"0.8": 0.0, "0.9": 0.4}  # the 8th and the 9th of nine
+    assert said["rule"].startswith("the most probable grade, and its neighbours")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
 
 from fpt_lightning.data.manifest import SPLITS, Manifest
+from fpt_lightning.data.splits import OVERLAPS
+from fpt_lightning.deployment.card import CARD, Outcome, write_card
 from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
@@ -243,8 +245,8 @@ class ResultsWriter(L.Callback):
     ``predictions_cases.csv``, by the rule that was chosen on validation (``fpt_lightning.evaluation.cases``), and the
     metrics of cases beside those of images. After test also ``metrics.json``, the logged metrics; ``evaluation.json``
     and ``report.html``, metrics with bootstrap intervals (``fpt_lightning.evaluation.scores.evaluate``), decided by the
-    thresholds that were fitted to validation; and of single-label data ``confusion_matrix.csv`` and ``.png``, with true
-    classes in rows.
+    thresholds that were fitted to validation; ``card.md`` (``fpt_lightning.deployment.card``); and of single-label data
+    ``confusion_matrix.csv`` and ``.png``, with true classes in rows.
 
     Attributes:
         folder: where to write; by default ``{trainer.default_root_dir}/test/{checkpoint}``, or in place of test
@@ -257,6 +259,7 @@ class ResultsWriter(L.Callback):
         told: where they are.
         validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
         writes: whether files are written; else what is found is kept for those of the next checkpoint.
+        epoch: that is tested, from 1, where known.
         coverage: of the prediction sets that ``predictions.csv`` of a prediction has too, and that a test reports. By
             default a prediction has none, and a test reports those of ``DEFAULT_COVERAGE``, if validation gives them.
     """
@@ -268,6 +271,7 @@ class ResultsWriter(L.Callback):
         self.cases: dict[str, Evaluation] = {}
         self.validation_auc: float | None = None
         self.writes = True
+        self.epoch: int | None = None
         self.coverage: float | None = None
         self.told = ""
         self._rows: list[tuple[str, Any, Any]] = []
@@ -327,7 +331,22 @@ class ResultsWriter(L.Callback):
             write_json(folder / "evaluation.json", {name: self._content(name) for name in self.evaluations})
             evaluation, cases = self.evaluations[self.checkpoint], self.cases.get(self.checkpoint)
             self._report(folder, trainer, module, predictions, evaluation, cases)
+            write_card(folder / CARD, module, self._tested(trainer, evaluation, cases))
         self.told = f"metrics, predictions and the report are in {folder}"
+
+    def _tested(self, trainer: L.Trainer, evaluation: Evaluation, cases: Evaluation | None) -> Outcome:
+        data, manifest = getattr(trainer, "datamodule", None), _manifest(trainer)
+        if manifest is None:
+            return Outcome(evaluation, "images", cases=cases, epoch=self.epoch)
+        return Outcome(
+            evaluation,
+            manifest.root.name,
+            bool(getattr(data, "external", False)),
+            _split_summaries(manifest),
+            _split_source(data, manifest, Path(trainer.default_root_dir) / OVERLAPS),
+            cases,
+            self.epoch,
+        )
 
     def _tested_sets(self, predictions: Predictions, module: ClassificationModule) -> Sets | None:
         if self.coverage is None and shortage(module.nonconformity, DEFAULT_COVERAGE):
@@ -427,6 +446,25 @@ def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:
                 len(samples), {} if manifest.kind == "regression" else counts, None if "" in groups else len(groups)
             )
     return summaries
+
+
+def _split_source(data: Any, manifest: Manifest, overlaps: Path) -> str:
+    """Where the splits came from, and what is in several of them by the list of it."""
+    reading: dict[str, Any] = getattr(data, "reading", {})
+    if getattr(data, "external", False):
+        return "All of these images are test images, of a model that was trained on others."
+    drawn = f"drawn at random, seed {reading.get('split_seed')}" if manifest.random else "given"
+    if reading.get("fold") is not None:
+        drawn = f"fold {reading['fold']} of {reading['folds']}, {drawn}"
+    whole = "whole patients" if any(sample.group for sample in manifest.samples) else "no patients are known"
+    if reading.get("allow_overlap", False) and overlaps.is_file():
+        count = len(read_rows(overlaps, "list"))
+        shared = (
+            f"{count:,} images share a group, a case or their bytes with one of another split: figures are too good."
+        )
+    else:
+        shared = "No group, case or identical file is in several of them."
+    return f"The splits were {drawn}; {whole}. {shared}"
 
 
 def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:

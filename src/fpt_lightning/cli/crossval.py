@@ -19,6 +19,8 @@ import fpt_lightning
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.base import is_first_process
+from fpt_lightning.deployment.card import CARD, Outcome, write_card
+from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
 from fpt_lightning.evaluation.conformal import Nonconformity, fit_nonconformity
@@ -26,7 +28,7 @@ from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.folds import CrossValidation, are_held_out, averaged, cross_validated, pooled
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.report import write_report
+from fpt_lightning.evaluation.report import SplitSummary, write_report
 from fpt_lightning.files import read_rows, write_json
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.ensemble import feature_method
@@ -202,6 +204,11 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
         return
     ensemble = plan.root / "ensemble.ckpt"
     write_ensemble([run.checkpoint for run in runs], ensemble, found.evaluation.thresholds, found.nonconformity)
+    summary = SplitSummary(found.evaluation.images, found.evaluation.positives, found.evaluation.groups)
+    source = f"{len(plan.folds)} folds, with each seed of {_listed(plan.seeds)}."
+    data = Path(plan.settings["data"]["init_args"]["root"]).name
+    outcome = Outcome(found.evaluation, data, splits={"tested": summary}, source=source)
+    write_card(plan.root / CARD, load_trained(ensemble)[0], outcome)
     print(
         f"The ensemble of all {len(runs)} models predicts by\n"
         f"  fpt-lightning predict --config {plan.root / 'crossval.yaml'} --ckpt_path ensemble --data.root new_images/"

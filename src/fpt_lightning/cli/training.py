@@ -207,6 +207,8 @@ class CommandLine(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self.results.checkpoint = Path(path).stem
+        if self.checkpoint is not None and type(epoch := self.checkpoint.get("epoch")) is int:
+            self.results.epoch = epoch + 1
 
     def _as_trained(self, checkpoint: dict[str, Any]) -> ClassificationModule:
         """The model, or as many of it as a checkpoint of an ensemble holds.
@@ -348,6 +350,7 @@ class CommandLine(LightningCLI):
         root, epoch, metric = path.parent, read_checkpoint(path)["epoch"], f"val_{self.model.task.MONITOR[0]}"
         self.results.checkpoint, self.results.validation_auc = name, logged_at(root, "val_auc", epoch)
         self.results.writes = name == "best" or not path.with_name("best.ckpt").is_file()
+        self.results.epoch = epoch + 1
         loggers, self.trainer.loggers = self.trainer.loggers, []
         self.trainer.test(self.model, self.datamodule, ckpt_path=str(path), weights_only=True, verbose=False)
         self.trainer.loggers = loggers

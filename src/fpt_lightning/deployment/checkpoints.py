@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def as_checkpoint(module: ClassificationModule) -> dict[str, Any]:
+    """What a checkpoint holds of a trained model: what learned, its arguments and its record."""
+    content: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": _arguments(module.hparams)}
+    module.on_save_checkpoint(content)
+    return content
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model, without LightningCLI's own."""
+    return {str(name): value for name, value in given.items() if not str(name).startswith("_")}
+
+
 def load_trained(
     path: str | Path, pretrained: str | bool | None = None
 ) -> tuple[ClassificationModule, FeatureSpecification]:
@@ -61,7 +74,7 @@ def load_trained(
         )
     record = TrainingRecord.of(checkpoint)
     method = methods[record.method]
-    given = {str(name): v for name, v in checkpoint["hyper_parameters"].items() if not str(name).startswith("_")}
+    given = _arguments(checkpoint["hyper_parameters"])
     arguments: dict[str, Any] = dict.fromkeys(method.ARCHITECTURE) | given  # earlier versions lack some: they were off
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained

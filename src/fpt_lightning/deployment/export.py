@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from fpt_lightning.data.images import FULL_RANGE
 from fpt_lightning.data.transforms import normalise
+from fpt_lightning.deployment.card import card_beside
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.predictor import NOTICE
 from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, ExportError
 from fpt_lightning.evaluation.conformal import quantiles, shortage
 from fpt_lightning.explanation.attention import overlay, prompt_attention
-from fpt_lightning.files import whole_file
+from fpt_lightning.files import whole_file, write_text
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.fusion import Fusion
@@ -205,13 +206,16 @@ def export(
     if path.suffix != _SUFFIXES[format]:
         raise ConfigurationError(f"out is {out}: a file of format {format} ends in {_SUFFIXES[format]}.")
     _check_packages(format)
-    classifier = Classifier(*load_trained(ckpt_path, pretrained), attention)
+    module, specification = load_trained(ckpt_path, pretrained)
+    card = card_beside(ckpt_path, module)  # while it is known what learned
+    classifier = Classifier(module, specification, attention)
     size = sum(p.numel() * p.element_size() for p in classifier.parameters())
     if format == "onnx" and size >= _LARGEST_ONNX:
         raise ExportError(f"the model has {size / 2**30:.1f} GiB, an ONNX file at most 2: use --format torch.")
     with whole_file(path) as partial:
         run = _WRITERS[format](classifier, partial)
         difference = _difference(classifier, run)
+    write_text(path.with_suffix(".card.md"), card)
     print(
         f"{path} ({path.stat().st_size / 2**20:.1f} MiB): {', '.join(classifier.output_names)} of images "
         f"{'batch x 3 x {} x {}'.format(*classifier.specification.resolution)}, within {difference:.1g} of PyTorch's.\n"

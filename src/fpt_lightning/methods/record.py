@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -163,6 +164,15 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
     for name, is_sound in _RESUMED.items():
         if not is_sound(checkpoint.get(name)):
             raise _damaged(f"{name} is not that of a training.")
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_tensors(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
