@@ -58,7 +58,9 @@ COMMANDS: dict[str, Command] = {
     "store upgrade": Command("bring one of the format before up to date", "cli.store_upgrade:store_upgrade"),
     "evaluate": Command("score a predictions file, of any model", "cli.evaluate:evaluate"),
     "compare": Command("two predictions files of the same images", "cli.compare:compare"),
-    "export": Command("a trained model as one file: ONNX or torch.export", "deployment.export:export"),
+    "export": Command(
+        "a trained model as one file (ONNX, torch.export) or a folder to share", "deployment.export:export"
+    ),
 }
 """By name, in the order of use."""
 

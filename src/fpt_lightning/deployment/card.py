@@ -30,6 +30,15 @@ from fpt_lightning.store.specification import FeatureSpecification
 
 CARD = "card.md"
 _TAGS = ("fpt-lightning", "medical-imaging", "vision-transformer")
+_USE = """## Use
+
+```python
+from fpt_lightning import Predictor
+
+predictor = Predictor.from_pretrained("organisation/name")  # of the hub, or this folder
+predictions = predictor("images/")
+```
+"""
 _KINDS = {
     "multiclass": "one class an image",
     "multilabel": "several labels an image",
@@ -106,6 +115,25 @@ def card_beside(path: str | Path, module: ClassificationModule) -> str:
     if beside.is_file() and weights_digest(module) in (text := beside.read_text(encoding="utf-8")):
         return text
     return card(module)
+
+
+def shared_card(text: str, module: ClassificationModule, with_encoder: bool) -> str:
+    """A card as that of a folder to share, which says how the model is used.
+
+    Args:
+        text: of ``card``.
+        module: that it is of.
+        with_encoder: whether the encoder's weights are in the folder, whose licence then holds for it.
+    """
+    _, _, rest = text.split("---", 2)
+    weights = "" if module.specification is None else module.specification.weights
+    if with_encoder:
+        where = "The encoder's weights are in `encoder.safetensors`, under their own licence."
+    elif weights.startswith("sha256:"):
+        where = "The encoder's weights are not here: give their file as `pretrained`."
+    else:
+        where = "The encoder's weights are not here: timm has them by its name."
+    return f"{front_matter(module, with_encoder)}{rest.rstrip()}\n\n{_USE}\n{where}\n"
 
 
 def front_matter(module: ClassificationModule, with_encoder: bool = False) -> str:

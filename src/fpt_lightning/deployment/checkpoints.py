@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fpt_lightning.deployment.hub import read_folder
 from fpt_lightning.errors import CheckpointError, FPTError, in_one_line
 from fpt_lightning.files import load_pickle
 from fpt_lightning.methods import METHODS, ClassificationModule
@@ -54,7 +55,8 @@ def load_trained(
     An encoder that trains is built; a frozen one is not yet loaded.
 
     Args:
-        path: of the checkpoint, written by a method of this package.
+        path: of the checkpoint, written by a method of this package, or of a model's folder
+            (``fpt_lightning.deployment.hub``).
         pretrained: the encoder's weights in place of the checkpoint's ``pretrained``, where that file has moved. They
             are held against the digest of those trained with.
 
@@ -63,7 +65,8 @@ def load_trained(
             are gone or others.
         EncoderError: weights that are out of reach or do not fit.
     """
-    checkpoint = read_checkpoint(path)
+    shared = Path(path).is_dir()
+    checkpoint = read_folder(path) if shared else read_checkpoint(path)
     methods: dict[str, type[ClassificationModule]] = {method.__name__: method for method in METHODS.values()}
     methods[EnsembleModule.__name__] = EnsembleModule
     about = checkpoint.get(KEY)
@@ -79,6 +82,13 @@ def load_trained(
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
     weights = arguments.get("pretrained")
+    if shared and weights is None:
+        asked = record.specification
+        which = "" if asked is None else f" of {asked.encoder} ({asked.weights})"
+        raise CheckpointError(
+            f"the folder {path} is without the encoder's weights{which}: give their file as pretrained, or have the "
+            "folder written with them (export --format hub --with_encoder true)."
+        )
     if isinstance(weights, str) and not Path(weights).expanduser().exists():
         raise CheckpointError(
             f"the encoder's weights {weights!r} (pretrained), with which {path} was trained, are not there: give their "

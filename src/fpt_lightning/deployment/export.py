@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 from fpt_lightning.data.images import FULL_RANGE
 from fpt_lightning.data.transforms import normalise
-from fpt_lightning.deployment.card import card_beside
-from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.deployment.card import card_beside, encoder_licence, shared_card
+from fpt_lightning.deployment.checkpoints import as_checkpoint, load_trained
+from fpt_lightning.deployment.hub import check_empty, write_folder
 from fpt_lightning.deployment.predictor import NOTICE
-from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder
+from fpt_lightning.encoder.frozen import Encoded, FrozenEncoder, build_encoder
+from fpt_lightning.encoder.weights import fit_weights, weights_digest, without_head
 from fpt_lightning.errors import ConfigurationError, ExportError
 from fpt_lightning.evaluation.conformal import quantiles, shortage
 from fpt_lightning.explanation.attention import overlay, prompt_attention
@@ -28,6 +30,8 @@ from fpt_lightning.files import whole_file, write_text
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.fusion import Fusion
+from fpt_lightning.methods.record import tensors_digest
+from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.store.codecs import Features
 from fpt_lightning.store.specification import FeatureSpecification
 
@@ -178,11 +182,15 @@ def export(
     *,
     ckpt_path: str,
     out: str,
-    format: Literal["onnx", "torch"] = "onnx",
+    format: Literal["onnx", "torch", "hub"] = "onnx",
     attention: bool = False,
     pretrained: str | None = None,
+    with_encoder: bool = False,
 ) -> None:
     """Write a trained model as one file, encoder included: images (B, 3, height, width) in, probabilities out.
+
+    With ``--format hub`` it is a folder to share, which ``Predictor.from_pretrained`` reads
+    (``fpt_lightning.deployment.hub``); what follows is of files. The model card comes with each.
 
     The batch may be of any size. Normalisation, the side network's image and the fitted temperature are inside;
     decoding, cropping, padding and resizing to the resolution are not, and are described in the file's metadata with
@@ -191,10 +199,11 @@ def export(
 
     Args:
         ckpt_path: the checkpoint, such as runs/run/best.ckpt.
-        out: the file to write: .onnx, or .pt2 for torch.
-        format: onnx, or torch for ``torch.export``, whose file holds the metadata as fpt_lightning.json.
+        out: the file to write: .onnx, or .pt2 for torch; or a new folder.
+        format: onnx, or torch for ``torch.export``, whose file holds the metadata as fpt_lightning.json; or hub.
         attention: whether the prompts' attention over the patches is a second output (B, rows, columns).
         pretrained: the encoder's weights, where the file that the checkpoint names has moved.
+        with_encoder: whether a folder has the encoder's weights too, under their own licence.
 
     Raises:
         CheckpointError: no such checkpoint, or encoder weights that are gone or others than in training.
@@ -203,6 +212,11 @@ def export(
         ExportError: a model that cannot be exported, or whose export computes something else.
     """
     path = Path(out)
+    if format == "hub":
+        _export_folder(path, ckpt_path, pretrained, with_encoder, attention)
+        return
+    if with_encoder:
+        raise ConfigurationError(f"with_encoder is true, which is for --format hub: {format} always has the encoder.")
     if path.suffix != _SUFFIXES[format]:
         raise ConfigurationError(f"out is {out}: a file of format {format} ends in {_SUFFIXES[format]}.")
     _check_packages(format)
@@ -221,6 +235,40 @@ def export(
         f"{'batch x 3 x {} x {}'.format(*classifier.specification.resolution)}, within {difference:.1g} of PyTorch's.\n"
         f"{NOTICE}"
     )
+
+
+def _export_folder(path: Path, ckpt_path: str, pretrained: str | None, with_encoder: bool, attention: bool) -> None:
+    if attention:
+        raise ConfigurationError("attention is true, which is for files: leave it out of --format hub.")
+    check_empty(path)
+    module, specification = load_trained(ckpt_path, pretrained)
+    card = shared_card(card_beside(ckpt_path, module), module, with_encoder)
+    encoder = _encoder_tensors(module, specification) if with_encoder else None
+    write_folder(path, as_checkpoint(module), card, encoder)
+    what = f"{', '.join(sorted(file.name for file in path.iterdir()))}"
+    licence = f" The encoder's licence: {encoder_licence(specification)}." if with_encoder else ""
+    print(f"{path} has {what}.{licence}\n{NOTICE}")
+
+
+def _encoder_tensors(module: ClassificationModule, specification: FeatureSpecification) -> dict[str, Tensor]:
+    """The encoder's weights as they were before training, at its resolution, by timm's names.
+
+    Raises:
+        CheckpointError: other weights than in training.
+        ExportError: they would be read as others.
+    """
+    pooling = isinstance(module, EncoderModule)
+    model = build_encoder(module.encoder_config, specification.resolution, pooling)
+    module.check_weights(weights_digest(model))
+    tensors = without_head(model)
+    again = build_encoder(replace(module.encoder_config, pretrained=False), specification.resolution, pooling)
+    fit_weights(again, tensors, "the encoder's weights", pooling)
+    if tensors_digest(without_head(again)) != tensors_digest(tensors):
+        raise ExportError(
+            f"the weights of {specification.encoder} at {specification.resolution} are read as others than they are: "
+            "leave --with_encoder out, and give them as pretrained where the model is used."
+        )
+    return tensors
 
 
 def _check_packages(format: str) -> None:

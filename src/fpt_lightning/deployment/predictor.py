@@ -19,6 +19,7 @@ from fpt_lightning.data.manifest import UNLABELLED
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.deployment.hub import download
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.encoder.selection import parts
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError
@@ -44,7 +45,8 @@ class Predictor:
     share a predictor: it holds nothing of a call.
 
     Args:
-        checkpoint: written by ``fpt-lightning fit`` or by a trainer with a data module of this package.
+        checkpoint: written by ``fpt-lightning fit`` or by a trainer with a data module of this package, or a folder
+            (``from_pretrained``).
         device: where the model runs, such as ``cpu`` or ``cuda``.
         batch_size: images at once.
         pretrained: the encoder's weights, where the file that the checkpoint names has moved.
@@ -70,6 +72,38 @@ class Predictor:
             module.use_encoder(FrozenEncoder(module.encoder_config, self.specification.resolution))
             module.images_at_once = batch_size
         self.module = module.to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        batch_size: int = 4,
+        pretrained: str | bool | None = None,
+        revision: str | None = None,
+    ) -> Predictor:
+        """A model of the Hugging Face hub, or of a folder that ``export --format hub`` wrote.
+
+        A folder needs no network, and neither does a repository that is in the cache, with ``HF_HUB_OFFLINE=1``.
+
+        Args:
+            source: folder, or ``organisation/name``.
+            device: where the model runs.
+            batch_size: images at once.
+            pretrained: the encoder's weights, where the folder neither has them nor names weights of timm.
+            revision: branch, tag or commit of the repository.
+
+        Raises:
+            CheckpointError: no such folder or repository, files that are missing, damaged or changed, or encoder
+                weights that are gone or others than in training.
+            ConfigurationError: see ``Predictor``; or a revision of a folder.
+            EncoderError: weights that are out of reach or do not fit.
+        """
+        if not Path(source).is_dir():
+            return cls(download(str(source), revision), device, batch_size, pretrained)
+        if revision is not None:
+            raise ConfigurationError(f"revision is {revision!r}, but {source} is a folder: leave it out.")
+        return cls(source, device, batch_size, pretrained)
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Predictions:
         """Predict.

@@ -56,6 +56,11 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def without_head(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a timm model by name, but for its classifier."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_HEADS)}
+
+
 def load_weights(model: nn.Module, path: Path, pooling: bool = False) -> None:
     """Load local weights into a timm model; only tensors are read, no code is run.
 
