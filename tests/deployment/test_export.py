@@ -205,7 +205,7 @@ def test_a_program_is_told_how_to_make_prediction_sets(tmp_path: Path) -> None:
     module.nonconformity = {"": [[0.0] * 8 + [0.4], [1.0] * 9]}
     said = Classifier(module, specification).about()["prediction_sets"]
     assert said["largest"] == {"0.8": 0.0, "0.9": 0.4}  # the 8th and the 9th of nine
-    assert said["rule"].startswith("the most probable grade, and its neighbours")
+    assert said["rule"].startswith("the most probable grade, and each where it or one further away")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,9 @@ def _sets_about(module: ClassificationModule) -> dict[str, Any]:
     }
     rule = rules[module.task.KIND]
     if module.task.ORDERED:
-        rule = "the most probable grade, and its neighbours as long as their probability is at least 1 - largest"
+        rule = (
+            "the most probable grade, and each where it or one further away has a probability of at least 1 - largest"
+        )
     return {"rule": rule, "largest": {f"{coverage:g}": found for coverage, found in _largest(module).items()}}
 
 

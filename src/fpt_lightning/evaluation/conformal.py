@@ -38,8 +38,8 @@ def fit_nonconformity(predictions: Predictions) -> Nonconformity:
     """How little the truth conforms to predictions of labelled validation images.
 
     - One class an image: 1 - its probability, and 0 of the most probable one, so that no set is empty (Sadinle, Lei and
-      Wasserman, JASA 2019). Of grades, in place of a grade's probability the smallest from it to the most probable
-      grade, so that sets are intervals.
+      Wasserman, JASA 2019). Of grades, in place of a grade's probability that of it or one further away from the most
+      probable grade, so that sets are intervals.
     - Several labels: likewise, of each label present or absent.
     - A number: the distance of the predicted one.
 
@@ -162,16 +162,15 @@ def _nonconformity(predictions: Predictions) -> NDArray[np.float64]:
     if predictions.kind == "multi-label":
         scores = np.stack([1 - scores, scores], -1)
     elif predictions.ordered:
-        scores = _least_on_the_way(scores)
+        scores = _from_there_on(scores)
     return np.where(scores == scores.max(-1, keepdims=True), 0.0, 1 - scores)
 
 
-def _least_on_the_way(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The smallest probability from each grade to the most probable one (N, C)."""
+def _from_there_on(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The probability of each grade or one further away from the most probable one (N, C), which itself has 1."""
     grades, top = np.arange(scores.shape[1]), scores.argmax(1)[:, None]
-    above = np.minimum.accumulate(np.where(grades < top, np.inf, scores), 1)
-    below = np.minimum.accumulate(np.where(grades > top, np.inf, scores)[:, ::-1], 1)[:, ::-1]
-    return np.where(grades < top, below, above)
+    lower, higher = scores.cumsum(1), scores[:, ::-1].cumsum(1)[:, ::-1]
+    return np.where(grades == top, 1.0, np.where(grades < top, lower, higher).clip(0, 1))
 
 
 def _of_truth(labelled: Predictions) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.float64]]]:
