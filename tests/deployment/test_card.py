@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from fpt_lightning.deployment.card import Outcome, card, card_beside, encoder_licence, write_card
+from fpt_lightning.deployment.card import Outcome, card, card_beside, encoder_licence, shared_card, write_card
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.evaluation.conformal import fit_nonconformity, prediction_sets
 from fpt_lightning.evaluation.predictions import Predictions
@@ -114,9 +114,12 @@ def test_licences_are_those_of_the_page_and_known_by_name_alone(tmp_path: Path) 
         found = encoder_licence(asked)
         assert found.split(",")[0].replace("-", " ").lower() in licences[weights].replace("-", " ").lower()
         module.specification = asked
-        front = yaml.safe_load(card(module, with_encoder=True).split("---")[1])
+        front = yaml.safe_load(shared_card(card(module), module, True).split("---")[1])
         assert front["base_model"] == f"timm/{name}"
         assert front["license"] == timm.get_pretrained_cfg(name).license
-        assert "license" not in yaml.safe_load(card(module).split("---")[1])
+        assert "license" not in yaml.safe_load(shared_card(card(module), module, False).split("---")[1])
+        own = card(module).replace("tags:", "license: mit\ntags:")
+        assert yaml.safe_load(shared_card(own, module, True).split("---")[1])["license"] == "mit"
+        assert yaml.safe_load(shared_card("# mine", module, True).split("---")[1]) == front
     for weights in ("sha256:0123", "hf-hub:a/b", "timm:gone"):
         assert "not known here" in encoder_licence(replace(module.specification, weights=weights))

@@ -20,7 +20,7 @@ from fpt_lightning.deployment.card import card, write_card
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.deployment.export import export
-from fpt_lightning.deployment.hub import CARD, CONFIG, ENCODER, WEIGHTS
+from fpt_lightning.deployment.hub import CONFIG, ENCODER, README, WEIGHTS
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import build_encoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, ExportError, NonFiniteError
@@ -77,7 +77,7 @@ def test_the_outputs_are_the_same_to_the_last_bit(
     assert again.table(found, coverage=0.6) == first.table(expected, coverage=0.6)
     assert (again.specification, again.module.temperature) == (first.specification, first.module.temperature)
     assert (again.module.thresholds, again.module._seed) == (first.module.thresholds, first.module._seed)
-    files = {CARD, CONFIG, WEIGHTS, *([ENCODER] if with_encoder else [])}
+    files = {README, CONFIG, WEIGHTS, *([ENCODER] if with_encoder else [])}
     assert {file.name for file in (tmp_path / "model").iterdir()} == files
 
 
@@ -100,7 +100,7 @@ def test_a_file_of_weights_is_given_again_or_shared_too(tmp_path: Path) -> None:
         Predictor.from_pretrained(without, pretrained=False)
     for place in (without, whole):
         assert not [file for file in place.iterdir() if str(tmp_path).encode() in file.read_bytes()]
-    assert "give their file as `pretrained`" in (without / CARD).read_text()
+    assert "give their file as `pretrained`" in (without / README).read_text()
 
 
 def test_an_ensemble(tmp_path: Path) -> None:
@@ -121,19 +121,21 @@ def test_what_a_folder_holds(folder: Path) -> None:
     assert config[KEY]["seen"] == {}  # names of patients could be guessed from their digests
     assert config["hyper_parameters"]["pretrained"] is None
     assert load_file(folder / WEIGHTS).keys() == torch.load(folder.parent / "best.ckpt")["state_dict"].keys()
-    text = (folder / CARD).read_text()
+    text = (folder / README).read_text()
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "fpt-lightning"
     assert "Predictor.from_pretrained(" in text
     assert "The encoder's weights are in `encoder.safetensors`" in text
     module, _ = load_trained(folder)
-    assert text.split("---", 2)[2].startswith(card(module).split("---", 2)[2].rstrip())
+    assert text.startswith(card(module).rstrip())
 
 
 def test_the_card_is_that_of_the_test(tmp_path: Path) -> None:
     path = trained(tmp_path)
     write_card(tmp_path / "card.md", load_trained(path)[0])
     (tmp_path / "card.md").write_text((tmp_path / "card.md").read_text().replace("not stated", "screening"))
-    assert "Intended use: screening" in (shared(path, tmp_path / "model") / CARD).read_text()
+    first = shared(path, tmp_path / "model")
+    assert "Intended use: screening" in (first / README).read_text()
+    assert (shared(first, tmp_path / "again") / README).read_text() == (first / README).read_text()
 
 
 def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -212,7 +214,7 @@ def test_a_repository_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     found = Predictor.from_pretrained("clinic/model", revision="v1")(PIXELS)
     np.testing.assert_array_equal(found.scores, Predictor(folder)(PIXELS).scores)
-    assert asked == [("clinic/model", "v1", [CARD, CONFIG, ENCODER, WEIGHTS])]
+    assert asked == [("clinic/model", "v1", [README, CONFIG, ENCODER, WEIGHTS])]
 
 
 @pytest.mark.parametrize("source", ["clinic/model", "no such folder", "a/b/c"])

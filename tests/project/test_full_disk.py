@@ -48,6 +48,7 @@ def attempt(arguments: list[str], sender: int) -> None:
         ("explain --config {0}/config.yaml --ckpt_path {0}/run/best.ckpt --out {0}/pictures --images 1", ".png"),
         ("evaluate {0}/run/predictions.csv --out {0}/evaluation --resamples 9", "evaluation.json"),
         ("export --ckpt_path {0}/run/best.ckpt --out {0}/model.pt2 --format torch", "model.pt2"),
+        ("export --ckpt_path {0}/run/best.ckpt --out {0}/shared --format hub", "shared"),
         pytest.param("export --ckpt_path {0}/run/best.ckpt --out {0}/model.onnx", "model.onnx", marks=pytest.mark.slow),
     ],
     ids=lambda value: value.split()[0],

@@ -343,7 +343,7 @@ class ResultsWriter(L.Callback):
             manifest.root.name,
             bool(getattr(data, "external", False)),
             _split_summaries(manifest),
-            _split_source(data, manifest, Path(trainer.default_root_dir) / OVERLAPS),
+            _split_source(data, manifest, Path(getattr(data, "folder", None) or trainer.default_root_dir) / OVERLAPS),
             cases,
             self.epoch,
         )

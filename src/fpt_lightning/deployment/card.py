@@ -16,6 +16,7 @@ from typing import Any
 import timm
 
 from fpt_lightning.deployment.checkpoints import as_checkpoint
+from fpt_lightning.deployment.hub import README
 from fpt_lightning.deployment.predictor import NOTICE
 from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, shortage
 from fpt_lightning.evaluation.estimates import label, number
@@ -82,17 +83,16 @@ def write_card(path: str | Path, module: ClassificationModule, test: Outcome | N
     write_text(Path(path), card(module, test))
 
 
-def card(module: ClassificationModule, test: Outcome | None = None, with_encoder: bool = False) -> str:
+def card(module: ClassificationModule, test: Outcome | None = None) -> str:
     """The card of a trained model, as text.
 
     Args:
         module: trained, or loaded from a checkpoint.
         test: of it; None where it was not tested.
-        with_encoder: whether the encoder's weights are beside the card, whose licence then holds there.
     """
     title = f"{module.LABEL} on {test.data}" if test is not None else module.LABEL
     sections = [
-        front_matter(module, with_encoder),
+        front_matter(module),
         f"# {_plain(title)}",
         f"> {NOTICE}",
         "**Intended use: not stated. Whoever shares this model writes here for whom it is, on which images, for which "
@@ -105,16 +105,15 @@ def card(module: ClassificationModule, test: Outcome | None = None, with_encoder
 
 
 def card_beside(path: str | Path, module: ClassificationModule) -> str:
-    """The card that lies beside a checkpoint, if it is of that model; else one without a test.
+    """The card that lies beside a checkpoint, or in a model's folder, if it is of that model; else one without a test.
 
     Args:
-        path: of the checkpoint.
+        path: of the checkpoint or folder.
         module: that it holds.
     """
-    beside = Path(path).parent / CARD
-    if beside.is_file() and weights_digest(module) in (text := beside.read_text(encoding="utf-8")):
-        return text
-    return card(module)
+    beside = Path(path) / README if Path(path).is_dir() else Path(path).parent / CARD
+    text = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else ""
+    return text.split(f"\n\n{_USE}")[0].rstrip() + "\n" if weights_digest(module) in text else card(module)
 
 
 def shared_card(text: str, module: ClassificationModule, with_encoder: bool) -> str:
@@ -123,9 +122,14 @@ def shared_card(text: str, module: ClassificationModule, with_encoder: bool) -> 
     Args:
         text: of ``card``.
         module: that it is of.
-        with_encoder: whether the encoder's weights are in the folder, whose licence then holds for it.
+        with_encoder: whether the encoder's weights are in the folder, whose licence then holds for it where the card
+            names none.
     """
-    _, _, rest = text.split("---", 2)
+    if not text.startswith("---\n"):
+        text = f"{front_matter(module)}\n\n{text}"
+    known = _known_weights(module.specification)
+    if with_encoder and known is not None and known.license and "\nlicense:" not in text:
+        text = text.replace("\n---\n", f"\nlicense: {json.dumps(known.license)}\n---\n", 1)
     weights = "" if module.specification is None else module.specification.weights
     if with_encoder:
         where = "The encoder's weights are in `encoder.safetensors`, under their own licence."
@@ -133,19 +137,16 @@ def shared_card(text: str, module: ClassificationModule, with_encoder: bool) -> 
         where = "The encoder's weights are not here: give their file as `pretrained`."
     else:
         where = "The encoder's weights are not here: timm has them by its name."
-    return f"{front_matter(module, with_encoder)}{rest.rstrip()}\n\n{_USE}\n{where}\n"
+    return f"{text.rstrip()}\n\n{_USE}\n{where}\n"
 
 
-def front_matter(module: ClassificationModule, with_encoder: bool = False) -> str:
+def front_matter(module: ClassificationModule) -> str:
     """The part of a card that Hugging Face reads, as YAML between two lines of dashes."""
     lines = ["library_name: fpt-lightning", "pipeline_tag: image-classification"]
     lines += ["tags:", *(f"- {tag}" for tag in _TAGS)]
     known = _known_weights(module.specification)
-    if known is not None:
-        if known.hf_hub_id:
-            lines.append(f"base_model: {json.dumps(known.hf_hub_id)}")
-        if with_encoder and known.license:
-            lines.append(f"license: {json.dumps(known.license)}")
+    if known is not None and known.hf_hub_id:
+        lines.append(f"base_model: {json.dumps(known.hf_hub_id)}")
     return "\n".join(["---", *lines, "---"])
 
 

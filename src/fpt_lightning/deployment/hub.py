@@ -23,7 +23,7 @@ from fpt_lightning.errors import CheckpointError, ConfigurationError, OutputErro
 from fpt_lightning.files import PARTIAL, make_folder, write_json, write_text
 from fpt_lightning.methods.record import KEY, tensors_digest
 
-CONFIG, WEIGHTS, ENCODER, CARD = "config.json", "model.safetensors", "encoder.safetensors", "README.md"
+CONFIG, WEIGHTS, ENCODER, README = "config.json", "model.safetensors", "encoder.safetensors", "README.md"
 FORMAT = 1
 _LARGEST_CONFIG = 2**26  # bytes
 _PARTS = ("hyper_parameters", KEY)
@@ -64,7 +64,7 @@ def write_folder(
         _save(checkpoint["state_dict"], partial / WEIGHTS)
         if encoder is not None:
             _save(encoder, partial / ENCODER)
-        write_text(partial / CARD, card)
+        write_text(partial / README, card)
         write_json(partial / CONFIG, config)
         os.replace(partial, folder)
     except OSError as error:
@@ -117,7 +117,7 @@ def download(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS, ENCODER, CARD]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS, ENCODER, README]))
     except Exception as error:  # no such name, no access, no network: each has its own
         raise CheckpointError(
             f"{source!r} is no folder here, and cannot be had from the hub ({in_one_line(error)}): give a folder, or "
