@@ -117,6 +117,7 @@ def test_an_ensemble(tmp_path: Path) -> None:
 
 
 def test_what_a_folder_holds(folder: Path) -> None:
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read one may read all
     config = json.loads((folder / CONFIG).read_text())
     assert config[KEY]["seen"] == {}  # names of patients could be guessed from their digests
     assert config["hyper_parameters"]["pretrained"] is None
