@@ -175,7 +175,7 @@ def test_the_file_says_how_to_use_it(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["export", "--ckpt_path", str(path), "--out", str(tmp_path / "new" / "model.onnx")])
     assert "not a medical device" in capsys.readouterr().out
     model = onnx.load(tmp_path / "new" / "model.onnx")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"model.card.md", "model.onnx"}
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert "not a medical device" in said["notice"]
     assert json.loads(said["classes"]) == ["a", "b", "c"]
