@@ -299,7 +299,7 @@ class CommandLine(LightningCLI):
             self.datamodule.check_store(self.model.encoder_config)
 
     def before_explain(self) -> None:
-        given = {name: self._get(self.config, name) for name in ("layer", "head", "images")}
+        given = {name: self._get(self.config, name) for name in ("layer", "head", "images", "deletion")}
         ExplanationWriter(self._get(self.config, "out"), self.model, **given)  # which refuses what it cannot draw
         self.datamodule.explained = self._get(self.config, "split")
         self.check("predict")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import ConfigurationError, DataError, a_few
 from fpt_lightning.files import write_rows
@@ -81,6 +83,11 @@ class Manifest:
     def to_measure(self) -> tuple[Sample, ...]:
         """The samples over whose images ``auto`` statistics are measured, in ascending order of their ids."""
         return tuple(sample for sample in self.samples if sample.split in self.measured)
+
+    def spread(self, count: int) -> Manifest:
+        """So many of its images, evenly spread over all; all, where there are no more."""
+        places = np.linspace(0, len(self.samples) - 1, min(count, len(self.samples))).round().astype(int)
+        return replace(self, samples=tuple(self.samples[i] for i in places))
 
     def without(self, ids: Collection[str]) -> Manifest:
         """The data set without some samples, whose images cannot be read.
