@@ -78,7 +78,7 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert {path.name for path in (root / "seed0/fold2").iterdir()} > {"best.ckpt", "split.csv", "evaluation.json"}
     of_fold, of_all = ((root / name / "card.md").read_text() for name in ("seed0/fold2", "."))
     assert "# FPT+ on images" in of_fold
-    assert "The splits were fold 2 of 3, drawn at random, seed 0; no patients are known." in of_fold
+    assert "Split: fold 2 of 3, drawn at random with seed 0, stratified, groups whole." in of_fold
     assert "| training | epoch " in of_fold
     assert "| images | 12 | 9 | 9 |" in of_fold
     assert "# FPT+, mean of 3 on images" in of_all

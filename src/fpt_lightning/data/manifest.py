@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -60,6 +60,9 @@ class Manifest:
             change from fold to fold, so that one store serves every fold.
         unfolded: of a cross-validation, ids of the training images that there are without it, in ascending order: a
             store whose statistics are of these serves every fold too.
+        origin: how images came to their splits, in words; empty where nobody asked.
+        overlaps: how many cases, groups and files (``case``, ``group``, ``file``) were found in more than one split;
+            None where none were looked for.
     """
 
     root: Path
@@ -71,6 +74,8 @@ class Manifest:
     files: ImageFiles | None = field(default=None, compare=False, repr=False)
     measured: tuple[str, ...] = ("train",)
     unfolded: tuple[str, ...] = ()
+    origin: str = field(default="", compare=False)
+    overlaps: Mapping[str, int] | None = field(default=None, compare=False)
 
     def look(self) -> Manifest:
         """The data set with its files as they are now."""

@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from fpt_lightning.data.transforms import unit_pixels
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.figures import ACCENT, MUTED, SECOND, STYLE
 from fpt_lightning.files import whole_file
@@ -57,14 +56,6 @@ class Explanation:
     caption: str
     where: str
     prefix: str
-
-
-def shrunk(image: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.float32]:
-    """An image (height, width, 3) at no more than ``LARGEST`` pixels a side, in [0, 1]."""
-    height, width = image.shape[:2]
-    scale = min(1.0, LARGEST / max(height, width))
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return np.asarray(unit_pixels(image, size).permute(1, 2, 0).numpy())
 
 
 def draw_image(axes: Axes, explanation: Explanation) -> None:

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.transforms import shrunk
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.encoder.config import EncoderShape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.explanation import attention as looking
 from fpt_lightning.explanation.pictures import (
+    LARGEST,
     Explanation,
     shortened,
-    shrunk,
     write_deletion,
     write_pictures,
     write_side_attention,
@@ -157,7 +158,7 @@ class ExplanationWriter(L.Callback):
             self.folder,
             sample.id,
             Explanation(
-                pixels=shrunk(data.reader(data.predicted.path(sample))),
+                pixels=shrunk(data.reader(data.predicted.path(sample)), LARGEST),
                 selected=selected.patches.sum(0).cpu().numpy(),
                 heads=len(selected.patches),
                 attention=_numbers(attended.patches),
