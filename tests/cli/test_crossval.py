@@ -74,7 +74,10 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     evaluation = json.loads((root / "evaluation.json").read_text())
     assert evaluation["overall"]["auc"] == {name: auc[name] for name in ("value", "low", "high")}
     assert evaluation["overall"] == evaluate(pooled).to_dict()["overall"]  # as ``evaluate`` on the file gives them
-    assert "3 folds" in (root / "report.html").read_text()
+    report = (root / "report.html").read_text()
+    assert "3 folds: mean, standard deviation (sd), lowest, highest." in report
+    shown = [f"{np.mean(auc['folds']['values']):.3f}", f"{min(auc['folds']['values']):.3f}"]
+    assert all(f"<td>{value}</td>" in report.split("<h2>Folds</h2>")[1] for value in shown)
     assert {path.name for path in (root / "seed0/fold2").iterdir()} > {"best.ckpt", "split.csv", "evaluation.json"}
     of_fold, of_all = ((root / name / "card.md").read_text() for name in ("seed0/fold2", "."))
     assert "# FPT+ on images" in of_fold
