@@ -18,6 +18,7 @@ from fpt_lightning.cli import crossval, training
 from fpt_lightning.cli.run_folder import checkpoint_callbacks
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder import frozen
+from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.conformal import fit_nonconformity
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
@@ -119,6 +120,26 @@ def test_the_ensemble_predicts_the_mean_of_the_folds(folder: Path, capsys: pytes
     )
     message = fails(capsys, "predict", *by_command, "--model.prompts", 8)
     assert "prompts: 16 in the checkpoint, 8 here" in message
+
+
+def test_cases_are_scored_and_predicted_by_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that of the runs' validation cases, for the report, the file and the ensemble."""
+    monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
+    paths = [f"{name}/{number:03d}.png" for name in "abc" for number in range(8)]
+    write_images(tmp_path / "images", {"a": 8, "b": 8, "c": 8})
+    lines = [f"{path},{path[0]},{path[0]}{i // 2}" for i, path in enumerate(paths)]
+    (tmp_path / "images" / "exams.csv").write_text("\n".join(["image,label,exam", *lines]))
+    write_config(tmp_path / "images", tmp_path)
+    run(*command(tmp_path, "--data.manifest", "exams.csv", "--data.case_column", "exam", "--trainer.max_epochs", 1))
+    root = tmp_path / "run"
+    images, cases = (Predictions.read(root / f"{name}.csv") for name in ("predictions", "predictions_cases"))
+    np.testing.assert_allclose(cases.scores, by_case(images, "noisy-or").scores)
+    found = json.loads((root / "evaluation.json").read_text())["cases"]
+    assert (found["unit"], found["images"]) == ("case", 12)
+    assert "which 3 of 3 runs chose" in found["notes"][0]
+    assert "<h2>ROC curves of cases</h2>" in (root / "report.html").read_text()
+    ensemble, _ = load_trained(root / "ensemble.ckpt")
+    assert (ensemble.case_rule, ensemble.case_thresholds) == ("noisy-or", found["thresholds"])
 
 
 class Stop(L.Callback):

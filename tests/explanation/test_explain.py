@@ -7,7 +7,9 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,13 @@ from torch.utils._pytree import tree_leaves
 from commands import fails, run
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule, cli
 from fpt_lightning.data.images import ImageReader
+from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape, encoder_shape
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.explanation import attention as explain
 from fpt_lightning.explanation.pictures import Explanation, outline, write_pictures
-from fpt_lightning.explanation.writer import ExplanationWriter
+from fpt_lightning.explanation.writer import ExplanationWriter, is_right
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.fusion import FineGrainedFusion, Fusion, ProjectedFusion
 from fpt_lightning.methods.side import SideViT
@@ -329,7 +332,7 @@ def test_pictures_keep_the_images_aspect(tmp_path: Path) -> None:
     selected[:, 1] = 4
     attention = selected / 8.0
     pixels = np.full((60, 180, 3), 0.5, np.float32)
-    given = Explanation(pixels, selected, 4, attention, attention, "a caption", "block 1, all heads", "")
+    given = Explanation(pixels, selected, 4, attention, attention, "a caption", None, "block 1, all heads", "")
     write_pictures(tmp_path, "a/0.png", given)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
         f"{kind}/a/0.png.png" for kind in ("attention", "overlay", "sheet", "tokens")
@@ -344,6 +347,17 @@ def test_pictures_keep_the_images_aspect(tmp_path: Path) -> None:
         middle = picture[(grey[0].min() + grey[0].max()) // 2]
         coloured = np.ptp(middle, axis=1)[grey[1].max() + 5 : grey[1].max() + width - 5] > 30
         assert coloured.all(), kind
+
+
+def test_right_and_wrong_are_said_of_one_known_class() -> None:
+    """By its name, as the model's classes may stand in another order than those of the data."""
+    module: Any = SimpleNamespace(output_names=("b", "a"))
+    manifest = Manifest(Path("/data"), (), ("a", "b"))
+    found = [is_right(module, manifest, Sample("x", 0), torch.tensor(scores)) for scores in ([0.1, 0.9], [0.9, 0.1])]
+    assert found == [True, False]
+    assert is_right(module, manifest, Sample("x"), torch.tensor([0.1, 0.9])) is None
+    several = replace(manifest, kind="multi-label")
+    assert is_right(module, several, Sample("x", targets=(1, 0)), torch.tensor([0.1, 0.9])) is None
 
 
 # ------------------------------------------------------------------------------------------------------- through models

@@ -131,8 +131,8 @@ class ExplanationWriter(L.Callback):
         deletion = self._deletion(np.stack(curves), groups) if self.deletion else None
         content = {"images": len(ids), "groups": len(set(groups)), "side_attention": side, "deletion": deletion}
         write_json(self.folder / "explanation.json", without_nan(content))
-        drawn = len(self._drawn)
-        rank_zero_info(f"pictures of {drawn} of {len(ids)} images and explanation.json are in {self.folder}")
+        of = f" of {len(ids)}" if self.deletion else ""
+        rank_zero_info(f"pictures of {len(self._drawn)}{of} images and explanation.json are in {self.folder}")
 
     def _draw(
         self,
@@ -164,6 +164,7 @@ class ExplanationWriter(L.Callback):
                 attention=_numbers(attended.patches),
                 overlay=_numbers(everywhere),
                 caption=_caption(module, data.predicted, sample, scores.tolist()),
+                right=is_right(module, data.predicted, sample, scores),
                 where=f"block {self.layer}, " + ("all heads" if self.head is None else f"head {self.head}"),
                 prefix=prefix,
             ),
@@ -213,6 +214,13 @@ def _prefix_name(shape: EncoderShape) -> str:
     if not shape.class_token:
         return "registers"
     return "class token" if shape.prefix_tokens == 1 else "class token and registers"
+
+
+def is_right(module: ClassificationModule, manifest: Manifest, sample: Sample, scores: Tensor) -> bool | None:
+    """Whether the most probable class is the image's; None where that is not known, or there is more than one."""
+    if manifest.kind != "single-label" or sample.label < 0:
+        return None
+    return module.output_names[int(scores.argmax())] == manifest.classes[sample.label]
 
 
 def _caption(module: ClassificationModule, manifest: Manifest, sample: Sample, scores: Any) -> str:
