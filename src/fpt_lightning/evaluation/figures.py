@@ -51,7 +51,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _HALVES = (0, 0.5, 1)
-_NAME = 24  # letters of a subgroup's name in a line
+_NAME = 20  # letters of a subgroup's name in a line
 _GRID = np.linspace(0, 1, 101)
 _THRESHOLDS = np.arange(1, 100) / 100
 

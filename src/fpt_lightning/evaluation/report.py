@@ -37,8 +37,8 @@ MOST_PANELS = 24
 _HISTORY = {
     "train_loss_epoch": "training",
     "val_loss": "validation",
-    "val_auc": "validation AUC",
     "val_quadratic_kappa": "validation quadratic kappa",
+    "val_auc": "validation AUC",
     "val_mae": "validation mean absolute error",
     "val_accuracy": "validation accuracy",
 }
@@ -172,7 +172,7 @@ def _notes(notes: Sequence[str]) -> str:
 def _folds(caption: str, rows: Sequence[Sequence[str]]) -> str:
     heads, *cells = rows
     shown = [[escape(_capital(cell)) for cell in row] for row in cells]
-    return _section("Folds", _table([_capital(head) for head in heads], shown, "narrow"), caption)
+    return _section("Folds", _table(heads, shown, "narrow"), caption)
 
 
 def _data(data: Mapping[str, SplitSummary], apart: Sequence[str]) -> str:
