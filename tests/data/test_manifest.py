@@ -816,9 +816,9 @@ def test_what_is_in_several_splits_is_counted(tmp_path: Path) -> None:
         found = read_manifest(tmp_path, table, case_column="exam", allow_overlap=True)
     assert found.overlaps == {"case": 0, "group": 1, "file": 1}
     assert kept_apart(found) == [
-        "1 of 2 groups, such as patients, have images in more than one split.",
+        "1 of 2 groups, such as patients, have images in more than one split: test figures are too good.",
         "None of 3 cases have images in more than one split.",
-        "1 of 4 image files are, by their bytes, in more than one split.",
+        "1 of 4 image files are, by their bytes, in more than one split: test figures are too good.",
     ]
     alone = read_manifest(folders(tmp_path / "alone", {"a": 9, "b": 9}))
     assert kept_apart(alone)[0] == "No groups, such as patients, are known: one may have images in several splits."
