@@ -32,7 +32,13 @@ def explained(protocol: Protocol, method: str, images: int) -> dict[str, Any]:
     cell.check()
     cell.run(keep_checkpoints=True)
     pictures = folder / "pictures"
-    options = {"config": folder / "cell.yaml", "ckpt_path": folder / "best.ckpt", "split": "test", "images": images}
+    options = {
+        "config": folder / "cell.yaml",
+        "ckpt_path": folder / "best.ckpt",
+        "split": "test",
+        "images": images,
+        "deletion": "true",
+    }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     cli.main(["explain", *arguments, "--out", str(pictures)])
     return {

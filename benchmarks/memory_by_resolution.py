@@ -225,7 +225,8 @@ def report(results: Sequence[dict[str, Any]], encoders: Sequence[str], device: s
 def draw(results: Sequence[dict[str, Any]], encoders: Sequence[str], path: Path) -> None:
     """The paper's figure 2: memory against resolution, a line a method; the paper's own figures as crosses."""
     variants = (VARIANTS[0], VARIANTS[2])
-    figure = Figure(figsize=(12, 5 * len(encoders)), layout="constrained")
+    resolutions = sorted({r["resolution"] for r in results})
+    figure = Figure(figsize=(13, 5.5 * len(encoders)), layout="constrained")
     panels = figure.subplots(len(encoders), 2, sharex=True, sharey=True, squeeze=False)
     for row, encoder in zip(panels, encoders, strict=True):
         for axes, variant in zip(row, variants, strict=True):
@@ -242,13 +243,14 @@ def draw(results: Sequence[dict[str, Any]], encoders: Sequence[str], path: Path)
                 if published and variant == variants[0]:
                     axes.plot(*zip(*published, strict=True), "x", color=style["color"])
             axes.axhline(48 * 1024, color="grey", linewidth=0.8)
-            axes.set(
-                xscale="log", yscale="log", title=f"{encoder}, {variant}", ylabel="MiB", xlabel="resolution (pixels)"
-            )
-            axes.set_xticks(RESOLUTIONS, [str(r) for r in RESOLUTIONS])
+            axes.set(xscale="log", yscale="log", title=f"{encoder}, {variant}")
+            axes.set_xticks(resolutions, [str(r) for r in resolutions], rotation=45)
+            axes.yaxis.set_major_formatter("{x:,.9g}")
             axes.minorticks_off()
-            axes.set_ylim(bottom=5)
+            axes.tick_params(labelbottom=True, labelleft=True)
             axes.grid(alpha=0.3)
+    figure.supxlabel("resolution (pixels)")
+    figure.supylabel("MiB")
     lines = panels[0][0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside right center", title="crosses: the paper\ngrey line: 48 GB")
     figure.savefig(path, dpi=130)

@@ -28,6 +28,7 @@ import lightning as L
 from environment import RESULTS, environment, write_result
 from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
 from fpt_lightning.data.images import read_image
+from fpt_lightning.data.manifest import Sample
 from fpt_lightning.datamodules.samples import Batch, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig
 from store_codecs import ENCODERS, Setting, auc, evaluated, weights
@@ -38,8 +39,8 @@ LABEL = "ViT-Ti, fine-tuned"
 class WholeFiles(PreloadedFeatureDataModule):
     """Side images from decoded files."""
 
-    def _dataset(self, split: str, augmentation: str) -> Samples:
-        stored = super()._dataset(split, augmentation)
+    def _dataset(self, samples: Sequence[Sample], augmentation: str, training: bool) -> Samples:
+        stored = super()._dataset(samples, augmentation, training)
         assert isinstance(stored, StoredSamples)
         return _WholeFileSamples(
             stored.manifest, stored.samples, stored.side_views, stored.store, stored.arrays, stored.mirror_seed

@@ -23,10 +23,8 @@ from fpt_lightning.cli.callbacks import (
     PeakMemory,
     ResultsWriter,
     ShardedEncoder,
-    _split_source,
     write_confusion,
 )
-from fpt_lightning.data.manifest import SPLITS, Manifest, Sample
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.evaluation.predictions import Predictions
@@ -154,26 +152,6 @@ def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -
     assert (tmp_path / "run" / "test" / "model" / "metrics.json").is_file()
     trainer.predict(module, data, return_predictions=False)
     assert len((tmp_path / "run" / "predict" / "model" / "predictions.csv").read_text().splitlines()) == 31
-
-
-def test_a_card_tells_where_the_splits_came_from(tmp_path: Path) -> None:
-    samples = tuple(Sample(f"{i}.png", i % 2, split=split, group="p" * i) for i, split in enumerate(SPLITS))
-    manifest = Manifest(tmp_path, samples, ("a", "b"), random=True)
-    reading: dict[str, Any] = {"split_seed": 3, "fold": None, "folds": 5, "allow_overlap": False}
-    data, path = SimpleNamespace(external=False, reading=reading), tmp_path / "overlaps.csv"
-    alone = "No group, case or identical file is in several of them."
-    assert _split_source(data, manifest, path) == f"The splits were drawn at random, seed 3; whole patients. {alone}"
-    reading |= {"fold": 2, "allow_overlap": True}
-    assert _split_source(data, manifest, path).startswith("The splits were fold 2 of 5, drawn at random, seed 3;")
-    path.write_text("kind,image\ngroup,0.png\nfile,1.png\n")
-    assert "2 images share a group, a case or their bytes with one of another split" in _split_source(
-        data, manifest, path
-    )
-    given = Manifest(tmp_path, (Sample("a.png", split="test"),), ("a", "b"))
-    reading |= {"fold": None, "allow_overlap": False}
-    assert _split_source(data, given, path) == f"The splits were given; no patients are known. {alone}"
-    data.external = True
-    assert _split_source(data, given, path).startswith("All of these images are test images")
 
 
 def test_the_confusion_matrix_has_true_classes_in_rows(tmp_path: Path) -> None:

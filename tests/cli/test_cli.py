@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
 ) -> None:
     monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
     root = tmp_path / "run"
-    run("fit", *cased)
+    run("fit", *cased, "--report_pictures", 2)
     record = torch.load(root / "best.ckpt", weights_only=True)["fpt_lightning"]
     assert record["case_rule"] == "noisy-or"
     images, cases = (Predictions.read(root / f"{name}.csv") for name in ("predictions", "predictions_cases"))
@@ -134,7 +135,24 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
     assert "had the best AUC" in found["notes"][0]
     alone = evaluate(cases, record["case_thresholds"])
     assert found["per_class"] == json.loads(json.dumps(alone.to_dict()))["per_class"]
-    assert "<h2>Cases</h2>" in (root / "report.html").read_text()
+    report = (root / "report.html").read_text()
+    assert all(f"<h2>{title}</h2>" in report for title in ("Cases", "ROC curves of cases"))
+    told = re.search('<h2>Methods</h2><p class="prose">(.*?)</p>', report)
+    assert told is not None
+    for fact in (
+        "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels",
+        "8 training images of 4 groups, 4 validation images of 2 groups, 8 test images of 4 groups",
+        "(split: as given with the data set)",
+        "Training took 2 epochs of AdamW (learning rate 0.003",
+        "batch size 8, augmentation default, precision 32-true, seed 0)",
+        "which had the best validation AUC (",
+        "Thresholds were fitted to the validation images",
+    ):
+        assert fact in told[1], told[1]
+    assert "None of 10 cases have images in more than one split." in report
+    assert "None of 20 image files are, by their bytes, in more than one split." in report
+    wrong = int((images.scores.argmax(1) != images.labels).sum())
+    assert report.count('<img alt="" src="data:image/jpeg;base64,/9j/') == min(wrong, 2)
     assert rows(root / "split.csv")[0]["case"] == "a0"
 
     run("test", *cased, "--ckpt_path", root / "best.ckpt")

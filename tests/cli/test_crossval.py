@@ -18,6 +18,7 @@ from fpt_lightning.cli import crossval, training
 from fpt_lightning.cli.run_folder import checkpoint_callbacks
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder import frozen
+from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.conformal import fit_nonconformity
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
@@ -74,11 +75,14 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     evaluation = json.loads((root / "evaluation.json").read_text())
     assert evaluation["overall"]["auc"] == {name: auc[name] for name in ("value", "low", "high")}
     assert evaluation["overall"] == evaluate(pooled).to_dict()["overall"]  # as ``evaluate`` on the file gives them
-    assert "3 folds" in (root / "report.html").read_text()
+    report = (root / "report.html").read_text()
+    assert "3 folds: mean, standard deviation (sd), lowest, highest." in report
+    shown = [f"{np.mean(auc['folds']['values']):.3f}", f"{min(auc['folds']['values']):.3f}"]
+    assert all(f"<td>{value}</td>" in report.split("<h2>Folds</h2>")[1] for value in shown)
     assert {path.name for path in (root / "seed0/fold2").iterdir()} > {"best.ckpt", "split.csv", "evaluation.json"}
     of_fold, of_all = ((root / name / "card.md").read_text() for name in ("seed0/fold2", "."))
     assert "# FPT+ on images" in of_fold
-    assert "The splits were fold 2 of 3, drawn at random, seed 0; no patients are known." in of_fold
+    assert "Split: fold 2 of 3, drawn at random with seed 0, stratified, groups whole." in of_fold
     assert "| training | epoch " in of_fold
     assert "| images | 12 | 9 | 9 |" in of_fold
     assert "# FPT+, mean of 3 on images" in of_all
@@ -116,6 +120,26 @@ def test_the_ensemble_predicts_the_mean_of_the_folds(folder: Path, capsys: pytes
     )
     message = fails(capsys, "predict", *by_command, "--model.prompts", 8)
     assert "prompts: 16 in the checkpoint, 8 here" in message
+
+
+def test_cases_are_scored_and_predicted_by_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By that of the runs' validation cases, for the report, the file and the ensemble."""
+    monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
+    paths = [f"{name}/{number:03d}.png" for name in "abc" for number in range(8)]
+    write_images(tmp_path / "images", {"a": 8, "b": 8, "c": 8})
+    lines = [f"{path},{path[0]},{path[0]}{i // 2}" for i, path in enumerate(paths)]
+    (tmp_path / "images" / "exams.csv").write_text("\n".join(["image,label,exam", *lines]))
+    write_config(tmp_path / "images", tmp_path)
+    run(*command(tmp_path, "--data.manifest", "exams.csv", "--data.case_column", "exam", "--trainer.max_epochs", 1))
+    root = tmp_path / "run"
+    images, cases = (Predictions.read(root / f"{name}.csv") for name in ("predictions", "predictions_cases"))
+    np.testing.assert_allclose(cases.scores, by_case(images, "noisy-or").scores)
+    found = json.loads((root / "evaluation.json").read_text())["cases"]
+    assert (found["unit"], found["images"]) == ("case", 12)
+    assert "which 3 of 3 runs chose" in found["notes"][0]
+    assert "<h2>ROC curves of cases</h2>" in (root / "report.html").read_text()
+    ensemble, _ = load_trained(root / "ensemble.ckpt")
+    assert (ensemble.case_rule, ensemble.case_thresholds) == ("noisy-or", found["thresholds"])
 
 
 class Stop(L.Callback):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fpt_lightning.cli.methods_paragraph import kept_apart
 from fpt_lightning.data.folders import IMAGE_SUFFIXES
 from fpt_lightning.data.images import read_image
 from fpt_lightning.data.manifest import SPLITS, UNLABELLED, Manifest, Sample, check_classes
@@ -776,3 +777,49 @@ def test_all_images_of_elsewhere_are_test_images(tmp_path: Path, header: tuple[s
     manifest = read_manifest(tmp_path, path, external=True)
     assert {sample.split for sample in manifest.samples} == {"test"}
     assert (manifest.classes, manifest.random) == (("a",), False)
+
+
+# What reports say of the splits
+
+
+def test_how_images_came_to_their_splits_is_said(tmp_path: Path) -> None:
+    at_random = "drawn at random with seed 3, stratified, groups whole"
+    root = folders(tmp_path / "drawn", {"a": 20, "b": 20})
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({}, f"70% training, 10% validation and 20% test images, {at_random}"),
+        ({"fold": 2, "folds": 4}, f"fold 2 of 4, {at_random}"),
+        ({"external": True}, "all are test images, of a model that was trained on others"),
+    ]
+    assert [read_manifest(root, split_seed=3, **given).origin for given, _ in asked] == [said for _, said in asked]
+    rows = [(f"{i}.png", "ab"[i % 2], "train" if i < 16 else "test") for i in range(20)]
+    table = table_of(tmp_path, rows)
+    some = read_manifest(tmp_path, table, split_seed=3).origin
+    assert some == f"test images as given with the data set, an eighth of the others for validation, {at_random}"
+    folded = read_manifest(tmp_path, table, split_seed=3, fold=1, folds=4).origin
+    assert folded == f"fold 1 of 4 of what is not for test, {at_random}"
+    (tmp_path / "given").mkdir()
+    assert read_manifest(tmp_path / "given", table_of(tmp_path / "given", GOOD)).origin == "as given with the data set"
+
+
+def test_what_is_in_several_splits_is_counted(tmp_path: Path) -> None:
+    header = ("image", "label", "split", "group", "exam")
+    rows = [
+        ("1.png", "a", "train", "p", "p-left"),
+        ("2.png", "b", "val", "p", "p-right"),
+        ("3.png", "a", "test", "q", "q"),
+        ("4.png", "b", "test", "r", ""),
+    ]
+    table = table_of(tmp_path, rows, header)
+    for name in ("1.png", "4.png"):
+        (tmp_path / name).write_bytes(b"the same")
+    with pytest.warns(UserWarning, match="too good"):
+        found = read_manifest(tmp_path, table, case_column="exam", allow_overlap=True)
+    assert found.overlaps == {"case": 0, "group": 1, "file": 1}
+    assert kept_apart(found) == [
+        "1 of 2 groups, such as patients, have images in more than one split: test figures are too good.",
+        "None of 3 cases have images in more than one split.",
+        "1 of 4 image files are, by their bytes, in more than one split: test figures are too good.",
+    ]
+    alone = read_manifest(folders(tmp_path / "alone", {"a": 9, "b": 9}))
+    assert kept_apart(alone)[0] == "No groups, such as patients, are known: one may have images in several splits."
+    assert kept_apart(read_manifest(tmp_path / "alone", external=True)) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import mean_absolute_error, recall_score, roc_auc_score
 
 from fpt_lightning.errors import DataError
+from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.conformal import assess, fit_nonconformity, prediction_sets
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.folds import Spread, averaged, cross_validated, pooled
@@ -91,13 +93,46 @@ def test_sets_for_a_fold_know_nothing_of_its_own_labels() -> None:
 
 def test_folds_that_test_the_same_images_are_averaged() -> None:
     given = runs(same=True)
-    found = cross_validated(given, {"ill": 0.4}, resamples=20)
+    first = given[FOLDS[0], SEEDS[0]]
+    validation = replace(first.take(np.arange(2)), labels=np.array([0, 1]), scores=np.array([[0.7, 0.3], [0.5, 0.5]]))
+    found = cross_validated(given, validation, resamples=20)
     assert not found.held_out
     np.testing.assert_allclose(found.predictions.scores, np.mean([each.scores for each in given.values()], 0))
     sensitivity = recall_score(found.predictions.labels, found.predictions.scores[:, 1] >= 0.4)
     assert found.evaluation.per_class["ill"]["sensitivity"].value == pytest.approx(sensitivity)
-    assert found.evaluation.thresholds == {"ill": 0.4}
+    assert found.evaluation.thresholds["ill"] == pytest.approx(0.4)
     assert "All folds test the same images" in found.evaluation.notes[0]
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_cases_are_of_all_folds_by_the_rule_of_most_runs(same: bool) -> None:
+    """Decided for by thresholds that were fitted to the other folds' cases, or to validation cases."""
+    given = {
+        key: replace(each, cases=tuple(f"{group}-{i // 14}" for i, group in enumerate(each.groups)))
+        for key, each in runs(same).items()
+    }
+    validation = given[FOLDS[0], SEEDS[0]] if same else None
+    found = cross_validated(given, validation, case_rules=["mean", "maximum", "maximum"], resamples=20)
+    assert found.cases is not None
+    expected = by_case(found.predictions, "maximum")
+    assert (found.cases.rule, found.cases.predictions.ids) == ("maximum", expected.ids)
+    np.testing.assert_array_equal(found.cases.predictions.scores, expected.scores)
+    np.testing.assert_array_equal(found.cases.predictions.labels, expected.labels)
+    evaluation = found.cases.evaluation
+    assert (evaluation.unit, evaluation.images) == ("case", len(expected.ids))
+    assert "which 2 of 3 runs chose on their validation cases" in evaluation.notes[0]
+    parts = [averaged([given[fold, seed] for seed in SEEDS]) for fold in FOLDS]
+    cases = [by_case(part, "maximum") for part in parts]
+    if same:
+        assert validation is not None
+        by = [fit_thresholds(by_case(validation, "maximum"))]
+        cases = [expected]
+    else:
+        by = [fit_thresholds(pooled(cases[:i] + cases[i + 1 :])) for i in range(len(cases))]
+    true = [label for each in cases for label in each.labels]
+    decided = [score >= own["ill"] for each, own in zip(cases, by, strict=True) for score in each.scores[:, 1]]
+    assert evaluation.per_class["ill"]["sensitivity"].value == pytest.approx(recall_score(true, decided))
+    assert cross_validated(given, validation, resamples=5).cases is None
 
 
 def test_numbers_have_no_thresholds() -> None:

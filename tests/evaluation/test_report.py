@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from fpt_lightning.cli.evaluate import evaluate as evaluate_file
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.evaluation.estimates import Estimate, number
 from fpt_lightning.evaluation.figures import draw_decision, draw_forest
+from fpt_lightning.evaluation.gallery import largest_errors
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.report import MOST_PANELS, SplitSummary, write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
@@ -44,7 +46,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
         self.ids += [value or "" for name, value in attrs if name == "id"]
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -159,6 +161,62 @@ def test_a_report_says_what_was_evaluated(name: str, tmp_path: Path, history: Pa
     assert "not a medical device" in page.text
 
 
+def test_a_report_has_what_reviewers_ask_for(tmp_path: Path, history: Path) -> None:
+    predictions = single_label()
+    wrong = np.r_[(predictions.labels[:3] + 1) % 3, predictions.labels[3:]]
+    predictions = replace(predictions, ids=tuple(f"{id}<&>.png" for id in predictions.ids), labels=wrong)
+    errors = largest_errors(predictions, 2)
+    picture = b"a JPEG file"
+    write_report(
+        tmp_path / "report.html",
+        predictions,
+        evaluate(predictions, resamples=10),
+        title="a run",
+        methods="It was trained with <care>.",
+        data={"test": SplitSummary(90, dict.fromkeys(predictions.classes, 30))},
+        apart=["None of 45 groups & cases."],
+        pictures={predictions.ids[i]: picture for i in errors},
+        history=history,
+        epoch=1,
+    )
+    page = Page(tmp_path / "report.html")
+    assert page.headings[:3] == ["Results", "Methods", "Data"]
+    for text in ("It was trained with <care>.", "None of 45 groups & cases.", "validation 0.800", "Dashed: epoch 2"):
+        assert text in page.text
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert sources == [f"data:image/jpeg;base64,{b64encode(picture).decode()}"] * 2
+    shown = page.text.split("Most confident errors")[1]
+    for i in errors:
+        label, top = predictions.labels[i], predictions.scores[i].argmax()
+        assert label != top
+        assert predictions.ids[i] in shown
+        assert f"label: {predictions.classes[label]}" in shown
+        assert f"predicted: {predictions.classes[top]} ({number(predictions.scores[i, top])})" in shown
+
+
+def test_the_most_confident_errors_come_first() -> None:
+    scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.4, 0.6]])
+    single = Predictions("single-label", tuple("abcd"), np.array([0, 0, 0, 1]), scores, ("no", "yes"))
+    assert largest_errors(single, 12) == [2, 1]
+    assert largest_errors(single, 1) == [2]
+    labels = np.array([[1, 0], [1, 0], [np.nan, 0], [1, 1]])
+    several = Predictions("multi-label", tuple("abcd"), labels, scores, ("x", "y"))
+    assert largest_errors(several, 12) == [2, 1, 3]
+    regression = Predictions("regression", tuple("abc"), np.array([1.0, 2, 3]), np.array([1.0, 4, 2.5]))
+    assert largest_errors(regression, 12) == [1, 2]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cases_have_curves_of_their_own(name: str, tmp_path: Path, history: Path) -> None:
+    cases = replace(KINDS[name], unit="case", groups=())
+    evaluations = [evaluate(each, resamples=10) for each in (KINDS[name], cases)]
+    write_report(tmp_path / "report.html", KINDS[name], evaluations[0], title="a run", cases=(cases, evaluations[1]))
+    headings = Page(tmp_path / "report.html").headings
+    of_cases = ["Classes of cases", "ROC curves of cases", "Calibration of cases"]
+    own = headings[headings.index("Cases") + 1 :]
+    assert own == (["Agreement of cases"] if name == "regression" else of_cases)
+
+
 def test_class_names_are_escaped(tmp_path: Path, history: Path) -> None:
     page, _ = written(tmp_path / "report.html", single_label(), history)
     assert "<script>" not in page.source
@@ -231,6 +289,15 @@ def test_a_missing_history_leaves_no_report(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the history .* does not exist"):
         written(tmp_path / "report.html", single_label(), tmp_path / "none.csv")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_names_of_subgroups_are_whole() -> None:
+    names = ["hospital of a town with a long name, department of ophthalmology", "b"]
+    drawn = draw_forest(dict.fromkeys(names, Estimate(0.5, 0.4, 0.6)), Estimate(0.5, 0.4, 0.6))
+    texts = re.findall("<text[^>]*>([^<]*)</text>|<tspan[^>]*>([^<]*)</tspan>", drawn)
+    shown = " ".join(text for pair in texts for text in pair if text)
+    assert all(word in shown for name in names for word in name.split())
+    assert "..." not in shown
 
 
 def test_labels_of_an_axis_keep_their_digits() -> None:

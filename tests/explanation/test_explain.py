@@ -7,7 +7,9 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,16 +24,19 @@ from torch.utils._pytree import tree_leaves
 
 from commands import fails, run
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule, cli
+from fpt_lightning.data.images import ImageReader
+from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape, encoder_shape
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.explanation import attention as explain
 from fpt_lightning.explanation.pictures import Explanation, outline, write_pictures
-from fpt_lightning.explanation.writer import ExplanationWriter
+from fpt_lightning.explanation.writer import ExplanationWriter, is_right
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.fusion import FineGrainedFusion, Fusion, ProjectedFusion
 from fpt_lightning.methods.side import SideViT
 from fpt_lightning.store.codecs import CODECS, Features
+from fpt_lightning.store.store import FeatureStore
 from reference import FAMILIES, naive_fusion, randomise
 from small import quiet_trainer, tiny_model, write_images
 from threads import at_once, in_lockstep
@@ -201,7 +206,7 @@ def test_no_stage_asks_the_device_for_double_precision(task: str, tmp_path: Path
         trainer = quiet_trainer(tmp_path)
         trainer.fit(model, data)
         trainer.test(model, data, verbose=False)
-        trainer.callbacks.append(ExplanationWriter(tmp_path / "out", model, images=1))
+        trainer.callbacks.append(ExplanationWriter(tmp_path / "out", model, images=1, deletion=task != "regression"))
         trainer.predict(model, data)
     assert (tmp_path / "out" / "explanation.json").is_file()
 
@@ -327,7 +332,7 @@ def test_pictures_keep_the_images_aspect(tmp_path: Path) -> None:
     selected[:, 1] = 4
     attention = selected / 8.0
     pixels = np.full((60, 180, 3), 0.5, np.float32)
-    given = Explanation(pixels, selected, 4, attention, attention, "a caption", "block 1, all heads", "")
+    given = Explanation(pixels, selected, 4, attention, attention, "a caption", None, "block 1, all heads", "")
     write_pictures(tmp_path, "a/0.png", given)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
         f"{kind}/a/0.png.png" for kind in ("attention", "overlay", "sheet", "tokens")
@@ -344,12 +349,23 @@ def test_pictures_keep_the_images_aspect(tmp_path: Path) -> None:
         assert coloured.all(), kind
 
 
+def test_right_and_wrong_are_said_of_one_known_class() -> None:
+    """By its name, as the model's classes may stand in another order than those of the data."""
+    module: Any = SimpleNamespace(output_names=("b", "a"))
+    manifest = Manifest(Path("/data"), (), ("a", "b"))
+    found = [is_right(module, manifest, Sample("x", 0), torch.tensor(scores)) for scores in ([0.1, 0.9], [0.9, 0.1])]
+    assert found == [True, False]
+    assert is_right(module, manifest, Sample("x"), torch.tensor([0.1, 0.9])) is None
+    several = replace(manifest, kind="multi-label")
+    assert is_right(module, several, Sample("x", targets=(1, 0)), torch.tensor([0.1, 0.9])) is None
+
+
 # ------------------------------------------------------------------------------------------------------- through models
 
 
 def explained(folder: Path, model: nn.Module, data: ImageDataModule, **changes: Any) -> dict[str, Any]:
     """``explanation.json`` of what is written while ``model`` predicts."""
-    writer = ExplanationWriter(folder, model, **{"images": 1, **changes})
+    writer = ExplanationWriter(folder, model, **{"images": 1, "deletion": model.task.KIND != "regression", **changes})
     trainer = quiet_trainer(folder.parent, callbacks=[writer])
     trainer.predict(model, datamodule=data, return_predictions=False)
     content: dict[str, Any] = json.loads((folder / "explanation.json").read_text())
@@ -405,6 +421,9 @@ def test_every_task_is_explained(task: str, num_classes: int, tmp_path: Path) ->
     root = write_images(tmp_path / "images", {"a": 3})
     model = METHODS["fpt"](num_classes, encoder="test_vit", pretrained=False, side_resolution=32, task=task)
     data = ImageDataModule(str(root), resolution=(32, 64), mean=[0.4], std=[0.2], image_size=48, fit="letterbox")
+    if task == "regression":
+        with pytest.raises(ConfigurationError, match="deletion is true, but a regression has no class"):
+            ExplanationWriter(tmp_path / "out", model, deletion=True)
     content = explained(tmp_path / "out", model, data)
     assert list(content["side_attention"]["by_block"]) == [str(block) for block in range(6)]
     assert content["side_attention"]["if_uniform"] == pytest.approx(16 / (16 + 5))
@@ -458,7 +477,7 @@ def command(trained: Path) -> list[object]:
 def test_explain_a_split_from_the_store(command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpt_lightning.methods.features.FrozenEncoder", _refuse)
     out = tmp_path / "pictures"
-    run(*command, "--out", out, "--split", "test", "--images", 2, "--layer", 4, "--head", 1)
+    run(*command, "--out", out, "--split", "test", "--images", 2, "--layer", 4, "--head", 1, "--deletion", "true")
     assert {path.name for path in out.iterdir()} == {
         *("attention", "overlay", "sheet", "tokens"),
         *("deletion.png", "side_attention.png", "explanation.json"),
@@ -478,12 +497,51 @@ def test_explain_new_images_with_the_configuration_of_a_run(
 ) -> None:
     root = write_images(tmp_path / "new", {"some": 3}, size=(40, 100))
     command[2] = trained / "run" / "config.yaml"
-    run(*command, "--data.root", root, "--out", tmp_path / "out", "--images", 0, "--trainer.precision", "bf16-true")
+    given = ["--data.root", root, "--out", tmp_path / "out"]
+    run(*command, *given, "--images", 0, "--deletion", "true", "--trainer.precision", "bf16-true")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("deletion.png", "side_attention.png", "explanation.json")
     }
-    run(*command, "--data.root", root, "--out", tmp_path / "out")
+    run(*command, *given)
     assert pictures_of(tmp_path / "out", "sheet") == [f"some/{i:03d}.png.png" for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["store", "split", "folder"])
+@pytest.mark.parametrize("deletion", [False, True])
+def test_images_that_are_not_drawn_are_not_read(
+    kind: str, deletion: bool, command: list[object], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the store, or from files that are all held to be readable first; all are read for the deletion test."""
+    root, read = trained / "images", list[str]()
+    command += {
+        "store": ["--split", "test"],
+        "split": ["--split", "test", "--data", "ImageDataModule", "--data.on_error", "skip"],
+        "folder": ["--data.root", root, "--data.on_error", "skip"],
+    }[kind]
+    monkeypatch.setattr(
+        ImageReader,
+        "__call__",
+        lambda self, path, *args, _call=ImageReader.__call__: read.append(str(path)) or _call(self, path, *args),
+    )
+    rows = FeatureStore.read_into
+    stored = list[int]()
+    monkeypatch.setattr(
+        FeatureStore, "read_into", lambda self, asked, out: stored.extend(asked) or rows(self, asked, out)
+    )
+    run(*command, "--out", tmp_path / "out", "--images", 2, "--deletion", str(deletion).lower())
+    expected = 2 if not deletion else 30 if kind == "folder" else 6
+    content = json.loads((tmp_path / "out" / "explanation.json").read_text())
+    assert content["images"] == expected
+    assert (content["deletion"] is not None) == (tmp_path / "out" / "deletion.png").exists() == deletion
+    drawn = pictures_of(tmp_path / "out", "sheet")
+    assert len(drawn) == 2
+    if kind == "store":
+        assert (len(set(stored)), len(set(read))) == (expected, 2)
+    else:
+        assert (len(set(stored)), len(set(read))) == (0, expected)
+    everything = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    if kind == "folder":
+        assert drawn == [f"{everything[0]}.png", f"{everything[-1]}.png"]
 
 
 @pytest.mark.parametrize(
@@ -492,6 +550,7 @@ def test_explain_new_images_with_the_configuration_of_a_run(
         (["--layer", 2], r"layer is 2: choose one of the tapped blocks \[3, 4, 5\]"),
         (["--head", 2], "head is 2: test_vit has heads 0 to 1"),
         (["--images", -1], "images is -1: give the number of images to draw"),
+        (["--images", 0], "images is 0: give how many to draw, or ask for the deletion test"),
         (["--data.resolution", 80], "made with other settings"),
         (["--data.split_seed", 5], "is split at random, and not as it was in training"),
     ],

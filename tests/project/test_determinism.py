@@ -147,7 +147,7 @@ def test_explanations(tiny_data: DataMaker, tmp_path: Path) -> None:
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with Refused() as found:
-        trainer.explain(model, data, str(tmp_path / "out"), images=1, ckpt_path=str(tmp_path / "a.ckpt"))
+        trainer.explain(model, data, str(tmp_path / "out"), images=1, deletion=True, ckpt_path=str(tmp_path / "a.ckpt"))
     assert not found.names
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,24 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
 
-from fpt_lightning.data.manifest import SPLITS, Manifest
-from fpt_lightning.data.splits import OVERLAPS
+from fpt_lightning.cli.methods_paragraph import kept_apart, methods_paragraph, split_source, split_summaries
+from fpt_lightning.cli.run_folder import logged_at
+from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.transforms import shrunk
+from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.deployment.card import CARD, Outcome, write_card
 from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.cases import RULES, by_case, evaluate_cases
 from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, Sets, shortage
+from fpt_lightning.evaluation.gallery import largest_errors
 from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.report import SplitSummary, write_report
+from fpt_lightning.evaluation.report import write_report
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.files import keep_beside, read_rows, whole_file, without_nan, write_json, write_rows
 from fpt_lightning.methods import ClassificationModule
@@ -37,6 +44,7 @@ from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.planning.memory import LiveTensorBytes
 
 _MIB = 2**20
+_PICTURE = 320  # pixels of the longer side of a report's picture at most
 
 
 class LearnableParameters(L.Callback):
@@ -257,7 +265,9 @@ class ResultsWriter(L.Callback):
         evaluations: of the test images, by checkpoint; ``evaluation.json`` holds them.
         cases: of the cases that they are of, where there are any, likewise.
         told: where they are.
-        validation_auc: of the epoch that is tested, where known; a test AUC far from it is pointed out.
+        fitted: the epoch that is tested, from 0, where this trainer fitted it: its validation stands beside the test,
+            and a test AUC far from its AUC is pointed out.
+        pictures: how many images that are predicted wrongly the report shows, with their names.
         writes: whether files are written; else what is found is kept for those of the next checkpoint.
         epoch: that is tested, from 1, where known.
         coverage: of the prediction sets that ``predictions.csv`` of a prediction has too, and that a test reports. By
@@ -269,7 +279,8 @@ class ResultsWriter(L.Callback):
         self.metrics: dict[str, dict[str, float | None]] = {}
         self.evaluations: dict[str, Evaluation] = {}
         self.cases: dict[str, Evaluation] = {}
-        self.validation_auc: float | None = None
+        self.fitted: int | None = None
+        self.pictures = 0
         self.writes = True
         self.epoch: int | None = None
         self.coverage: float | None = None
@@ -307,11 +318,14 @@ class ResultsWriter(L.Callback):
         self.metrics[self.checkpoint] = without_nan(found)
         assert isinstance(pl_module, ClassificationModule)
         if predictions.known.any():
+            validation_auc = None
+            if self.fitted is not None:
+                validation_auc = logged_at(Path(trainer.default_root_dir), "val_auc", self.fitted)
             evaluation = evaluate(
                 predictions,
                 pl_module.thresholds or None,
                 sets=self._tested_sets(predictions, pl_module),
-                validation_auc=self.validation_auc,
+                validation_auc=validation_auc,
             )
             self.evaluations[self.checkpoint] = evaluation
             cases = _evaluated_cases(predictions, pl_module)
@@ -342,8 +356,8 @@ class ResultsWriter(L.Callback):
             evaluation,
             manifest.root.name,
             bool(getattr(data, "external", False)),
-            _split_summaries(manifest),
-            _split_source(data, manifest, Path(getattr(data, "folder", None) or trainer.default_root_dir) / OVERLAPS),
+            split_summaries(manifest),
+            split_source(manifest),
             cases,
             self.epoch,
         )
@@ -374,14 +388,26 @@ class ResultsWriter(L.Callback):
             folder / "report.html",
             predictions,
             evaluation,
-            cases=cases,
+            cases=None if cases is None else (by_case(predictions, module.case_rule or RULES[0]), cases),
             title=f"{module.LABEL} on {'images' if manifest is None else manifest.root.name}",
-            data=None if manifest is None else _split_summaries(manifest),
+            methods=methods_paragraph(trainer, module, evaluation, self.checkpoint, self.fitted),
+            data=None if manifest is None else split_summaries(manifest),
+            apart=[] if manifest is None else kept_apart(manifest),
+            pictures=self._pictures(trainer, predictions),
             history=history if history.is_file() else None,
+            epoch=self.fitted,
             memory=_peaks(trainer, history),
             configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
             about={"checkpoint": self.checkpoint, **_about(module)},
         )
+
+    def _pictures(self, trainer: L.Trainer, predictions: Predictions) -> dict[str, bytes]:
+        """Of the images that the report shows, as JPEG files."""
+        data, labelled = getattr(trainer, "datamodule", None), predictions.labelled()
+        if not self.pictures or not isinstance(data, ImageDataModule):
+            return {}
+        shown = [labelled.ids[i] for i in largest_errors(labelled, self.pictures)]
+        return {id: _jpeg(data.reader(data.labelled.root / id)) for id in shown}
 
     def _write_predictions(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         predictions = self._predictions(trainer, module)
@@ -427,44 +453,19 @@ def _manifest(trainer: L.Trainer) -> Manifest | None:
     return manifest
 
 
+def _jpeg(image: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
+    """An image as a small file, with nothing else of the file that it comes from."""
+    file = BytesIO()
+    Image.fromarray((shrunk(image, _PICTURE) * 255).round().astype(np.uint8)).save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
 def _evaluated_cases(predictions: Predictions, module: ClassificationModule) -> Evaluation | None:
     """By what was chosen on, and fitted to, validation cases; None without labelled ones."""
     rule = module.case_rule or RULES[0]
     if not predictions.cases or not by_case(predictions, rule).known.any():
         return None
     return evaluate_cases(predictions, rule, module.case_thresholds or None, chosen=module.case_rule is not None)
-
-
-def _split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:
-    summaries = {}
-    for split in SPLITS:
-        samples = manifest.split(split)
-        groups = {sample.group for sample in samples}
-        counts = dict(zip(manifest.classes, manifest.class_counts(split), strict=True))
-        if samples:
-            summaries[split] = SplitSummary(
-                len(samples), {} if manifest.kind == "regression" else counts, None if "" in groups else len(groups)
-            )
-    return summaries
-
-
-def _split_source(data: Any, manifest: Manifest, overlaps: Path) -> str:
-    """Where the splits came from, and what is in several of them by the list of it."""
-    reading: dict[str, Any] = getattr(data, "reading", {})
-    if getattr(data, "external", False):
-        return "All of these images are test images, of a model that was trained on others."
-    drawn = f"drawn at random, seed {reading.get('split_seed')}" if manifest.random else "given"
-    if reading.get("fold") is not None:
-        drawn = f"fold {reading['fold']} of {reading['folds']}, {drawn}"
-    whole = "whole patients" if any(sample.group for sample in manifest.samples) else "no patients are known"
-    if reading.get("allow_overlap", False) and overlaps.is_file():
-        count = len(read_rows(overlaps, "list"))
-        shared = (
-            f"{count:,} images share a group, a case or their bytes with one of another split: figures are too good."
-        )
-    else:
-        shared = "No group, case or identical file is in several of them."
-    return f"The splits were {drawn}; {whole}. {shared}"
 
 
 def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:

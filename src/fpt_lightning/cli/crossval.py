@@ -20,11 +20,9 @@ from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.deployment.card import CARD, Outcome, write_card
-from fpt_lightning.deployment.checkpoints import load_trained
+from fpt_lightning.deployment.checkpoints import load_trained, read_checkpoint
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
-from fpt_lightning.evaluation.conformal import Nonconformity, fit_nonconformity
-from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.folds import CrossValidation, are_held_out, averaged, cross_validated, pooled
 from fpt_lightning.evaluation.predictions import Predictions
@@ -32,6 +30,7 @@ from fpt_lightning.evaluation.report import SplitSummary, write_report
 from fpt_lightning.files import read_rows, write_json
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.ensemble import feature_method
+from fpt_lightning.methods.record import TrainingRecord
 
 
 def cross_validate(args: Sequence[str]) -> None:
@@ -76,7 +75,9 @@ def cross_validate(args: Sequence[str]) -> None:
         for run in () if held_out else runs:
             run.validate()
         if is_first_process():
-            _conclude(plan, runs, cross_validated(tests, *(() if held_out else _fitted(_validated(runs)))))
+            validation = None if held_out else _validated(runs)
+            rules = [rule for run in runs if (rule := TrainingRecord.of(read_checkpoint(run.checkpoint)).case_rule)]
+            _conclude(plan, runs, cross_validated(tests, validation, case_rules=rules))
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class _Plan(Configuration):
         return {"crossval": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.description = (
             "Train and test every fold of data.folds from one store, with --seeds seeds each: one report of all "
             "predictions, their spread, and one ensemble. The same command goes on where it was stopped."
@@ -182,13 +184,19 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
     found.predictions.write(plan.root / "predictions.csv")
     for seed, predictions in found.by_seed.items() if len(found.by_seed) > 1 else ():
         predictions.write(plan.root / f"seed{seed}" / "predictions.csv")
-    write_json(plan.root / "evaluation.json", found.evaluation.to_dict())
+    content, cases = found.evaluation.to_dict(), found.cases
+    if cases is not None:
+        cases.predictions.write(plan.root / "predictions_cases.csv")
+        content["cases"] = cases.evaluation.to_dict()
+    write_json(plan.root / "evaluation.json", content)
     write_json(plan.root / "crossval.json", found.to_dict())
     name = {method.__name__: method.LABEL for method in METHODS.values()}.get(plan.method, plan.method)
     write_report(
         plan.root / "report.html",
         found.predictions,
         found.evaluation,
+        folds=(found.caption(), found.rows()),
+        cases=None if cases is None else (cases.predictions, cases.evaluation),
         title=f"{name} on {Path(plan.settings['data']['init_args']['root']).name}, {len(plan.folds)} folds",
         configuration=plan.text,
         about={
@@ -198,26 +206,31 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
             "Python": platform.python_version(),
         },
     )
-    print(f"\n{found.evaluation.table()}\n\n{found.table()}\n\nPredictions and report are in {plan.root}.")
+    tables = [found.evaluation.table(), found.table(), *([cases.evaluation.table()] if cases else [])]
+    print("\n" + "\n\n".join([*tables, f"Predictions and report are in {plan.root}."]))
     if feature_method(plan.method) is None:
         print(f"There is no ensemble, which is for methods on a frozen encoder's features: {name} trains the encoder.")
         return
     ensemble = plan.root / "ensemble.ckpt"
-    write_ensemble([run.checkpoint for run in runs], ensemble, found.evaluation.thresholds, found.nonconformity)
+    of_cases = (cases.rule, cases.evaluation.thresholds) if cases else (None, {})
+    write_ensemble(
+        [run.checkpoint for run in runs], ensemble, found.evaluation.thresholds, found.nonconformity, *of_cases
+    )
     summary = SplitSummary(found.evaluation.images, found.evaluation.positives, found.evaluation.groups)
     source = f"{len(plan.folds)} folds, with each seed of {_listed(plan.seeds)}."
     data = Path(plan.settings["data"]["init_args"]["root"]).name
-    outcome = Outcome(found.evaluation, data, splits={"tested": summary}, source=source)
+    outcome = Outcome(
+        found.evaluation,
+        data,
+        splits={"tested": summary},
+        source=source,
+        cases=None if cases is None else cases.evaluation,
+    )
     write_card(plan.root / CARD, load_trained(ensemble)[0], outcome)
     print(
         f"The ensemble of all {len(runs)} models predicts by\n"
         f"  fpt-lightning predict --config {plan.root / 'crossval.yaml'} --ckpt_path ensemble --data.root new_images/"
     )
-
-
-def _fitted(validated: Predictions) -> tuple[dict[str, float], Nonconformity]:
-    """The thresholds, and what prediction sets come from, of out-of-fold predictions of the validation images."""
-    return {} if validated.kind == "regression" else fit_thresholds(validated), fit_nonconformity(validated)
 
 
 def _validated(runs: Sequence[Fold]) -> Predictions:

@@ -116,7 +116,7 @@ def evaluate(
     folder = Path(predictions).parent / "evaluate" if out is None else Path(out)
     if out is None and (kept := keep_beside(folder)) is not None:
         print(f"The earlier evaluation is kept in {kept}.")
-    content = evaluation.to_dict() | ({"cases": cases.to_dict()} if cases else {})
+    content = evaluation.to_dict() | ({"cases": cases[1].to_dict()} if cases else {})
     if breakdowns:
         content["subgroups"] = {each.column: each.to_dict() for each in breakdowns}
     write_json(folder / "evaluation.json", content)
@@ -130,17 +130,18 @@ def evaluate(
         breakdowns=breakdowns,
         about=about,
     )
-    tables = [each.table() for each in (evaluation, cases, *breakdowns) if each]
+    tables = [each.table() for each in (evaluation, *(cases[1:] if cases else ()), *breakdowns)]
     print("\n\n".join([*tables, f"The report is {folder / 'report.html'}."]))
 
 
 def _evaluated_cases(
     found: Predictions, fitting: Predictions | None, rule: Rule | None, settings: dict[str, Any]
-) -> scores.Evaluation:
-    """The cases of predictions, by a rule that is given or chosen, and thresholds fitted, on validation cases."""
+) -> tuple[Predictions, scores.Evaluation]:
+    """Cases and their evaluation, by a rule that is given or chosen, and thresholds fitted, on validation cases."""
     chosen, thresholds = False, None
     if fitting is not None and fitting.cases:
         chosen = rule is None
         rule = rule or choose_rule(fitting)
         thresholds = fit_thresholds(by_case(fitting, rule))
-    return evaluate_cases(found, rule or RULES[0], thresholds, chosen=chosen, **settings)
+    rule = rule or RULES[0]
+    return by_case(found, rule), evaluate_cases(found, rule, thresholds, chosen=chosen, **settings)

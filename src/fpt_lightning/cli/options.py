@@ -59,6 +59,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("trainer.accelerator", "auto", "auto, cpu, gpu or mps"),
         Option("trainer.devices", "auto", "how many of them"),
         Option("trainer.precision", "32-true", "of training: 32-true, bf16-mixed or 16-mixed"),
+        Option("report_pictures", "0", "of the most confident errors, shown with their names in report.html"),
         Option("seed_everything", "0", "of initialisation, order and augmentation"),
         Option("ckpt_path", "null", "checkpoint that fit goes on from, or that others use; best and last"),
     ],

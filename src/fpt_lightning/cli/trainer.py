@@ -166,10 +166,11 @@ class Trainer(L.Trainer):
         head: int | None = None,
         images: int = 16,
         split: Literal["val", "test"] | None = None,
+        deletion: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Show what a trained model looked at: pictures of images, and over all of them how far to trust these.
+        """Show what a trained model looked at: pictures of images, and if asked for how far to trust these.
 
         Args:
             model: FPT+ or FPT.
@@ -177,15 +178,17 @@ class Trainer(L.Trainer):
             out: folder of the pictures and numbers (``fpt_lightning.explanation.writer.ExplanationWriter``).
             layer: tapped block of the encoder, counted from 0, that is drawn; the last one by default.
             head: whose tokens and attention are drawn; all of them by default.
-            images: how many are drawn, evenly spread over all.
+            images: how many are drawn, evenly spread over all; no others are read.
             split: of the data set, from the store where the data module has one; by default every image below
                 data.root, through the encoder.
+            deletion: whether tokens are taken out of every image, drawn or not, to see whether scores fall with those
+                that the pictures show; takes tens of times as long as prediction.
             ckpt_path: the trained model's checkpoint.
             weights_only: not used; only tensors and plain values are read.
         """
         assert isinstance(datamodule, ImageDataModule)
-        datamodule.explained = split
-        cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images))
+        datamodule.explained, datamodule.drawn = split, None if deletion else images
+        cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images, deletion))
         self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
 
 

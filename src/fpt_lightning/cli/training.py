@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -99,6 +100,12 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.description = "Train classifiers on high-resolution medical images with a frozen vision transformer."
+        parser.add_argument(
+            "--report_pictures",
+            type=NonNegativeInt,
+            default=0,
+            help="how many of the most confident errors report.html shows, with names and pictures",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse what the parser refuses in a line, with the nearest of the command's options.
@@ -196,7 +203,7 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Let errors name this very command, and results the checkpoint they are of."""
-        self.datamodule.folder = self._lists
+        self.datamodule.folder, self.results.pictures = self._lists, self._get(self.config, "report_pictures")
         if self._listed is not None:  # read once
             self.datamodule.manifest = self.datamodule.listed = self._listed
         if self.checkpoint is not None:
@@ -299,7 +306,7 @@ class CommandLine(LightningCLI):
             self.datamodule.check_store(self.model.encoder_config)
 
     def before_explain(self) -> None:
-        given = {name: self._get(self.config, name) for name in ("layer", "head", "images")}
+        given = {name: self._get(self.config, name) for name in ("layer", "head", "images", "deletion")}
         ExplanationWriter(self._get(self.config, "out"), self.model, **given)  # which refuses what it cannot draw
         self.datamodule.explained = self._get(self.config, "split")
         self.check("predict")
@@ -348,7 +355,7 @@ class CommandLine(LightningCLI):
     def _test(self, name: str, path: Path) -> list[CheckpointResult]:
         """Test one of the run's checkpoints; loggers get its metrics under its own name."""
         root, epoch, metric = path.parent, read_checkpoint(path)["epoch"], f"val_{self.model.task.MONITOR[0]}"
-        self.results.checkpoint, self.results.validation_auc = name, logged_at(root, "val_auc", epoch)
+        self.results.checkpoint, self.results.fitted = name, epoch
         self.results.writes = name == "best" or not path.with_name("best.ckpt").is_file()
         self.results.epoch = epoch + 1
         loggers, self.trainer.loggers = self.trainer.loggers, []

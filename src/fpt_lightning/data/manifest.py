@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.errors import ConfigurationError, DataError, a_few
@@ -58,6 +60,9 @@ class Manifest:
             change from fold to fold, so that one store serves every fold.
         unfolded: of a cross-validation, ids of the training images that there are without it, in ascending order: a
             store whose statistics are of these serves every fold too.
+        origin: how images came to their splits, in words; empty where nobody asked.
+        overlaps: how many cases, groups and files (``case``, ``group``, ``file``) were found in more than one split;
+            None where none were looked for.
     """
 
     root: Path
@@ -69,6 +74,8 @@ class Manifest:
     files: ImageFiles | None = field(default=None, compare=False, repr=False)
     measured: tuple[str, ...] = ("train",)
     unfolded: tuple[str, ...] = ()
+    origin: str = field(default="", compare=False)
+    overlaps: Mapping[str, int] | None = field(default=None, compare=False)
 
     def look(self) -> Manifest:
         """The data set with its files as they are now."""
@@ -81,6 +88,11 @@ class Manifest:
     def to_measure(self) -> tuple[Sample, ...]:
         """The samples over whose images ``auto`` statistics are measured, in ascending order of their ids."""
         return tuple(sample for sample in self.samples if sample.split in self.measured)
+
+    def spread(self, count: int) -> Manifest:
+        """So many of its images, evenly spread over all; all, where there are no more."""
+        places = np.linspace(0, len(self.samples) - 1, min(count, len(self.samples))).round().astype(int)
+        return replace(self, samples=tuple(self.samples[i] for i in places))
 
     def without(self, ids: Collection[str]) -> Manifest:
         """The data set without some samples, whose images cannot be read.

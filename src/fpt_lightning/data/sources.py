@@ -105,26 +105,32 @@ def read_manifest(
     drawn = not external and not samples[0].split
     measured: tuple[str, ...] = ("train",)
     unfolded: tuple[str, ...] = ()
+    origin = "as given with the data set"
+    at_random = f"drawn at random with seed {split_seed}, stratified, groups whole"
     if external:
+        origin = "all are test images, of a model that was trained on others"
         samples = [replace(sample, split="test") for sample in samples]
     elif fold is not None:
         unfolded = tuple(sample.id for sample in _split(samples, split_seed, kind) if sample.split == "train")
         samples = fold_split(samples, fold, folds, split_seed, kind)
         measured = SPLITS if drawn else ("train", "val")
+        origin = f"fold {fold} of {folds}{'' if drawn else ' of what is not for test'}, {at_random}"
     else:
         given, samples = samples, _split(samples, split_seed, kind)
+        origin = f"70% training, 10% validation and 20% test images, {at_random}" if drawn else origin
         if not drawn and samples is not given:
             drawn, count = True, sum(sample.split == "val" for sample in samples)
+            origin = f"test images as given with the data set, an eighth of the others for validation, {at_random}"
             notes.append(f"there are no validation images: {count:,} of the training images are drawn, whole groups.")
     if kind == "multi-label":
         samples = [_filled(sample, missing_labels, uncertain_labels) for sample in samples]
     random = not external and (drawn or fold is not None)
     files = files.of([sample.id for sample in samples])
-    manifest = Manifest(folder, tuple(samples), names, kind, random, tuple(notes), files, measured, unfolded)
+    manifest = Manifest(folder, tuple(samples), names, kind, random, tuple(notes), files, measured, unfolded, origin)
     if not external:
         if kind == "single-label" and len(names) < 2:
             raise DataError(f"the data set has one class only, {names[0]!r}: a classifier needs at least two.")
-        check_splits(manifest, allow_overlap, digests, overlaps)
+        manifest = replace(manifest, overlaps=check_splits(manifest, allow_overlap, digests, overlaps))
     return manifest
 
 

@@ -157,7 +157,7 @@ class _Overlap(NamedTuple):
 
 def check_splits(
     manifest: Manifest, allow_overlap: bool, digests: Digests | None = None, overlaps: Path | None = None
-) -> None:
+) -> dict[str, int]:
     """Refuse an empty split, and groups or identical files in several splits unless they are allowed.
 
     Args:
@@ -167,6 +167,9 @@ def check_splits(
         overlaps: CSV file that lists every image of which another split has the case, the group or the file, with one
             of that split. An earlier list there is replaced, or removed where nothing overlaps; another file is kept,
             and the list has a free name beside it.
+
+    Returns:
+        How many cases, groups and files are in several splits.
 
     Raises:
         DataError: an empty split.
@@ -195,6 +198,7 @@ def check_splits(
         raise OverlapError(f"{'; '.join(told)}: mend the splits, or allow it by data.allow_overlap true{listed}.")
     if told:
         warnings.warn(f"{'; '.join(told)}: test figures are too good{listed}.", stacklevel=2)
+    return {**{what: len(found) for what, found in crossing.items()}, "file": len(identical)}
 
 
 def _list_overlaps(rows: Sequence[_Overlap], path: Path) -> str:

@@ -42,6 +42,14 @@ def unit_pixels(image: NDArray[np.uint8] | NDArray[np.uint16], size: tuple[int, 
     return resize(image, size).float() / float(np.iinfo(image.dtype).max)
 
 
+def shrunk(image: NDArray[np.uint8] | NDArray[np.uint16], longest: int) -> NDArray[np.float32]:
+    """An image (height, width, 3) at no more than ``longest`` pixels a side, in its aspect and in [0, 1]."""
+    height, width = image.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return np.asarray(unit_pixels(image, size).permute(1, 2, 0).numpy())
+
+
 def stored_copy(image: NDArray[np.uint8] | NDArray[np.uint16], size: int) -> NDArray[np.uint8]:
     """The low-resolution copy that training augments: (size, size, 3), uint8."""
     if image.dtype == np.uint8:

@@ -121,6 +121,7 @@ class ManifestDataModule(L.LightningDataModule):
         self.seed: int | None = None
         self._sampler: EpochSampler | None = None  # of the last training loader without a trainer
         self.explained: str | None = None  # the split that predict takes, with its labels, in place of all images
+        self.drawn: int | None = None  # how many of these predict takes; all by default
         self.listed: Manifest | None = None  # the whole data set
         self.manifest: Manifest | None = None  # without what is left out
         self.unlabelled: Manifest | None = None
@@ -159,11 +160,15 @@ class ManifestDataModule(L.LightningDataModule):
 
     @property
     def predicted(self) -> Manifest:
-        """What predict takes, after ``setup``: every image below ``root``, or the split that is explained."""
+        """What predict takes, after ``setup``: every image below ``root``, or of the split that is explained."""
         if self.explained is not None:
-            return replace(self.labelled, samples=self.labelled.split(self.explained))
+            return self._drawn(replace(self.labelled, samples=self.labelled.split(self.explained)))
         assert self.unlabelled is not None
         return self.unlabelled
+
+    def _drawn(self, manifest: Manifest) -> Manifest:
+        """Those of the images that predict takes which are drawn."""
+        return manifest if self.drawn is None else manifest.spread(self.drawn)
 
     @property
     def class_names(self) -> tuple[str, ...]:

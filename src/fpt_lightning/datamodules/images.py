@@ -111,13 +111,15 @@ class ImageDataModule(ManifestDataModule):
             check_extras(listed.path(sample) for sample in listed.samples)
             for note in listed.notes:
                 rank_zero_info(note)
-            self.unlabelled = self._readable(listed)
+            self.unlabelled = self._readable(self._drawn(listed))
             encoder = self._declared("encoder_config")
             self.specification = None if encoder is None else self.asked(encoder)
             return
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         self._setup_features(stage)
+        if stage == "predict":
+            return
         if stage == "fit":
             rank_zero_info("\n".join([self.labelled.summary(), *self.labelled.notes]))
         for split in ("test",) if self.external else SPLITS:
@@ -174,9 +176,9 @@ class ImageDataModule(ManifestDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Every image below ``root``, through the encoder: no store, no labels; or the split that is explained."""
+        """Every image below ``root``, through the encoder: no store, no labels; or of the split that is explained."""
         if self.explained is not None:
-            return self._loader(self.explained)
+            return self._dataloader(self._dataset(self.predicted.samples, "none", False), False, self.batch_size)
         images = self._image_dataset(self.predicted, self.predicted.samples, "none")
         encoded = STORED & self._inputs()
         return self._dataloader(images, False, self.preload_batch_size if encoded else self.batch_size)
@@ -251,7 +253,7 @@ class ImageDataModule(ManifestDataModule):
 
     def _setup_features(self, stage: str) -> None:
         if self.manifest is self.listed:  # once
-            self.manifest = self._readable(self.labelled)
+            self.manifest = self._readable(self.labelled if self.explained is None else self.predicted)
         if stage == "fit":
             self._measure()
         encoder = self._declared("encoder_config")
@@ -383,11 +385,13 @@ class ImageDataModule(ManifestDataModule):
         side_views = self._side_views(augmentation, mean, std)
         return ImageSamples(manifest, samples, side_views, views, self.reader, self.image_size)
 
-    def _dataset(self, split: str, augmentation: str) -> Samples:
-        return self._image_dataset(self.labelled, self.labelled.split(split), augmentation)
+    def _dataset(self, samples: Sequence[Sample], augmentation: str, training: bool) -> Samples:
+        return self._image_dataset(self.labelled, samples, augmentation)
 
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
-        return self._dataloader(self._dataset(split, augmentation), split == "train", self.batch_size)
+        training = split == "train"
+        dataset = self._dataset(self.labelled.split(split), augmentation, training)
+        return self._dataloader(dataset, training, self.batch_size)
 
 
 def over_images(ids: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
-from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.manifest import Manifest, Sample
 from fpt_lightning.datamodules.images import ImageDataModule, over_images
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -302,10 +302,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
             batch["side_images"] = self._device_views(batch.pop("copies"), batch.pop("view_numbers"))
         return batch
 
-    def _dataset(self, split: str, augmentation: str) -> Samples:
+    def _dataset(self, samples: Sequence[Sample], augmentation: str, training: bool) -> Samples:
         stored = STORED & self._inputs()
         if not stored:
-            return super()._dataset(split, augmentation)
+            return super()._dataset(samples, augmentation, training)
         assert self.store is not None
         spec = self.store.specification
         if self._augments_on_device(augmentation):
@@ -314,7 +314,6 @@ class PreloadedFeatureDataModule(ImageDataModule):
         else:
             side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
         inputs = sorted(stored) if self.explained is None else [*sorted(stored), "indices"]
-        samples, arrays = self.labelled.split(split), self.store.arrays_of(inputs)
         seed = self.seed if spec.mirrored and augmentation != "none" else None
-        both = split != "train" and bool(self._declared("test_time_mirroring"))
-        return StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed, both)
+        both = not training and bool(self._declared("test_time_mirroring"))
+        return StoredSamples(self.labelled, samples, side_views, self.store, self.store.arrays_of(inputs), seed, both)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fpt_lightning.deployment.checkpoints import read_checkpoint
 from fpt_lightning.errors import CheckpointError
+from fpt_lightning.evaluation.cases import Rule
 from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.files import write_pickle
 from fpt_lightning.methods.ensemble import EnsembleModule
@@ -21,6 +22,8 @@ def write_ensemble(
     out: str | Path,
     thresholds: Mapping[str, float],
     nonconformity: Nonconformity | None = None,
+    case_rule: Rule | None = None,
+    case_thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Write the checkpoint of an ensemble, whole or not at all; it is used as that of any other model.
 
@@ -31,6 +34,8 @@ def write_ensemble(
         thresholds: by class, which the ensemble decides by, such as those fitted to out-of-fold predictions.
         nonconformity: of such predictions (``fpt_lightning.evaluation.conformal.fit_nonconformity``); without, it has
             no prediction sets.
+        case_rule: by which the ensemble's predictions of cases come of their images'.
+        case_thresholds: by class, which it decides for cases by.
 
     Raises:
         CheckpointError: no such checkpoint, or members that do not belong together, naming them.
@@ -41,6 +46,7 @@ def write_ensemble(
         raise CheckpointError(f"the checkpoint {twice[0]} is given more than once: a member has one voice.")
     members = {name: read_checkpoint(name) for name in names}
     ensemble = EnsembleModule.of(members, thresholds, nonconformity)
+    ensemble.case_rule, ensemble.case_thresholds = case_rule, dict(case_thresholds or {})
     first = next(iter(members.values()))
     checkpoint: dict[str, Any] = {name: first[name] for name in _OF_LIGHTNING if name in first}
     checkpoint |= {"state_dict": ensemble.state_dict(), "hyper_parameters": dict(ensemble.hparams)}

@@ -114,15 +114,25 @@ def evaluate_cases(
         ConfigurationError: see ``evaluate``.
         DataError: see ``by_case`` and ``evaluate``.
     """
-    cases = by_case(predictions, rule)
-    evaluation = evaluate(cases, thresholds, **settings)
+    evaluation = evaluate(by_case(predictions, rule), thresholds, **settings)
+    why = f"which had the best {label(_chosen_by(predictions), 0)} of validation cases" if chosen else ""
+    return replace(evaluation, notes=[*case_notes(predictions, rule, why), *evaluation.notes])
+
+
+def case_notes(predictions: Predictions, rule: Rule, why: str) -> list[str]:
+    """How the cases of predictions of images come of these.
+
+    Args:
+        predictions: of images.
+        rule: of ``by_case``.
+        why: it is this one; empty where nobody chose it.
+    """
     what = "number" if predictions.kind == "regression" else "probability"
-    why = f", which had the best {label(_chosen_by(predictions), 0)} of validation cases" if chosen else ""
-    notes = [f"The {what} of a case is {_SAID[rule]}{why}."]
+    notes = [f"The {what} of a case is {_SAID[rule]}{f', {why}' if why else ''}."]
     if mixed := _mixed(predictions):
         listed = ", ".join(predictions.classes)
         notes.append(f"{mixed:,} cases have images of several classes: the highest counts, of {listed} the last.")
-    return replace(evaluation, notes=[*notes, *evaluation.notes])
+    return notes
 
 
 def _chosen_by(predictions: Predictions) -> str:

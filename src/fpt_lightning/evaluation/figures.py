@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -50,7 +51,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _HALVES = (0, 0.5, 1)
-_NAME = 24  # letters of a subgroup's name that are shown
+_NAME = 20  # letters of a subgroup's name in a line
 _GRID = np.linspace(0, 1, 101)
 _THRESHOLDS = np.arange(1, 100) / 100
 
@@ -139,27 +140,32 @@ def draw_forest(estimates: Mapping[str, Estimate], whole: Estimate) -> str:
         estimates: by subgroup, each with a value.
         whole: a line in a band.
     """
-    height = 0.4 + 0.22 * len(estimates)
+    names = ["\n".join(textwrap.wrap(name, _NAME)) or name for name in estimates]
+    heights = [0.09 + 0.13 * (name.count("\n") + 1) for name in names]
+    places = np.cumsum(heights) - np.array(heights) / 2
+    height = 0.4 + sum(heights)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, height))
         axes = figure.add_axes((0.36, 0.28 / height, 0.61, 1 - 0.3 / height))
         axes.axvspan(whole.low, whole.high, color=LINE, alpha=0.5, linewidth=0)
         axes.axvline(whole.value, color=MUTED, linewidth=0.8)
-        for row, each in enumerate(estimates.values()):
+        for row, each in zip(places, estimates.values(), strict=True):
             axes.plot([each.low, each.high], [row, row], color=ACCENT)
             axes.plot(each.value, row, "o", color=ACCENT, markersize=4)
-        axes.set(ylim=(len(estimates) - 0.5, -0.5))
-        axes.set_yticks(
-            range(len(estimates)), [name if len(name) <= _NAME else f"{name[:_NAME]}..." for name in estimates]
-        )
+        axes.set(ylim=(sum(heights), 0))
+        axes.set_yticks(places, names)
         axes.tick_params(axis="y", length=0)
         return _svg(figure, "subgroups")
 
 
-def draw_history(label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """One or two names with their (epoch, value)."""
+def draw_history(
+    label: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], marked: float | None = None
+) -> str:
+    """One or two names with their (epoch, value), and an epoch that is marked."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _wide("epoch", label)
+        if marked is not None:
+            axes.axvline(marked, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
         for (name, points), colour, style in zip(series, (ACCENT, SECOND), ("-", (0, (4, 1.5))), strict=False):
             epochs, values = np.array(points)[_thinned(len(points))].T
             marker = "o" if len(points) == 1 else ""

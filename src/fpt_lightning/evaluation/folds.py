@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fpt_lightning.errors import DataError, a_few
+from fpt_lightning.evaluation.cases import RULES, Rule, by_case, case_notes
 from fpt_lightning.evaluation.comparison import matched
 from fpt_lightning.evaluation.conformal import (
     DEFAULT_COVERAGE,
@@ -53,15 +54,13 @@ def pooled(parts: Sequence[Predictions]) -> Predictions:
         for column in ("groups", "cases")
     )
     labels, scores = (np.concatenate([getattr(each, name) for each in parts]) for name in ("labels", "scores"))
-    whole = Predictions(
-        first.kind,
-        tuple(ids),
-        labels,
-        scores,
-        first.classes,
-        tuple(groups) if any(groups) else (),
-        first.ordered,
-        tuple(cases) if any(cases) else (),
+    whole = replace(
+        first,
+        ids=tuple(ids),
+        labels=labels,
+        scores=scores,
+        groups=tuple(groups) if any(groups) else (),
+        cases=tuple(cases) if any(cases) else (),
     )
     return whole.take(_order(ids))
 
@@ -116,6 +115,20 @@ class Spread:
         return {"mean": self.mean, "sd": self.sd, "low": self.low, "high": self.high, "values": list(self.values)}
 
 
+class Cases(NamedTuple):
+    """The cases that a cross-validation's images are of.
+
+    Attributes:
+        rule: by which their scores come of the images'.
+        predictions: of all folds and seeds as one.
+        evaluation: of these.
+    """
+
+    rule: Rule
+    predictions: Predictions
+    evaluation: Evaluation
+
+
 @dataclass(frozen=True)
 class CrossValidation:
     """What the models of all folds and seeds are worth.
@@ -128,6 +141,7 @@ class CrossValidation:
         folds: by metric, of each fold, the mean over its seeds.
         seeds: by metric, of each seed's own predictions of all folds.
         nonconformity: from which the prediction sets of all models together come.
+        cases: that the images are of; None where there are none.
     """
 
     predictions: Predictions
@@ -137,6 +151,7 @@ class CrossValidation:
     folds: dict[str, Spread]
     seeds: dict[str, Spread]
     nonconformity: Nonconformity
+    cases: Cases | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
@@ -155,18 +170,24 @@ class CrossValidation:
         return plain
 
     def table(self) -> str:
-        """For people, as wide as the terminal: a row a metric, of all together, of the folds and of the seeds."""
+        """For people, as wide as the terminal: its caption, and a row a metric."""
+        return f"{self.caption()}\n\n{align(self.rows(), screen_width())}"
+
+    def caption(self) -> str:
+        """What the columns of ``rows`` are."""
         folds, seeds = (len(next(iter(spread.values())).values) for spread in (self.folds, self.seeds))
-        caption = f"{folds} folds: mean, standard deviation (sd), lowest, highest"
-        heads = ["together", "mean", "sd", "lowest", "highest"]
-        if seeds > 1:
-            caption, heads = f"{caption}; {seeds} seeds: sd", [*heads, "seeds"]
+        of_seeds = f"; {seeds} seeds: sd" if seeds > 1 else ""
+        return f"{folds} folds: mean, standard deviation (sd), lowest, highest{of_seeds}."
+
+    def rows(self) -> list[list[str]]:
+        """Heads, and a row a metric, of all together, of the folds and, if there are several, of the seeds."""
+        heads = ["together", "mean", "sd", "lowest", "highest", *(["seeds"] if len(self.by_seed) > 1 else [])]
         rows = [["", *heads]]
         for name, estimate in self.evaluation.overall.items():
             fold, seed = self.folds[name], self.seeds[name]
             values = [estimate.value, fold.mean, fold.sd, fold.low, fold.high, seed.sd][: len(heads)]
             rows.append([label(name, self.evaluation.specificity), *map(number, values)])
-        return f"{caption}.\n\n{align(rows, screen_width())}"
+        return rows
 
 
 def are_held_out(tests: Sequence[Predictions]) -> bool:
@@ -180,71 +201,64 @@ def are_held_out(tests: Sequence[Predictions]) -> bool:
 
 def cross_validated(
     runs: Mapping[tuple[int, int], Predictions],
-    thresholds: Mapping[str, float] | None = None,
-    nonconformity: Nonconformity | None = None,
+    validation: Predictions | None = None,
     *,
+    case_rules: Sequence[Rule] = (),
     resamples: int = 2000,
     seed: int = 0,
     specificity: float = 0.9,
 ) -> CrossValidation:
-    """Score all folds and seeds as one, and each.
+    """Score all folds and seeds as one, and each; and the cases that their images are of, where there are any.
 
     Scores of several seeds are averaged. Where each fold tested images of its own, those are pooled, and decided for by
     thresholds that are fitted to the other folds' (``fit_thresholds``); the thresholds that are shown are of all, and
-    prediction sets likewise. Else the folds' scores are averaged too.
+    prediction sets likewise. Else the folds' scores are averaged too. Cases come of the images' scores by the rule that
+    most runs chose, so that all are on one scale, and are decided for likewise.
 
     Args:
         runs: test predictions by fold and seed, of every fold with every seed.
-        thresholds: by class, where all folds tested the same images; as of ``evaluate``.
-        nonconformity: of the validation images, where all folds tested the same images.
+        validation: predictions that thresholds and sets come from, where all folds tested the same images.
+        case_rules: that the runs chose on their validation cases.
         resamples: of the bootstrap.
         seed: of the bootstrap.
         specificity: at which a sensitivity is given.
 
     Raises:
-        ConfigurationError: a threshold of no class, or a number out of its range.
+        ConfigurationError: a number out of its range.
         DataError: predictions that do not belong together, or no labelled image.
     """
     folds, seeds = sorted({fold for fold, _ in runs}), sorted({each for _, each in runs})
-    of_seed = {each: [runs[fold, each] for fold in folds] for each in seeds}
     parts = [averaged([runs[fold, each] for each in seeds]) for fold in folds]
     held_out, fits = are_held_out(parts), parts[0].kind != "regression"
-    join = pooled if held_out else averaged
-    whole, by_seed = join(parts), {each: join(own) for each, own in of_seed.items()}
-    by = [thresholds or {} for _ in folds]
+    settings: dict[str, Any] = {"resamples": resamples, "seed": seed, "specificity": specificity}
+    joined = _Joined.of(parts, held_out, validation)
+    by_seed = {each: joined.like([runs[fold, each] for fold in folds]) for each in seeds}
     if held_out:
-        others = [pooled([part for part in parts if part is not each]) for each in parts]
-        sets = _sets(parts, [fit_nonconformity(other) for other in others])
-        nonconformity = fit_nonconformity(whole)
-        if fits:
-            by, thresholds = [fit_thresholds(other) for other in others], fit_thresholds(whole)
+        others = [fit_nonconformity(pooled([part for part in parts if part is not each])) for each in parts]
+        sets, nonconformity = _sets(parts, others), fit_nonconformity(joined.whole)
     else:
-        sets = _sets([whole], [nonconformity or {}])
-
-    def decided(predictions: Sequence[Predictions]) -> NDArray[np.bool_] | None:
-        return _decided(predictions, by) if held_out and fits else None
-
-    evaluation = evaluate(
-        whole, thresholds, decided=decided(parts), sets=sets, resamples=resamples, seed=seed, specificity=specificity
-    )
+        nonconformity = {} if validation is None else fit_nonconformity(validation)
+        sets = _sets([joined.whole], [nonconformity])
+    evaluation = joined.evaluated({**settings, "sets": sets})
     of_runs = [
         [_overall(runs[fold, each], own, specificity, None) for each in seeds]
-        for fold, own in zip(folds, by, strict=True)
+        for fold, own in zip(folds, joined.by_fold, strict=True)
     ]
-    of_seeds = [_overall(by_seed[each], thresholds or {}, specificity, decided(own)) for each, own in of_seed.items()]
+    of_seeds = [_overall(each.whole, each.thresholds, specificity, each.decided) for each in by_seed.values()]
     spread = {
         name: Spread(tuple(Spread(tuple(each[name] for each in fold)).mean for fold in of_runs))
         for name in evaluation.overall
     }
     notes = [_note(next(iter(spread)), specificity, spread, len(seeds), held_out, fits), *evaluation.notes]
     return CrossValidation(
-        whole,
-        by_seed,
+        joined.whole,
+        {each: own.whole for each, own in by_seed.items()},
         replace(evaluation, notes=notes),
         held_out,
         spread,
         {name: Spread(tuple(each[name] for each in of_seeds)) for name in evaluation.overall},
-        nonconformity or {},
+        nonconformity,
+        _cases(parts, joined.whole, held_out, validation, case_rules, settings),
     )
 
 
@@ -256,6 +270,67 @@ def _sets(parts: Sequence[Predictions], fitted: Sequence[Nonconformity]) -> Sets
     fewest = min(found, key=lambda sets: sets.units)
     members = np.concatenate([sets.members for sets in found])
     return replace(fewest, members=members[_order([id for part in parts for id in part.ids])])
+
+
+def _cases(
+    parts: Sequence[Predictions],
+    whole: Predictions,
+    held_out: bool,
+    validation: Predictions | None,
+    rules: Sequence[Rule],
+    settings: Mapping[str, Any],
+) -> Cases | None:
+    """The cases of the folds' images; None where there are none with a label."""
+    if not whole.cases or not rules:
+        return None
+    rule = max(RULES, key=rules.count)
+    if not by_case(whole, rule).known.any():
+        return None
+    of_parts = [by_case(part, rule) for part in (parts if held_out else [whole])]
+    joined = _Joined.of(of_parts, held_out, None if validation is None else by_case(validation, rule))
+    why = f"which {rules.count(rule)} of {len(rules)} runs chose on their validation cases"
+    evaluation = joined.evaluated(settings)
+    notes = [*case_notes(whole, rule, why), *evaluation.notes]
+    return Cases(rule, joined.whole, replace(evaluation, notes=notes))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The folds' predictions as one, and how they are decided for.
+
+    Attributes:
+        whole: pooled where each fold tested images of its own, else averaged.
+        thresholds: that are shown.
+        by_fold: that decide each fold's predictions.
+        decided: which classes each of the whole is decided for (N, C); None where ``thresholds`` decide all.
+    """
+
+    whole: Predictions
+    thresholds: Mapping[str, float]
+    by_fold: Sequence[Mapping[str, float]]
+    decided: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Predictions], held_out: bool, validation: Predictions | None) -> _Joined:
+        """Of the folds' predictions; thresholds are fitted to the other folds', or to validation."""
+        whole = pooled(parts) if held_out else averaged(parts)
+        if whole.kind == "regression" or (not held_out and validation is None):
+            return cls(whole, {}, [{} for _ in parts], None)
+        if not held_out:
+            assert validation is not None
+            thresholds = fit_thresholds(validation)
+            return cls(whole, thresholds, [thresholds for _ in parts], None)
+        by_fold = [fit_thresholds(pooled([part for part in parts if part is not each])) for each in parts]
+        return cls(whole, fit_thresholds(whole), by_fold, _decided(parts, by_fold))
+
+    def like(self, parts: Sequence[Predictions]) -> _Joined:
+        """Other predictions of the same folds, decided for by the same thresholds."""
+        if self.decided is None:
+            return replace(self, whole=pooled(parts) if are_held_out(parts) else averaged(parts))
+        return replace(self, whole=pooled(parts), decided=_decided(parts, self.by_fold))
+
+    def evaluated(self, settings: Mapping[str, Any]) -> Evaluation:
+        return evaluate(self.whole, self.thresholds or None, decided=self.decided, **settings)
 
 
 def _decided(parts: Sequence[Predictions], thresholds: Sequence[Mapping[str, float]]) -> NDArray[np.bool_]:

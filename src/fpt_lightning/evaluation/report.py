@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,12 +21,13 @@ from fpt_lightning.evaluation.figures import (
     draw_scatter,
     limits_of_agreement,
 )
+from fpt_lightning.evaluation.gallery import gallery
 from fpt_lightning.evaluation.measures import confusion_matrix
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import resampled_weights
 from fpt_lightning.evaluation.scores import Evaluation
 from fpt_lightning.evaluation.subgroups import Breakdown, SubgroupEstimate
-from fpt_lightning.files import read_rows, write_text
+from fpt_lightning.files import Row, read_rows, write_text
 
 BAND_RESAMPLES = 500
 MOST_PANELS = 24
@@ -36,12 +37,14 @@ MOST_PANELS = 24
 _HISTORY = {
     "train_loss_epoch": "training",
     "val_loss": "validation",
-    "val_auc": "validation AUC",
     "val_quadratic_kappa": "validation quadratic kappa",
+    "val_auc": "validation AUC",
     "val_mae": "validation mean absolute error",
     "val_accuracy": "validation accuracy",
 }
 
+
+_CURVES = _ROC, _RECALL, _CALIBRATION, _BENEFIT = "ROC curves", "Precision-recall", "Calibration", "Decision curves"
 
 _FOREST = ("auc", "balanced_accuracy", "sensitivity", "specificity", "mae", "spearman")
 """Overall metrics of subgroups that are drawn."""
@@ -68,10 +71,15 @@ def write_report(
     evaluation: Evaluation,
     *,
     title: str,
-    cases: Evaluation | None = None,
+    methods: str | None = None,
+    folds: tuple[str, Sequence[Sequence[str]]] | None = None,
+    cases: tuple[Predictions, Evaluation] | None = None,
     breakdowns: Sequence[Breakdown] = (),
     data: Mapping[str, SplitSummary] | None = None,
+    apart: Sequence[str] = (),
+    pictures: Mapping[str, bytes] | None = None,
     history: str | Path | None = None,
+    epoch: int | None = None,
     memory: Mapping[str, float] | None = None,
     configuration: str | None = None,
     about: Mapping[str, str] | None = None,
@@ -83,10 +91,16 @@ def write_report(
         predictions: what was evaluated.
         evaluation: of them.
         title: of the report.
-        cases: evaluation of the cases that the images are of.
+        methods: a paragraph on how the model was trained and tested, as papers have it.
+        folds: of a cross-validation, what the columns of a table are, and the table, its heads first.
+        cases: predictions of the cases that the images are of, and their evaluation.
         breakdowns: of the predictions into subgroups.
         data: by split.
+        apart: sentences on patients and files in several splits.
+        pictures: JPEG files of images that are predicted wrongly, by id
+            (``fpt_lightning.evaluation.gallery.largest_errors``).
         history: Lightning's ``metrics.csv`` of the training.
+        epoch: of the history, from 0, that is evaluated: it is marked, and its validation stands beside the test.
         memory: peaks in MiB, by name.
         configuration: of the run, as text.
         about: versions, file names and whatever else identifies the run, by name.
@@ -95,15 +109,19 @@ def write_report(
         DataError: a history that cannot be read.
     """
     labelled = predictions.labelled()
+    epochs = [] if history is None else read_rows(Path(history), "history")
     sections = [
-        _headline(evaluation, "Results"),
+        _headline(evaluation, "Results", validation=_validation(epochs, epoch)),
         _notes(evaluation.notes),
-        _data(data) if data else "",
-        *([_agreement(labelled)] if evaluation.kind == "regression" else _classification(labelled, evaluation)),
+        _section("Methods", f'<p class="prose">{escape(methods)}</p>') if methods else "",
+        _folds(*folds) if folds else "",
+        _data(data, apart) if data else "",
+        _agreement(labelled) if evaluation.kind == "regression" else _classification(labelled, evaluation),
         _sets(evaluation.coverage) if evaluation.coverage else "",
-        _cases(cases) if cases else "",
+        _gallery(labelled, pictures) if pictures else "",
+        _cases(*cases) if cases else "",
         *(_subgroups(breakdown, evaluation) for breakdown in breakdowns),
-        _training(Path(history)) if history is not None else "",
+        _training(epochs, epoch),
         _memory(memory) if memory else "",
         _configuration(configuration) if configuration else "",
         _about(about) if about else "",
@@ -120,10 +138,13 @@ def _section(title: str, content: str, explanation: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
 
 
-def _headline(evaluation: Evaluation, title: str, about: str = "") -> str:
+def _headline(
+    evaluation: Evaluation, title: str, about: str = "", validation: Mapping[str, float] | None = None
+) -> str:
+    beside = {name: f"<small>validation {number(value)}</small>" for name, value in (validation or {}).items()}
     tiles = [
         f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
-        f"<small>{_bounds(estimate)}</small></dd></div>"
+        f"<small>{_bounds(estimate)}</small>{beside.get(metric, '')}</dd></div>"
         for metric, estimate in evaluation.overall.items()
     ]
     averaged = {
@@ -133,7 +154,14 @@ def _headline(evaluation: Evaluation, title: str, about: str = "") -> str:
     }[evaluation.kind]
     columns = len(tiles) if len(tiles) < 7 else 4
     listed = f'<dl class="tiles" style="--columns:{columns}">{"".join(tiles)}</dl>'
-    return _section(title, listed, f"{about}Value and 95% interval. {averaged}")
+    below = "Below them that of the validation images at the epoch that is tested. " if validation else ""
+    return _section(title, listed, f"{about}Value and 95% interval. {below}{averaged}")
+
+
+def _validation(history: Sequence[Row], epoch: int | None) -> dict[str, float]:
+    """Metrics of the validation images at an epoch, by name."""
+    values = [each for row in history if row["epoch"] == str(epoch) for each in row.items()]
+    return {name.removeprefix("val_"): float(value) for name, value in values if name.startswith("val_") and value}
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -141,25 +169,30 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<section class="notes"><h2>Notes</h2><ul>{items}</ul></section>' if notes else ""
 
 
-def _data(data: Mapping[str, SplitSummary]) -> str:
+def _folds(caption: str, rows: Sequence[Sequence[str]]) -> str:
+    heads, *cells = rows
+    shown = [[escape(_capital(cell)) for cell in row] for row in cells]
+    return _section("Folds", _table(heads, shown, "narrow"), caption)
+
+
+def _data(data: Mapping[str, SplitSummary], apart: Sequence[str]) -> str:
     classes = list(dict.fromkeys(name for split in data.values() for name in split.classes))
     rows = [["Images", *(f"{split.images:,}" for split in data.values())]]
     if any(split.groups is not None for split in data.values()):
         groups = ("-" if split.groups is None else f"{split.groups:,}" for split in data.values())
         rows.append(["Groups, such as patients", *groups])
     rows += [[name, *(_share(split.classes.get(name, 0), split.images) for split in data.values())] for name in classes]
-    return _section("Data", _table(["", *data], [[escape(cell) for cell in row] for row in rows], "narrow"))
+    listed = f'<ul class="prose">{"".join(f"<li>{escape(each)}</li>" for each in apart)}</ul>' if apart else ""
+    return _section("Data", _table(["", *data], [[escape(cell) for cell in row] for row in rows], "narrow") + listed)
 
 
 def _share(count: int, total: int) -> str:
     return f"{count:,} ({100 * count / total:.0f}%)" if total else "0"
 
 
-def _classification(labelled: Predictions, evaluation: Evaluation) -> Iterable[str]:
-    yield _class_table(evaluation, "Classes")
-    yield _curves(labelled, evaluation)
-    if evaluation.kind == "single-label":
-        yield _confusion(labelled)
+def _classification(labelled: Predictions, evaluation: Evaluation) -> str:
+    confusion = _confusion(labelled) if evaluation.kind == "single-label" else ""
+    return _class_table(evaluation, "Classes") + _curves(labelled, evaluation, _CURVES) + confusion
 
 
 def _class_table(evaluation: Evaluation, title: str) -> str:
@@ -183,7 +216,8 @@ def _class_table(evaluation: Evaluation, title: str) -> str:
     return _section(title, _table(heads, rows), explanation)
 
 
-def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
+def _curves(labelled: Predictions, evaluation: Evaluation, wanted: Sequence[str], of: str = "") -> str:
+    """Sections of curves by their titles, to which is added what they are of."""
     shown, without = _shown(labelled, evaluation)
     roc, recall, calibration, benefit = [], [], [], []
     if evaluation.kind == "single-label":
@@ -204,16 +238,16 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
         f" No curves of {', '.join(without)}: none or all of the {evaluation.unit}s have the class." if without else ""
     )
     groups = [
-        ("ROC curves", f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}{missing}", roc),
-        ("Precision-recall", "Dashed: the share of images that have the class.", recall),
+        (_ROC, f"Shaded: 95% of {BAND_RESAMPLES} resamples. Dot: the decision.{fewer}{missing}", roc),
+        (_RECALL, f"Dashed: the share of {evaluation.unit}s that have the class.", recall),
         (
-            "Calibration",
-            "Diagonal: probabilities that come true. Bars: images in each bin. The calibration error has no interval: "
-            "chance alone makes it larger than 0.",
+            _CALIBRATION,
+            f"Diagonal: probabilities that come true. Bars: {evaluation.unit}s in each bin. The calibration error has "
+            "no interval: chance alone makes it larger than 0.",
             calibration,
         ),
         (
-            "Decision curves",
+            _BENEFIT,
             f"Net benefit of acting from a probability on: the share of {evaluation.unit}s that rightly get an action, "
             "less that of those that wrongly get it, weighed by the odds of that probability. The model (solid) helps "
             "where it is above acting on all (dashed) and on none (0), if its probabilities are calibrated.",
@@ -221,11 +255,11 @@ def _curves(labelled: Predictions, evaluation: Evaluation) -> str:
         ),
     ]
     sections = [
-        _section(title, f'<div class="panels">{"".join(panels)}</div>', explanation)
+        _section(f"{title}{of}", f'<div class="panels">{"".join(panels)}</div>', explanation)
         for title, explanation, panels in groups
-        if panels
+        if panels and title in wanted
     ]
-    if len(shown) == 1:
+    if len(shown) == 1 and len(sections) == len(_CURVES):
         sections = [f'<div class="row">{"".join(sections[:3])}</div>', sections[3]]
     return "".join(sections)
 
@@ -288,10 +322,27 @@ def _sets(found: Coverage) -> str:
     return _section("Prediction sets", _table([], rows, "narrow"), explanation)
 
 
-def _cases(evaluation: Evaluation) -> str:
-    """The headline, notes and classes of cases."""
-    classes = _class_table(evaluation, "Classes of cases") if evaluation.per_class else ""
-    return _headline(evaluation, "Cases", f"{evaluation.basis()} ") + _note_box(evaluation.notes) + classes
+def _gallery(labelled: Predictions, pictures: Mapping[str, bytes]) -> str:
+    what = {
+        "single-label": "Images of another class than the most probable one, those with the highest probability first.",
+        "multi-label": "Images with a label far from its probability, the furthest first.",
+        "regression": "Images whose number is furthest from the predicted one, the furthest first.",
+    }[labelled.kind]
+    return _section("Most confident errors", gallery(labelled, pictures), what)
+
+
+def _cases(predictions: Predictions, evaluation: Evaluation) -> str:
+    """The headline, notes, classes and main curves of cases."""
+    labelled, of = predictions.labelled(), " of cases"
+    parts = [_headline(evaluation, "Cases", f"{evaluation.basis()} "), _note_box(evaluation.notes)]
+    if evaluation.kind == "regression":
+        parts.append(_agreement(labelled, of))
+    else:
+        parts += [
+            _class_table(evaluation, f"Classes{of}"),
+            _curves(labelled, evaluation, (_ROC, _CALIBRATION), of),
+        ]
+    return "".join(parts)
 
 
 def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
@@ -366,7 +417,7 @@ def _beside_rest(estimate: SubgroupEstimate) -> str:
     return f'{_cell(estimate)}<div class="rest">{number(difference.value, "+")}<small>{bounds}</small></div>'
 
 
-def _agreement(labelled: Predictions) -> str:
+def _agreement(labelled: Predictions, of: str = "") -> str:
     true, found = labelled.labels, labelled.scores
     low, high = limits_of_agreement(true, found)
     bias = f"bias {number(float((found - true).mean()), '+')}, limits {number(low, '+')} to {number(high, '+')}"
@@ -376,14 +427,13 @@ def _agreement(labelled: Predictions) -> str:
     ]
     explanation = "Dashed: 95% limits of agreement, the mean difference and 1.96 standard deviations to either side."
     if len(true) > SCATTERED:
-        explanation += f" {SCATTERED} of {len(true):,} images are drawn, chosen at random."
-    return _section("Agreement", f'<div class="panels wide">{"".join(panels)}</div>', explanation)
+        explanation += f" {SCATTERED} of {len(true):,} {labelled.unit}s are drawn, chosen at random."
+    return _section(f"Agreement{of}", f'<div class="panels wide">{"".join(panels)}</div>', explanation)
 
 
-def _training(history: Path) -> str:
-    rows = read_rows(history, "history")
+def _training(history: Sequence[Row], epoch: int | None) -> str:
     found = {
-        name: [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name) and row.get("epoch")]
+        name: [(float(row["epoch"]) + 1, float(row[name])) for row in history if row.get(name) and row.get("epoch")]
         for name in _HISTORY
     }
     drawn = [name for name in _HISTORY if found[name]]
@@ -393,9 +443,11 @@ def _training(history: Path) -> str:
     for names in (losses, monitor):
         if names:
             what = "loss" if names is losses else _HISTORY[names[0]]
-            svg = draw_history(what, [(_HISTORY[name], found[name]) for name in names])
+            marked = None if epoch is None else epoch + 1
+            svg = draw_history(what, [(_HISTORY[name], found[name]) for name in names], marked)
             panels.append(_panel(_capital(what), "", svg))
-    return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>') if panels else ""
+    explanation = "" if epoch is None else f"Dashed: epoch {epoch + 1}, after which the model is that of this report."
+    return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>', explanation) if panels else ""
 
 
 def _memory(memory: Mapping[str, float]) -> str:
@@ -444,9 +496,11 @@ def _capital(text: str) -> str:
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
---accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341}
+--accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341;
+--shade:rgba(0,0,0,.22);--under:var(--page)}
 @media (prefers-color-scheme:dark){:root{--page:#14171a;--surface:#1d2125;--ink:#e7eaed;--muted:#9aa4af;
---line:#353c44;--accent:#62b0ee;--accent-rgb:60,140,205;--second:#f0954a;--warn:#2b2517;--warn-line:#a3801f}}
+--line:#353c44;--accent:#62b0ee;--accent-rgb:60,140,205;--second:#f0954a;--warn:#2b2517;--warn-line:#a3801f;
+--shade:rgba(255,255,255,.24)}}
 @media print{:root{color-scheme:light;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
 --accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341}}
 *{box-sizing:border-box}
@@ -471,7 +525,13 @@ border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .notes{background:var(--warn);border-left:3px solid var(--warn-line);border-radius:0 6px 6px 0;padding:12px 18px}
 .notes h2{font-size:15px}
 .notes ul{margin:0;padding-left:18px;overflow-wrap:anywhere}
-.scroll{overflow-x:auto;max-width:100%}
+.prose{margin:0;max-width:100ch;overflow-wrap:anywhere}
+ul.prose{margin-top:10px;padding-left:18px}
+.scroll{overflow-x:auto;max-width:100%;background:
+linear-gradient(90deg,var(--under) 40%,transparent) 0 0/40px 100% no-repeat local,
+linear-gradient(270deg,var(--under) 40%,transparent) 100% 0/40px 100% no-repeat local,
+linear-gradient(90deg,var(--shade),transparent) 0 0/16px 100% no-repeat scroll,
+linear-gradient(270deg,var(--shade),transparent) 100% 0/16px 100% no-repeat scroll}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums lining-nums}
 table.narrow{width:auto;min-width:min(420px,100%)}
 td{white-space:nowrap}
@@ -494,6 +554,8 @@ background:rgba(var(--accent-rgb),calc(.05 + .55*var(--share)))}
 figure{margin:0;flex:0 1 236px;min-width:0;display:flex;flex-direction:column}
 figure svg{margin-top:auto}
 .wide figure{flex-basis:480px}
+.gallery img{display:block;width:100%;height:190px;object-fit:contain;background:#000;border-radius:6px 6px 0 0}
+.gallery figcaption{padding:6px 8px;border:1px solid var(--line);border-top:0;border-radius:0 0 6px 6px;flex:1}
 .row{display:grid;grid-template-columns:236px 236px 1fr;gap:0 24px}
 .row .explanation{min-height:3em}
 figcaption{font-size:13px;line-height:1.35;margin-bottom:2px;overflow-wrap:anywhere}
@@ -501,7 +563,7 @@ figcaption b{font-weight:600;display:block}
 figcaption span{color:var(--muted);display:block;font-variant-numeric:tabular-nums}
 svg{display:block;width:100%;height:auto;font-family:inherit}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
-details{border:1px solid var(--line);border-radius:6px;background:var(--surface)}
+details{--under:var(--surface);border:1px solid var(--line);border-radius:6px;background:var(--surface)}
 summary{cursor:pointer;padding:8px 14px;color:var(--accent)}
 pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 details h3{font-size:14px;margin:10px 14px 0}
@@ -519,7 +581,9 @@ table{font-size:13px}th,td{padding:7px 6px}tbody th{min-width:7.5em}.narrow tbod
 .row section:last-child{grid-column:1/-1}.row section:last-child .explanation{min-height:0}}
 @media print{body{font-size:11px}header{padding-top:0}figure,tr,.tiles,.notes{break-inside:avoid}
 h2,.explanation{break-after:avoid}
-figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible}section:has(details){display:none}}
+figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible;background:none}
+details::details-content{content-visibility:visible;block-size:auto}summary{display:none}pre{white-space:pre-wrap;
+overflow-wrap:anywhere}}
 """
 
 _PAGE = """<!DOCTYPE html>
@@ -527,7 +591,7 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>{style}</style>
 </head>

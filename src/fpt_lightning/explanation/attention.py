@@ -200,7 +200,7 @@ class Looked(NamedTuple):
     Attributes:
         prompts: ``prompt_attention``, (B, L, H, M, T).
         side: ``side_attention``, summed over the prompts and averaged over heads and tokens, (B, L).
-        deletion: ``deletion_curves`` of the predicted class; None for a regression, which has no class.
+        deletion: ``deletion_curves`` of the predicted class; None where there are none.
     """
 
     prompts: Tensor
@@ -213,7 +213,7 @@ def look(
     module: FPTPlusModule,
     batch: Mapping[str, Any],
     scores: Tensor,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None = None,
     draws: int = 5,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Looked:
@@ -223,14 +223,15 @@ def look(
         module: FPT+ or FPT.
         batch: of B images, with ``features`` and ``side_images``.
         scores: that the module gave for them.
-        seeds: see ``deletion_curves``.
+        seeds: see ``deletion_curves``; None leaves these out, which take tens of evaluations. A regression, which has
+            no class, has none.
         draws: likewise.
         fractions: likewise.
     """
     features = as_features(batch)
     attention = prompt_attention(module.fusion, features)
     side = side_attention(module.side, batch["side_images"], module.fusion(features)).sum(-1).mean((2, 3))
-    if module.task.KIND == "regression":
+    if seeds is None or module.task.KIND == "regression":
         return Looked(attention, side, None)
     predicted = scores.argmax(-1, keepdim=True)
 

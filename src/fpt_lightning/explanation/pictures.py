@@ -10,16 +10,16 @@ from typing import cast
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from fpt_lightning.data.transforms import unit_pixels
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.figures import ACCENT, MUTED, SECOND, STYLE
 from fpt_lightning.files import whole_file
@@ -27,7 +27,10 @@ from fpt_lightning.files import whole_file
 LARGEST = 1200
 """Pixels of the longer side of a picture's image at most."""
 
-_TOKENS, _HEAT = "#19e68c", "plasma"
+_TOKENS, _OPACITY = "#19e68c", 0.85
+_HEAT = ListedColormap(colormaps["plasma"](np.linspace(0.2, 1, 256)))  # without its blue, which darkens
+_EVEN = "line in the scale: all patches alike"
+_VERDICTS = {True: ("\u2713 right", ACCENT), False: ("\u2717 wrong", SECOND)}  # blue and orange: safe for all eyes
 _LEFT_OUT = 80  # characters of a name that fit above a picture
 
 Floats = NDArray[np.float64]
@@ -45,6 +48,7 @@ class Explanation:
         attention: (rows, columns), the prompts' attention to the patches in the same layer and heads.
         overlay: (rows, columns), the same over all layers and heads.
         caption: lines above the pictures: which image, what is predicted.
+        right: whether the prediction is that of the label; None where that is not known or not such.
         where: which layer and heads.
         prefix: what the prefix tokens have, in words; empty for an encoder without.
     """
@@ -55,16 +59,9 @@ class Explanation:
     attention: Floats
     overlay: Floats
     caption: str
+    right: bool | None
     where: str
     prefix: str
-
-
-def shrunk(image: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.float32]:
-    """An image (height, width, 3) at no more than ``LARGEST`` pixels a side, in [0, 1]."""
-    height, width = image.shape[:2]
-    scale = min(1.0, LARGEST / max(height, width))
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return np.asarray(unit_pixels(image, size).permute(1, 2, 0).numpy())
 
 
 def draw_image(axes: Axes, explanation: Explanation) -> None:
@@ -97,7 +94,7 @@ def draw_attention(axes: Axes, explanation: Explanation) -> None:
         f"Prompts' attention, share a patch, {explanation.where}",
         smooth=False,
     )
-    axes.set_xlabel(explanation.prefix, loc="left")
+    axes.set_xlabel("\n".join(part for part in (explanation.prefix, _EVEN) if part), loc="left")
 
 
 def draw_overlay(axes: Axes, explanation: Explanation) -> None:
@@ -109,6 +106,7 @@ def draw_overlay(axes: Axes, explanation: Explanation) -> None:
         "Prompts' attention, share a patch, all layers and heads",
         smooth=True,
     )
+    axes.set_xlabel(_EVEN, loc="left")
 
 
 _PANELS = {"image": draw_image, "tokens": draw_tokens, "attention": draw_attention, "overlay": draw_overlay}
@@ -125,6 +123,9 @@ def write_pictures(folder: Path, name: str, explanation: Explanation) -> None:
             _save(figure, folder / kind / f"{name}.png")
         figure = Figure(figsize=(9, 8.2 * tall + 1.5), layout="constrained")
         figure.suptitle(explanation.caption, x=0.01, ha="left", fontsize=9, linespacing=1.5)
+        if explanation.right is not None:
+            said, colour = _VERDICTS[explanation.right]
+            figure.text(0.99, 0.995, said, ha="right", va="top", fontsize=10, fontweight="bold", color=colour)
         for axes, draw in zip(figure.subplots(2, 2).flat, _PANELS.values(), strict=True):
             draw(axes, explanation)
         _save(figure, folder / "sheet" / f"{name}.png")
@@ -182,13 +183,13 @@ def _background(axes: Axes, pixels: NDArray[np.float32], title: str) -> None:
 
 
 def _heat(axes: Axes, pixels: NDArray[np.float32], values: Floats, title: str, smooth: bool) -> None:
-    """Values over the image in grey, so that colour is theirs alone; the less, the more of the image is seen."""
+    """Values over the image in grey, so that colour is theirs alone; its opacity grows with them from nothing."""
     _background(axes, pixels.mean(-1), title)
     size = pixels.shape[:2]
     mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest-exact"}
     heat = F.interpolate(torch.from_numpy(values.astype(np.float32))[None, None], size, **mode)[0, 0].numpy()
     largest = float(heat.max()) or 1.0
-    drawn = axes.imshow(heat, cmap=_HEAT, vmin=0, vmax=largest, alpha=np.sqrt(heat / largest) * 0.8)
+    drawn = axes.imshow(heat, cmap=_HEAT, vmin=0, vmax=largest, alpha=_OPACITY * (heat / largest) ** 1.5)
     colours = cast(Figure, axes.get_figure()).colorbar(
         ScalarMappable(drawn.norm, drawn.cmap),
         cax=axes.inset_axes((1.015, 0, 0.025, 1)),
@@ -196,6 +197,7 @@ def _heat(axes: Axes, pixels: NDArray[np.float32], values: Floats, title: str, s
         format=PercentFormatter(1),
     )
     colours.outline.set_visible(False)
+    colours.ax.axhline(float(values.mean()), color="white", linewidth=1.2)
 
 
 def _plot(x: str, y: str) -> tuple[Figure, Axes]:

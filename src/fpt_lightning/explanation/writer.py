@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.transforms import shrunk
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.encoder.config import EncoderShape
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.explanation import attention as looking
 from fpt_lightning.explanation.pictures import (
+    LARGEST,
     Explanation,
     shortened,
-    shrunk,
     write_deletion,
     write_pictures,
     write_side_attention,
@@ -38,11 +39,11 @@ Floats = NDArray[np.float64]
 class ExplanationWriter(L.Callback):
     """Writes what FPT+ or FPT looked at, while it predicts (paper, sections 4.5 and 4.7).
 
-    Pictures of some images: see ``fpt_lightning.explanation.pictures.write_pictures``. Over all images:
-    ``side_attention.png``, the attention that the side network pays to the prompts by block; ``deletion.png``, how fast
-    the score of the predicted class falls as tokens are taken out
+    Pictures of some images: see ``fpt_lightning.explanation.pictures.write_pictures``. Over all that are predicted:
+    ``side_attention.png``, the attention that the side network pays to the prompts by block; where it is asked for,
+    ``deletion.png``, how fast the score of the predicted class falls as tokens are taken out
     (``fpt_lightning.explanation.attention.deletion_curves``); both in ``explanation.json``, with 95% bootstrap
-    intervals that keep groups whole. A regression has no class, and no deletion.
+    intervals that keep groups whole.
 
     Args:
         folder: where to write.
@@ -50,6 +51,7 @@ class ExplanationWriter(L.Callback):
         layer: tapped block, counted from 0, of the tokens and attention that are drawn; the last by default.
         head: whose; all heads by default.
         images: how many are drawn, evenly spread over all.
+        deletion: whether tokens are taken out of all images to see what the pictures are worth.
 
     Raises:
         ConfigurationError: a model without fine-grained prompts, or an argument that cannot be.
@@ -62,6 +64,7 @@ class ExplanationWriter(L.Callback):
         layer: int | None = None,
         head: int | None = None,
         images: int = 16,
+        deletion: bool = False,
     ) -> None:
         if not isinstance(model, FPTPlusModule):
             name = model.LABEL if isinstance(model, ClassificationModule) else type(model).__name__
@@ -69,7 +72,7 @@ class ExplanationWriter(L.Callback):
                 f"{name} has no fine-grained prompts whose attention could be shown: use FPTPlusModule or FPTModule."
             )
         layers, heads = model.encoder_config.tapped_layers, model.encoder_shape.heads
-        self.folder, self.head, self.images = Path(folder), head, images
+        self.folder, self.head, self.images, self.deletion = Path(folder), head, images, deletion
         self.layer = layers[-1] if layer is None else layer
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(f"out is {str(folder)!r}, which is a file: give a folder for the pictures.")
@@ -79,15 +82,19 @@ class ExplanationWriter(L.Callback):
             raise ConfigurationError(f"head is {head}: {model.encoder_shape.name} has heads 0 to {heads - 1}.")
         if images < 0:
             raise ConfigurationError(f"images is {images}: give the number of images to draw, 0 or more.")
+        if images == 0 and not deletion:
+            raise ConfigurationError(
+                "images is 0: give how many to draw, or ask for the deletion test (deletion true)."
+            )
+        if deletion and model.task.KIND == "regression":
+            raise ConfigurationError("deletion is true, but a regression has no class whose score could fall.")
         self._heads = slice(None) if head is None else slice(head, head + 1)
         self._found: list[tuple[str, Floats, Floats]] = []  # id, curves (3, S), attention to prompts (L,)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _image_data(trainer)
         self._samples = {sample.id: sample for sample in data.predicted.samples}
-        ids = list(self._samples)
-        drawn = np.linspace(0, len(ids) - 1, min(self.images, len(ids))).round().astype(int)
-        self._drawn = {ids[i] for i in drawn}
+        self._drawn = {sample.id for sample in data.predicted.spread(self.images).samples}
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -102,7 +109,7 @@ class ExplanationWriter(L.Callback):
     ) -> None:
         assert isinstance(pl_module, FPTPlusModule)
         scores = outputs["scores"]
-        seeds = [crc32(id.encode()) for id in batch["ids"]]  # one image, one order, in whatever batch
+        seeds = [crc32(id.encode()) for id in batch["ids"]] if self.deletion else None  # an image has one, everywhere
         attention, side, deletion = looking.look(pl_module, batch, scores, seeds)
         shares = _numbers(side)
         curves: Floats = np.empty((len(shares), 0, 0))
@@ -121,11 +128,11 @@ class ExplanationWriter(L.Callback):
         ids, curves, shares = zip(*found, strict=True)
         groups = [self._samples[id].group or id for id in ids]
         side = self._side_attention(pl_module, np.stack(shares), groups)
-        deletion = None if pl_module.task.KIND == "regression" else self._deletion(np.stack(curves), groups)
+        deletion = self._deletion(np.stack(curves), groups) if self.deletion else None
         content = {"images": len(ids), "groups": len(set(groups)), "side_attention": side, "deletion": deletion}
         write_json(self.folder / "explanation.json", without_nan(content))
-        drawn = len(self._drawn)
-        rank_zero_info(f"pictures of {drawn} of {len(ids)} images and explanation.json are in {self.folder}")
+        of = f" of {len(ids)}" if self.deletion else ""
+        rank_zero_info(f"pictures of {len(self._drawn)}{of} images and explanation.json are in {self.folder}")
 
     def _draw(
         self,
@@ -151,12 +158,13 @@ class ExplanationWriter(L.Callback):
             self.folder,
             sample.id,
             Explanation(
-                pixels=shrunk(data.reader(data.predicted.path(sample))),
+                pixels=shrunk(data.reader(data.predicted.path(sample)), LARGEST),
                 selected=selected.patches.sum(0).cpu().numpy(),
                 heads=len(selected.patches),
                 attention=_numbers(attended.patches),
                 overlay=_numbers(everywhere),
                 caption=_caption(module, data.predicted, sample, scores.tolist()),
+                right=is_right(module, data.predicted, sample, scores),
                 where=f"block {self.layer}, " + ("all heads" if self.head is None else f"head {self.head}"),
                 prefix=prefix,
             ),
@@ -206,6 +214,13 @@ def _prefix_name(shape: EncoderShape) -> str:
     if not shape.class_token:
         return "registers"
     return "class token" if shape.prefix_tokens == 1 else "class token and registers"
+
+
+def is_right(module: ClassificationModule, manifest: Manifest, sample: Sample, scores: Tensor) -> bool | None:
+    """Whether the most probable class is the image's; None where that is not known, or there is more than one."""
+    if manifest.kind != "single-label" or sample.label < 0:
+        return None
+    return module.output_names[int(scores.argmax())] == manifest.classes[sample.label]
 
 
 def _caption(module: ClassificationModule, manifest: Manifest, sample: Sample, scores: Any) -> str:

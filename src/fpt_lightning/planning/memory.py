@@ -164,6 +164,8 @@ def evaluation_bytes(module: ClassificationModule, batch: Mapping[str, Any], pre
 def explanation_bytes(module: ClassificationModule, batch: Mapping[str, Any], **deletion: Any) -> int:
     """Peak live tensor bytes of explaining a batch (``fpt_lightning.explanation.attention.look``), parameters included.
 
+    The deletion test, which takes the most, is counted.
+
     Args:
         module: FPT+ or FPT.
         batch: with ``features``, or with ``images`` that are encoded first.

@@ -110,7 +110,7 @@ class Setting:
         return self._from_images.test_bytes()
 
     def explain_bytes(self) -> int:
-        """Of a batch in ``explain``, of a split or from new images; 0 for a method without prompts to explain."""
+        """Of a batch in ``explain --deletion true``, of a split or from new images; 0 for a method without prompts."""
         if not self.explains:
             return 0
         each = (self, self._from_images) if self.stores else (self,)

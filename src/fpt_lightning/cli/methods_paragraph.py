@@ -1,0 +1,132 @@
+"""What papers say of a run: how the model was trained and tested, and what is in more than one split."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+
+from fpt_lightning.cli.run_folder import logged_at
+from fpt_lightning.data.manifest import SPLITS, Manifest
+from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.evaluation.estimates import label, number
+from fpt_lightning.evaluation.report import SplitSummary
+from fpt_lightning.evaluation.scores import Evaluation
+from fpt_lightning.methods import ClassificationModule
+
+_SPLITS = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
+_DIGEST = "sha256:"
+_PACKAGES = {"fpt-lightning": "fpt-lightning", "torch": "PyTorch", "lightning": "Lightning", "timm": "timm"}
+
+
+def methods_paragraph(
+    trainer: L.Trainer, module: ClassificationModule, evaluation: Evaluation, checkpoint: str, epoch: int | None
+) -> str:
+    """How a model was trained and tested, in one paragraph.
+
+    Args:
+        trainer: that tested it.
+        module: the model.
+        evaluation: of the test images.
+        checkpoint: that was tested, such as ``best``.
+        epoch: after which it was written, from 0; None where this trainer did not train it.
+    """
+    data = getattr(trainer, "datamodule", None)
+    data = data if isinstance(data, ImageDataModule) else None
+    told = [_model(module, data)]
+    if data is not None:
+        told.append(_images(data.labelled))
+    if epoch is not None:
+        told += [_training(trainer, module, data), _choice(trainer, module, checkpoint, epoch)]
+    unit = f"{evaluation.unit}s" if evaluation.groups is None else "groups"
+    told.append(f"Intervals are 95% percentile intervals of {evaluation.resamples:,} bootstrap resamples of {unit}.")
+    if evaluation.thresholds:
+        told.append("Thresholds were fitted to the validation images by Youden's index.")
+    versions = ", ".join(f"{said} {version(name)}" for name, said in _PACKAGES.items())
+    told.append(f"Tested on {datetime.now(UTC):%d %B %Y} with {versions} and Python {platform.python_version()}.")
+    return " ".join(told)
+
+
+def kept_apart(manifest: Manifest) -> list[str]:
+    """Sentences on the patients, cases and files in more than one split: how many of how many."""
+    if manifest.overlaps is None:
+        return []
+    samples, overlaps = manifest.samples, manifest.overlaps
+    groups = {sample.group for sample in samples if sample.group not in ("", sample.case)}
+    cases = {sample.case for sample in samples if sample.case}
+    told = []
+    if groups:
+        told.append(_crossing(overlaps["group"], len(groups), "groups, such as patients, have images"))
+    if cases:
+        told.append(_crossing(overlaps["case"], len(cases), "cases have images"))
+    alone = sum(not sample.group for sample in samples)
+    if alone == len(samples):
+        told.append("No groups, such as patients, are known: one may have images in several splits.")
+    elif alone:
+        told.append(f"{alone:,} of {len(samples):,} images have no group.")
+    told.append(_crossing(overlaps["file"], len(samples), "image files are, by their bytes,"))
+    return told
+
+
+def split_source(manifest: Manifest) -> str:
+    """How images came to their splits, and what is in more than one of them."""
+    return " ".join([f"Split: {manifest.origin}.", *kept_apart(manifest)])
+
+
+def split_summaries(manifest: Manifest) -> dict[str, SplitSummary]:
+    """What each split holds that has images."""
+    summaries = {}
+    for split in SPLITS:
+        samples = manifest.split(split)
+        groups = {sample.group for sample in samples}
+        counts = dict(zip(manifest.classes, manifest.class_counts(split), strict=True))
+        if samples:
+            summaries[split] = SplitSummary(
+                len(samples), {} if manifest.kind == "regression" else counts, None if "" in groups else len(groups)
+            )
+    return summaries
+
+
+def _crossing(found: int, total: int, what: str) -> str:
+    counted, matters = (f"{found:,}", ": test figures are too good") if found else ("None", "")
+    return f"{counted} of {total:,} {what} in more than one split{matters}."
+
+
+def _model(module: ClassificationModule, data: ImageDataModule | None) -> str:
+    encoder = module.encoder_config
+    specification = None if data is None else data.specification
+    weights = encoder.weights() if specification is None else specification.weights
+    size = "" if data is None else f" at {data.resolution[0]} x {data.resolution[1]} pixels"
+    learnable = f"{module.learnable_parameters:,} learnable parameters ({100 * module.learnable_ratio:.2f}% of all)"
+    if weights.startswith(_DIGEST):
+        weights = f"SHA-256 {weights.removeprefix(_DIGEST)[:16]}..."
+    return f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."
+
+
+def _images(manifest: Manifest) -> str:
+    parts = [
+        f"{split.images:,} {_SPLITS[name]} images" + ("" if split.groups is None else f" of {split.groups:,} groups")
+        for name, split in split_summaries(manifest).items()
+    ]
+    return f"The data set {manifest.root.name} has {', '.join(parts)} (split: {manifest.origin})."
+
+
+def _training(trainer: L.Trainer, module: ClassificationModule, data: ImageDataModule | None) -> str:
+    settings = [f"learning rate {module.learning_rate:g}", f"weight decay {module.weight_decay:g}"]
+    if data is not None:
+        size = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        settings += [f"batch size {size}", f"augmentation {data.augmentation}"]
+    settings += [f"precision {trainer.precision}", f"seed {module._seed}"]
+    return f"Training took {trainer.current_epoch} epochs of AdamW ({', '.join(settings)})."
+
+
+def _choice(trainer: L.Trainer, module: ClassificationModule, checkpoint: str, epoch: int) -> str:
+    if checkpoint != "best":
+        return f"Tested is epoch {epoch + 1}, the last."
+    metric, _ = module.task.MONITOR
+    value = logged_at(Path(trainer.default_root_dir), f"val_{metric}", epoch)
+    chosen = "validation loss" if value is None else f"validation {label(metric, 0)} ({number(value)})"
+    return f"Tested is epoch {epoch + 1}, which had the best {chosen}."
