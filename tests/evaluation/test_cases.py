@@ -117,6 +117,8 @@ def test_a_case_has_the_labels_that_any_image_has() -> None:
 def test_groups_are_those_of_the_cases() -> None:
     assert by_case(binary(), "mean").groups[:4] == ("p0", "p0", "p1", "p1")
     assert by_case(replace(binary(), groups=binary().cases), "mean").groups == ()
+    notes = evaluate(by_case(replace(binary(), groups=binary().cases), "mean"), resamples=2).notes
+    assert any(note.startswith("No groups other than the cases themselves are known") for note in notes)
     assert by_case(replace(binary(), groups=()), "mean").groups == ()
     torn = replace(binary(), groups=("other", *binary().groups[1:]))
     with pytest.raises(DataError, match="1 cases have images of several groups: exam 00"):

@@ -59,7 +59,8 @@ def _sample_notes(labelled: Predictions, unlabelled: int) -> list[str]:
     notes = [f"{unlabelled:,} {many} without a label are left out."] if unlabelled else []
     alone = sum(not name for name in labelled.wholes) if labelled.wholes else None
     if alone is None:
-        notes.append(f"No groups (such as patients) are known: the intervals assume that the {many} are independent.")
+        known = "groups (such as patients)" if labelled.unit == "image" else "groups other than the cases themselves"
+        notes.append(f"No {known} are known: the intervals assume that the {many} are independent.")
     elif alone:
         notes.append(f"{alone:,} {many} have no group: each counts as its own.")
     units = labelled.group_count or len(labelled.ids)
