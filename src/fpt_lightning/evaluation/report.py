@@ -23,11 +23,12 @@ from fpt_lightning.evaluation.figures import (
 )
 from fpt_lightning.evaluation.gallery import gallery
 from fpt_lightning.evaluation.measures import confusion_matrix
+from fpt_lightning.evaluation.page import capital, note_box, panel, section, table, write_page
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import resampled_weights
 from fpt_lightning.evaluation.scores import Evaluation
 from fpt_lightning.evaluation.subgroups import Breakdown, SubgroupEstimate
-from fpt_lightning.files import Row, read_rows, write_text
+from fpt_lightning.files import Row, read_rows
 
 BAND_RESAMPLES = 500
 MOST_PANELS = 24
@@ -113,7 +114,7 @@ def write_report(
     sections = [
         _headline(evaluation, "Results", validation=_validation(epochs, epoch)),
         _notes(evaluation.notes),
-        _section("Methods", f'<p class="prose">{escape(methods)}</p>') if methods else "",
+        section("Methods", f'<p class="prose">{escape(methods)}</p>') if methods else "",
         _folds(*folds) if folds else "",
         _data(data, apart) if data else "",
         _agreement(labelled) if evaluation.kind == "regression" else _classification(labelled, evaluation),
@@ -126,16 +127,10 @@ def write_report(
         _configuration(configuration) if configuration else "",
         _about(about) if about else "",
     ]
-    page = _PAGE.format(title=escape(title), basis=escape(evaluation.basis()), style=_STYLE, main="\n".join(sections))
-    write_text(Path(path), page)
+    write_page(Path(path), title, evaluation.basis(), sections)
 
 
 # Sections
-
-
-def _section(title: str, content: str, explanation: str = "") -> str:
-    explained = f'<p class="explanation">{escape(explanation)}</p>' if explanation else ""
-    return f"<section><h2>{escape(title)}</h2>{explained}{content}</section>"
 
 
 def _headline(
@@ -143,7 +138,7 @@ def _headline(
 ) -> str:
     beside = {name: f"<small>validation {number(value)}</small>" for name, value in (validation or {}).items()}
     tiles = [
-        f"<div><dt>{escape(_capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
+        f"<div><dt>{escape(capital(label(metric, evaluation.specificity)))}</dt><dd><b>{number(estimate.value)}</b>"
         f"<small>{_bounds(estimate)}</small>{beside.get(metric, '')}</dd></div>"
         for metric, estimate in evaluation.overall.items()
     ]
@@ -155,7 +150,7 @@ def _headline(
     columns = len(tiles) if len(tiles) < 7 else 4
     listed = f'<dl class="tiles" style="--columns:{columns}">{"".join(tiles)}</dl>'
     below = "Below them that of the validation images at the epoch that is tested. " if validation else ""
-    return _section(title, listed, f"{about}Value and 95% interval. {below}{averaged}")
+    return section(title, listed, f"{about}Value and 95% interval. {below}{averaged}")
 
 
 def _validation(history: Sequence[Row], epoch: int | None) -> dict[str, float]:
@@ -171,8 +166,8 @@ def _notes(notes: Sequence[str]) -> str:
 
 def _folds(caption: str, rows: Sequence[Sequence[str]]) -> str:
     heads, *cells = rows
-    shown = [[escape(_capital(cell)) for cell in row] for row in cells]
-    return _section("Folds", _table(heads, shown, "narrow"), caption)
+    shown = [[escape(capital(cell)) for cell in row] for row in cells]
+    return section("Folds", table(heads, shown, "narrow"), caption)
 
 
 def _data(data: Mapping[str, SplitSummary], apart: Sequence[str]) -> str:
@@ -183,7 +178,7 @@ def _data(data: Mapping[str, SplitSummary], apart: Sequence[str]) -> str:
         rows.append(["Groups, such as patients", *groups])
     rows += [[name, *(_share(split.classes.get(name, 0), split.images) for split in data.values())] for name in classes]
     listed = f'<ul class="prose">{"".join(f"<li>{escape(each)}</li>" for each in apart)}</ul>' if apart else ""
-    return _section("Data", _table(["", *data], [[escape(cell) for cell in row] for row in rows], "narrow") + listed)
+    return section("Data", table(["", *data], [[escape(cell) for cell in row] for row in rows], "narrow") + listed)
 
 
 def _share(count: int, total: int) -> str:
@@ -200,7 +195,7 @@ def _class_table(evaluation: Evaluation, title: str) -> str:
     heads = [
         "Class",
         f"{evaluation.unit.capitalize()}s",
-        *(_capital(label(metric, evaluation.specificity)) for metric in metrics),
+        *(capital(label(metric, evaluation.specificity)) for metric in metrics),
     ]
     explanation = "Each class against the rest. Sensitivity and specificity are those of the decision for the class: "
     explanation += "from its threshold on." if evaluation.thresholds else "where it is the most probable."
@@ -213,7 +208,7 @@ def _class_table(evaluation: Evaluation, title: str) -> str:
         heads.insert(2, "Threshold")
         for row, name in zip(rows, evaluation.per_class, strict=True):
             row.insert(2, number(evaluation.thresholds[name]) if name in evaluation.thresholds else "most probable")
-    return _section(title, _table(heads, rows), explanation)
+    return section(title, table(heads, rows), explanation)
 
 
 def _curves(labelled: Predictions, evaluation: Evaluation, wanted: Sequence[str], of: str = "") -> str:
@@ -223,16 +218,16 @@ def _curves(labelled: Predictions, evaluation: Evaluation, wanted: Sequence[str]
     if evaluation.kind == "single-label":
         top = labelled.scores.argmax(1)
         svg = draw_reliability(labelled.scores.max(1), top == labelled.labels)
-        calibration.append(_panel("Most probable class", _named(evaluation.overall, "calibration_error"), svg))
+        calibration.append(panel("Most probable class", _named(evaluation.overall, "calibration_error"), svg))
     for name in shown:
         known, positive, scores = labelled.of_class(labelled.classes.index(name))
         values = evaluation.per_class[name]
         weights = (each[:, known] for each in resampled_weights(labelled, BAND_RESAMPLES, 0))
         decision = values["sensitivity"].value, values["specificity"].value
-        roc.append(_panel(name, _named(values, "auc"), draw_roc(positive, scores, weights, decision)))
-        recall.append(_panel(name, _named(values, "average_precision"), draw_precision_recall(positive, scores)))
-        calibration.append(_panel(name, _named(values, "calibration_error"), draw_reliability(scores, positive)))
-        benefit.append(_panel(name, "", draw_decision(positive, scores)))
+        roc.append(panel(name, _named(values, "auc"), draw_roc(positive, scores, weights, decision)))
+        recall.append(panel(name, _named(values, "average_precision"), draw_precision_recall(positive, scores)))
+        calibration.append(panel(name, _named(values, "calibration_error"), draw_reliability(scores, positive)))
+        benefit.append(panel(name, "", draw_decision(positive, scores)))
     fewer = f" The {MOST_PANELS} classes with the most images are drawn." if len(labelled.classes) > MOST_PANELS else ""
     missing = (
         f" No curves of {', '.join(without)}: none or all of the {evaluation.unit}s have the class." if without else ""
@@ -255,7 +250,7 @@ def _curves(labelled: Predictions, evaluation: Evaluation, wanted: Sequence[str]
         ),
     ]
     sections = [
-        _section(f"{title}{of}", f'<div class="panels">{"".join(panels)}</div>', explanation)
+        section(f"{title}{of}", f'<div class="panels">{"".join(panels)}</div>', explanation)
         for title, explanation, panels in groups
         if panels and title in wanted
     ]
@@ -281,11 +276,6 @@ def _named(values: Mapping[str, Estimate], metric: str) -> str:
     return f"{label(metric, 0)} {number(values[metric].value)}" if metric in values else ""
 
 
-def _panel(title: str, value: str, svg: str) -> str:
-    shown = f"<span>{escape(value)}</span>" if value else ""
-    return f"<figure><figcaption><b>{escape(title)}</b>{shown}</figcaption>{svg}</figure>"
-
-
 def _confusion(labelled: Predictions) -> str:
     counts = confusion_matrix(labelled)
     rows = []
@@ -301,7 +291,7 @@ def _confusion(labelled: Predictions) -> str:
         '<div class="scroll"><table class="confusion"><thead><tr><th>true \\ predicted</th>'
         f'{heads}<th scope="col">all</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
-    return _section(
+    return section(
         "Confusion matrix",
         table,
         "Images by true class (rows) and most probable class, whatever thresholds say; shares of each row.",
@@ -319,7 +309,7 @@ def _sets(found: Coverage) -> str:
         f"Made {found.basis}. Promised is a mean over patients like those of validation, for no class by itself; "
         "each patient weighs the same here."
     )
-    return _section("Prediction sets", _table([], rows, "narrow"), explanation)
+    return section("Prediction sets", table([], rows, "narrow"), explanation)
 
 
 def _gallery(labelled: Predictions, pictures: Mapping[str, bytes]) -> str:
@@ -328,13 +318,13 @@ def _gallery(labelled: Predictions, pictures: Mapping[str, bytes]) -> str:
         "multi-label": "Images with a label far from its probability, the furthest first.",
         "regression": "Images whose number is furthest from the predicted one, the furthest first.",
     }[labelled.kind]
-    return _section("Most confident errors", gallery(labelled, pictures), what)
+    return section("Most confident errors", gallery(labelled, pictures), what)
 
 
 def _cases(predictions: Predictions, evaluation: Evaluation) -> str:
     """The headline, notes, classes and main curves of cases."""
     labelled, of = predictions.labelled(), " of cases"
-    parts = [_headline(evaluation, "Cases", f"{evaluation.basis()} "), _note_box(evaluation.notes)]
+    parts = [_headline(evaluation, "Cases", f"{evaluation.basis()} "), note_box(evaluation.notes)]
     if evaluation.kind == "regression":
         parts.append(_agreement(labelled, of))
     else:
@@ -349,7 +339,7 @@ def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
     panels = [_forest(breakdown, evaluation, name, metric) for name, metric in _drawn_metrics(evaluation)]
     classes = "".join(f"<h3>{escape(name)}</h3>{_subgroup_table(breakdown, name)}" for name in evaluation.per_class)
     content = [
-        _note_box(breakdown.notes),
+        note_box(breakdown.notes),
         f'<div class="panels wide">{"".join(panels)}</div>',
         _subgroup_table(breakdown),
         f"<details><summary>Show each class</summary>{classes}</details>" if classes else "",
@@ -364,13 +354,7 @@ def _subgroups(breakdown: Breakdown, evaluation: Evaluation) -> str:
             " Average precision, accuracy, F1, kappa and Brier score also change with how common a class is in a "
             "subgroup; AUC, sensitivity and specificity do not."
         )
-    return _section(f"By {breakdown.column}", "".join(content), explanation)
-
-
-def _note_box(notes: Sequence[str]) -> str:
-    """Notes on a part of the report."""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<div class="notes"><ul>{items}</ul></div>' if notes else ""
+    return section(f"By {breakdown.column}", "".join(content), explanation)
 
 
 def _drawn_metrics(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -387,8 +371,8 @@ def _forest(breakdown: Breakdown, evaluation: Evaluation, name: str, metric: str
     given = {key: estimate for key, estimate in found.items() if estimate.value == estimate.value}
     if not given:
         return ""
-    title = _capital(label(metric, breakdown.specificity)) + (f", {name}" if name else "")
-    return _panel(title, f"all {breakdown.unit}s {whole}", draw_forest(given, whole))
+    title = capital(label(metric, breakdown.specificity)) + (f", {name}" if name else "")
+    return panel(title, f"all {breakdown.unit}s {whole}", draw_forest(given, whole))
 
 
 def _subgroup_table(breakdown: Breakdown, name: str = "") -> str:
@@ -402,9 +386,9 @@ def _subgroup_table(breakdown: Breakdown, name: str = "") -> str:
     heads = [
         breakdown.column,
         f"{breakdown.unit.capitalize()}s",
-        *(_capital(label(metric, breakdown.specificity)) for metric in metrics),
+        *(capital(label(metric, breakdown.specificity)) for metric in metrics),
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _beside_rest(estimate: SubgroupEstimate) -> str:
@@ -422,13 +406,13 @@ def _agreement(labelled: Predictions, of: str = "") -> str:
     low, high = limits_of_agreement(true, found)
     bias = f"bias {number(float((found - true).mean()), '+')}, limits {number(low, '+')} to {number(high, '+')}"
     panels = [
-        _panel("Predicted against true", "line: equal", draw_scatter(true, found)),
-        _panel("Bland-Altman", bias, draw_bland_altman(true, found)),
+        panel("Predicted against true", "line: equal", draw_scatter(true, found)),
+        panel("Bland-Altman", bias, draw_bland_altman(true, found)),
     ]
     explanation = "Dashed: 95% limits of agreement, the mean difference and 1.96 standard deviations to either side."
     if len(true) > SCATTERED:
         explanation += f" {SCATTERED} of {len(true):,} {labelled.unit}s are drawn, chosen at random."
-    return _section(f"Agreement{of}", f'<div class="panels wide">{"".join(panels)}</div>', explanation)
+    return section(f"Agreement{of}", f'<div class="panels wide">{"".join(panels)}</div>', explanation)
 
 
 def _training(history: Sequence[Row], epoch: int | None) -> str:
@@ -445,37 +429,25 @@ def _training(history: Sequence[Row], epoch: int | None) -> str:
             what = "loss" if names is losses else _HISTORY[names[0]]
             marked = None if epoch is None else epoch + 1
             svg = draw_history(what, [(_HISTORY[name], found[name]) for name in names], marked)
-            panels.append(_panel(_capital(what), "", svg))
+            panels.append(panel(capital(what), "", svg))
     explanation = "" if epoch is None else f"Dashed: epoch {epoch + 1}, after which the model is that of this report."
-    return _section("Training", f'<div class="panels wide">{"".join(panels)}</div>', explanation) if panels else ""
+    return section("Training", f'<div class="panels wide">{"".join(panels)}</div>', explanation) if panels else ""
 
 
 def _memory(memory: Mapping[str, float]) -> str:
     rows = [[escape(name), f"{value:,.1f} MiB"] for name, value in memory.items()]
-    return _section("Peak memory", _table([], rows, "narrow"))
+    return section("Peak memory", table([], rows, "narrow"))
 
 
 def _configuration(text: str) -> str:
-    return _section("Configuration", f"<details><summary>Show</summary><pre>{escape(text)}</pre></details>")
+    return section("Configuration", f"<details><summary>Show</summary><pre>{escape(text)}</pre></details>")
 
 
 def _about(about: Mapping[str, str]) -> str:
-    return _section(
-        "About", _table([], [[escape(name), escape(value)] for name, value in about.items()], "narrow text")
-    )
+    return section("About", table([], [[escape(name), escape(value)] for name, value in about.items()], "narrow text"))
 
 
 # Pieces
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table in a box that scrolls by itself; cells are HTML, the first of a row is its name."""
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    head = f"<thead><tr>{top}</tr></thead>" if heads else ""
-    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def _cell(estimate: Estimate) -> str:
@@ -488,119 +460,3 @@ def _bounds(estimate: Estimate) -> str:
         return ""
     between = " to " if estimate.low < 0 else "\u2013"
     return f"{number(estimate.low)}{between}{number(estimate.high)}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-_STYLE = """
-:root{color-scheme:light dark;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
---accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341;
---shade:rgba(0,0,0,.22);--under:var(--page)}
-@media (prefers-color-scheme:dark){:root{--page:#14171a;--surface:#1d2125;--ink:#e7eaed;--muted:#9aa4af;
---line:#353c44;--accent:#62b0ee;--accent-rgb:60,140,205;--second:#f0954a;--warn:#2b2517;--warn-line:#a3801f;
---shade:rgba(255,255,255,.24)}}
-@media print{:root{color-scheme:light;--page:#fff;--surface:#f6f7f8;--ink:#16191d;--muted:#5b6470;--line:#d9dde2;
---accent:#0b62a4;--accent-rgb:11,98,164;--second:#b84e00;--warn:#fdf6e7;--warn-line:#e3b341}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%;-webkit-print-color-adjust:exact;
-print-color-adjust:exact}
-header,main,footer{max-width:1080px;margin:0 auto;padding:0 24px}
-header{padding-top:40px}
-h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
-header p{margin:0;color:var(--muted)}
-section{margin-top:36px}
-h2{font-size:18px;line-height:1.3;margin:0 0 4px}
-.explanation{margin:0 0 14px;color:var(--muted);font-size:14px;max-width:100ch}
-small{display:block;font-size:12px;line-height:1.35;color:var(--muted);white-space:nowrap}
-.tiles{display:grid;grid-template-columns:repeat(var(--columns),1fr);gap:1px;margin:0;
-border:1px solid var(--line);border-radius:8px;overflow:hidden}
-.tiles div{box-shadow:0 0 0 1px var(--line);padding:14px 16px}
-.tiles dt{color:var(--muted);font-size:13px}
-.tiles dd{margin:2px 0 0}
-.tiles b{display:block;font-size:26px;line-height:1.25;font-weight:600;font-variant-numeric:tabular-nums}
-.tiles small{font-size:13px;font-variant-numeric:tabular-nums}
-.notes{background:var(--warn);border-left:3px solid var(--warn-line);border-radius:0 6px 6px 0;padding:12px 18px}
-.notes h2{font-size:15px}
-.notes ul{margin:0;padding-left:18px;overflow-wrap:anywhere}
-.prose{margin:0;max-width:100ch;overflow-wrap:anywhere}
-ul.prose{margin-top:10px;padding-left:18px}
-.scroll{overflow-x:auto;max-width:100%;background:
-linear-gradient(90deg,var(--under) 40%,transparent) 0 0/40px 100% no-repeat local,
-linear-gradient(270deg,var(--under) 40%,transparent) 100% 0/40px 100% no-repeat local,
-linear-gradient(90deg,var(--shade),transparent) 0 0/16px 100% no-repeat scroll,
-linear-gradient(270deg,var(--shade),transparent) 100% 0/16px 100% no-repeat scroll}
-table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums lining-nums}
-table.narrow{width:auto;min-width:min(420px,100%)}
-td{white-space:nowrap}
-th,td{padding:7px 10px;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-thead th{font-weight:500;font-size:13px;line-height:1.3;color:var(--muted);vertical-align:bottom;
-border-bottom-color:var(--muted)}
-thead th:not(:first-child){min-width:5em}
-th:first-child{text-align:left;padding-left:0}
-tbody th{font-weight:500;min-width:11em;max-width:20em;overflow-wrap:anywhere}
-.narrow tbody th{padding-right:32px}
-.text td{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.confusion{width:auto}
-.confusion th:not(:first-child){max-width:9em;min-width:5.2em;overflow-wrap:anywhere;text-align:center}
-.confusion td{text-align:center;border:0;vertical-align:middle}
-.confusion tbody th{vertical-align:middle;border:0;padding-right:14px}
-.confusion .cell{border:2px solid var(--page);border-radius:6px;
-background:rgba(var(--accent-rgb),calc(.05 + .55*var(--share)))}
-.confusion .cell small{color:inherit}
-.panels{display:flex;flex-wrap:wrap;gap:20px 24px}
-figure{margin:0;flex:0 1 236px;min-width:0;display:flex;flex-direction:column}
-figure svg{margin-top:auto}
-.wide figure{flex-basis:480px}
-.gallery img{display:block;width:100%;height:190px;object-fit:contain;background:#000;border-radius:6px 6px 0 0}
-.gallery figcaption{padding:6px 8px;border:1px solid var(--line);border-top:0;border-radius:0 0 6px 6px;flex:1}
-.row{display:grid;grid-template-columns:236px 236px 1fr;gap:0 24px}
-.row .explanation{min-height:3em}
-figcaption{font-size:13px;line-height:1.35;margin-bottom:2px;overflow-wrap:anywhere}
-figcaption b{font-weight:600;display:block}
-figcaption span{color:var(--muted);display:block;font-variant-numeric:tabular-nums}
-svg{display:block;width:100%;height:auto;font-family:inherit}
-svg *{stroke-linejoin:round;stroke-linecap:butt}
-details{--under:var(--surface);border:1px solid var(--line);border-radius:6px;background:var(--surface)}
-summary{cursor:pointer;padding:8px 14px;color:var(--accent)}
-pre{margin:0;padding:4px 14px 14px;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-details h3{font-size:14px;margin:10px 14px 0}
-details .scroll{padding:0 14px 10px}
-div.notes{margin:14px 0}
-.rest{margin-top:3px;font-size:13px}
-footer{margin-top:48px;padding-top:16px;padding-bottom:40px;color:var(--muted);font-size:13px}
-footer p{margin:0;border-top:1px solid var(--line);padding-top:14px}
-@media (max-width:640px){header,main,footer{padding-left:16px;padding-right:16px}header{padding-top:24px}
-h1{font-size:23px}.tiles{grid-template-columns:1fr 1fr}.tiles b{font-size:22px}.tiles div{padding:11px 12px}
-.tiles div:last-child:nth-child(odd){grid-column:1/-1}
-table{font-size:13px}th,td{padding:7px 6px}tbody th{min-width:7.5em}.narrow tbody th{padding-right:6px}
-.panels{gap:18px 14px}figure{flex:0 1 calc(50% - 7px)}.wide figure,.row section:not(:last-child) figure{flex:1 1 100%}
-.row{grid-template-columns:1fr 1fr;gap:0 14px}.row .explanation{min-height:4.5em}
-.row section:last-child{grid-column:1/-1}.row section:last-child .explanation{min-height:0}}
-@media print{body{font-size:11px}header{padding-top:0}figure,tr,.tiles,.notes{break-inside:avoid}
-h2,.explanation{break-after:avoid}
-figure{flex-basis:165px}.wide figure{flex-basis:300px}.scroll{overflow:visible;background:none}
-details::details-content{content-visibility:visible;block-size:auto}summary{display:none}pre{white-space:pre-wrap;
-overflow-wrap:anywhere}}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p>{basis}</p></header>
-<main>
-{main}
-</main>
-<footer><p>Made by fpt-lightning. Research software, not a medical device: not for diagnosis or treatment.</p></footer>
-</body>
-</html>
-"""
