@@ -11,7 +11,8 @@ import yaml
 from commands import run
 from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
 from fpt_lightning.cli.entry import COMMANDS
-from fpt_lightning.cli.options import OPTIONS, Option
+from fpt_lightning.cli.options import OPTIONS, OWN, Option
+from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.cli.training import CommandLine
 
 LISTED = [option for section in OPTIONS.values() for option in section]
@@ -35,6 +36,13 @@ def test_defaults_are_those_of_the_code(option: Option) -> None:
     assert (default is Parameter.empty) == (option.default == "")
     if option.default:
         assert yaml.safe_load(option.default) == default
+
+
+def test_options_of_audit_alone_are_those_of_the_code() -> None:
+    own = signature(Trainer.audit).parameters
+    told = {option.name: yaml.safe_load(option.default) for option in OWN["audit"]["Audit"]}
+    shared = {"self", "model", "datamodule", "ckpt_path", "weights_only"}
+    assert told == {name: parameter.default for name, parameter in own.items() if name not in shared}
 
 
 def test_every_option_is_known_to_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

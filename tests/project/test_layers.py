@@ -22,6 +22,7 @@ BELOW: dict[str, set[str]] = {
     "store": BASE | {"data", "encoder"},
     "datamodules": BASE | {"data", "encoder", "store"},
     "methods": BASE | {"data", "encoder", "store", "evaluation"},
+    "audit": BASE | {"data", "encoder", "store", "evaluation", "datamodules"},
     "explanation": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods"},
     "planning": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods", "explanation"},
     "deployment": BASE | {"data", "encoder", "store", "evaluation", "datamodules", "methods", "explanation"},

@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("a trained model on every image of a folder", _TRAINING),
     "preload": Command("the frozen pass alone: every image once through the encoder, into the store", _TRAINING),
     "plan": Command("parameters, memory and store that a run will need; nothing runs", _TRAINING),
+    "audit": Command("duplicates, doubtful labels, outliers and shortcuts, from the stored features", _TRAINING),
     "explain": Command("pictures of what a trained model looked at, and how far to trust them", _TRAINING),
     "datasets list": Command("the paper's data sets", "datasets.preparation:list_datasets"),
     "datasets prepare": Command("write the manifest of one, from its owners' files", "datasets.preparation:prepare"),
@@ -196,9 +197,9 @@ def _spelled(args: list[str]) -> list[str]:
     """Commands as jsonargparse has them.
 
     ``store repair`` is a preload; of ``plan --gpu-memory 8GiB --all-methods`` and of ``init`` it knows no hyphens and
-    no bare flags; of ``evaluate --by sex --by site`` it would keep the last.
+    no bare flags; of ``--by sex --by site`` it would keep the last.
     """
-    if args[:1] == ["evaluate"]:
+    if args[:1] in (["evaluate"], ["audit"]):
         return [re.sub(r"^--by(?=$|=)", "--by+", arg) for arg in args]
     if args[:2] == ["store", "repair"]:
         return ["preload", *args[2:], "--repair", "true"]

@@ -71,6 +71,13 @@ OWN: dict[str, dict[str, list[Option]]] = {
     "crossval": {"Folds": [Option("seeds", "1", "of every fold, counted from seed_everything")]},
     "test": {"Prediction sets": [Option("coverage", "null", f"{_COVERAGE}; null: 0.9")]},
     "predict": {"Prediction sets": [Option("coverage", "null", f"{_COVERAGE}; null: without sets")]},
+    "audit": {
+        "Audit": [
+            Option("out", "null", "folder of the page and tables; null: audit in the run's folder"),
+            Option("by", "null", "column of the manifest, such as site, held against labels; may be repeated"),
+            Option("map", "pca", "of the images: pca, or umap with umap-learn"),
+        ]
+    },
 }
 """Of one command alone."""
 

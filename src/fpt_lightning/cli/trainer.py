@@ -1,4 +1,4 @@
-"""Lightning's trainer with what else a configuration serves: the frozen pass, the planner, explanations."""
+"""Lightning's trainer with what else a configuration serves: the frozen pass, the planner, the audit, explanations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.errors import ConfigurationError, DataError
 from fpt_lightning.explanation.writer import ExplanationWriter
+from fpt_lightning.files import screen_width
 from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.planning.planner import CONTEXT_BYTES, Setting, parse_memory, plan, shared_arguments, table
 
 
 class Trainer(L.Trainer):
-    """Lightning's trainer with the frozen pass, the planner and explanations as three more things it does.
+    """Lightning's trainer with the frozen pass, the planner, the audit and explanations as four more things it does.
 
     ``test`` and ``predict`` take the coverage of prediction sets too.
     """
@@ -98,11 +99,7 @@ class Trainer(L.Trainer):
             ckpt_path: not used; a configuration saved by fit holds it.
             weights_only: not used; a configuration saved by fit holds it.
         """
-        if not isinstance(datamodule, PreloadedFeatureDataModule):
-            raise ConfigurationError(
-                f"data is {type(datamodule).__name__}, which has no store: preload needs PreloadedFeatureDataModule."
-            )
-        datamodule.preload(model, self, overwrite, repair)
+        _with_store(datamodule, "preload").preload(model, self, overwrite, repair)
 
     def plan(
         self,
@@ -157,6 +154,34 @@ class Trainer(L.Trainer):
         )
         print("\n".join([*uncounted, *left_out]))
 
+    def audit(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        out: str | None = None,
+        by: list[str] | None = None,
+        map: Literal["pca", "umap"] = "pca",
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Look in the stored features for near-duplicates, wrong labels, outliers and shortcuts; nothing is trained.
+
+        Args:
+            model: whose encoder made the store.
+            datamodule: its data.
+            out: folder of the tables and the page; by default ``audit`` in the run's folder. What an earlier audit left
+                there is kept as ``audit-1``.
+            by: columns of data.manifest, such as site or sex, that are held against the labels too.
+            map: how images are placed: pca, or umap with umap-learn.
+            ckpt_path: not used; a configuration saved by fit holds it.
+            weights_only: not used; a configuration saved by fit holds it.
+        """
+        from fpt_lightning.audit.writer import PAGE, audit_store  # SciPy's filters take long
+
+        folder = Path(self.default_root_dir) / "audit" if out is None else Path(out)
+        audit = audit_store(_with_store(datamodule, "audit"), model, folder, by or (), map)
+        print(f"{audit.table(screen_width())}\n\nThe page is {folder / PAGE}, its tables are beside it.")
+
     def explain(
         self,
         model: L.LightningModule,
@@ -190,6 +215,14 @@ class Trainer(L.Trainer):
         datamodule.explained, datamodule.drawn = split, None if deletion else images
         cast(Any, self).callbacks.append(ExplanationWriter(out, model, layer, head, images, deletion))
         self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=True)
+
+
+def _with_store(data: L.LightningDataModule, command: str) -> PreloadedFeatureDataModule:
+    if not isinstance(data, PreloadedFeatureDataModule):
+        raise ConfigurationError(
+            f"data is {type(data).__name__}, which has no store: {command} needs PreloadedFeatureDataModule."
+        )
+    return data
 
 
 def _setting(model: ClassificationModule, data: ImageDataModule, precision: str) -> Setting:

@@ -57,7 +57,7 @@ _EVALUATED = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}
 
 
 class CommandLine(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict``, ``preload``, ``plan`` and ``explain`` from one configuration."""
+    """``fit``, ``test``, ``predict`` and what else takes a model and data, from one configuration."""
 
     TRAINER: ClassVar[type[Trainer]] = Trainer
     """Whose methods are the commands."""
@@ -94,7 +94,7 @@ class CommandLine(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """That which is called, as the parser of each takes a tenth of a second; or all, behind other options."""
-        own = {name: {"model", "datamodule"} for name in ("preload", "plan", "explain")}
+        own = {name: {"model", "datamodule"} for name in ("preload", "plan", "audit", "explain")}
         every = {**LightningCLI.subcommands(), **own}
         return {name: skipped for name, skipped in every.items() if name in self._given[:1]} or every
 
@@ -151,14 +151,14 @@ class CommandLine(LightningCLI):
             ]
         else:
             kwargs["enable_checkpointing"] = False
-        if self.subcommand in ("preload", "plan", "explain"):
+        if self.subcommand in ("preload", "plan", "audit", "explain"):
             loggers, callbacks = [], []
         bars = [each for each in _as_list(config["callbacks"] or []) if isinstance(each, ProgressBar)]
-        if config["enable_progress_bar"] is not False and self.subcommand != "plan" and not bars:
+        if config["enable_progress_bar"] is not False and self.subcommand not in ("plan", "audit") and not bars:
             callbacks.append(ImageProgress(f"val_{self.model.task.MONITOR[0]}"))
         if self.subcommand in ("preload", "explain"):
             kwargs["precision"] = None  # the frozen pass and the pictures are in fp32, whatever trains
-        if self.subcommand == "plan":  # for whatever device, here
+        if self.subcommand in ("plan", "audit"):  # for whatever device, here
             kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": None}
         self.trainer_defaults["callbacks"] = callbacks
         return super().instantiate_trainer(logger=loggers or False, **kwargs)
@@ -243,7 +243,7 @@ class CommandLine(LightningCLI):
         if trainer.fast_dev_run:
             return None
         folder = Path(trainer.default_root_dir)
-        return folder if self.subcommand in ("fit", "preload", "plan") else folder / str(self.subcommand)
+        return folder if self.subcommand in ("fit", "preload", "plan", "audit") else folder / str(self.subcommand)
 
     def check(self, stage: str) -> None:
         """Refuse what cannot work before anything is read, encoded, trained or written.
@@ -304,6 +304,10 @@ class CommandLine(LightningCLI):
         self.check("fit")
         if isinstance(self.datamodule, PreloadedFeatureDataModule) and self.datamodule.uses_store(self.model):
             self.datamodule.check_store(self.model.encoder_config)
+
+    def before_audit(self) -> None:
+        _check_writable(Path(self._get(self.config, "trainer").default_root_dir))
+        self.check("test")
 
     def before_explain(self) -> None:
         given = {name: self._get(self.config, name) for name in ("layer", "head", "images", "deletion")}

@@ -7,6 +7,7 @@ rescale or lookup table, VOI lookup table or window, then inversion where MONOCH
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -87,9 +88,8 @@ def read_dicom(
     raise ImageError(f"the DICOM file {path} has the colours {photometric!r}, which are not supported: save it as RGB.")
 
 
-def described(path: Path) -> dict[str, str]:
-    """What a file's header says of it: Modality, BodyPartExamined, PatientID; empty of what is no DICOM."""
-    keywords = ("Modality", "BodyPartExamined", "PatientID")
+def described(path: Path, keywords: Sequence[str] = ("Modality", "BodyPartExamined", "PatientID")) -> dict[str, str]:
+    """What a file's header says of it, by keyword; empty of what is no DICOM."""
     try:
         header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(keywords))
         return {keyword: str(header.get(keyword) or "") for keyword in keywords}

@@ -67,7 +67,7 @@ def read_image(
         allow(max_pixels)
     try:
         with open(name, "rb") as file:  # opened by path, turned grey TIFFs are sheared
-            dicom = _is_dicom(file, name)
+            dicom = is_dicom(file, name)
             if dicom:
                 image = _read_dicom(file, name, page, notices, window)
             else:
@@ -92,7 +92,8 @@ def read_image(
     return image
 
 
-def _is_dicom(file: BinaryIO, path: Path) -> bool:
+def is_dicom(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is DICOM, by its name or its first bytes."""
     head = file.read(132)
     file.seek(0)
     return path.suffix.lower() in DICOM_SUFFIXES or head[128:] == b"DICM"
@@ -122,7 +123,7 @@ def check_extras(paths: Iterable[Path]) -> None:
         name, _ = file_and_page(path)
         if name.is_file():
             with name.open("rb") as file:
-                if _is_dicom(file, name):
+                if is_dicom(file, name):
                     raise ImageError(_NEEDS_PYDICOM.format(path))
 
 
@@ -195,7 +196,7 @@ def is_deep(path: Path) -> bool:
     name, page = file_and_page(path)
     try:
         with open(name, "rb") as file:
-            if _is_dicom(file, name):
+            if is_dicom(file, name):
                 return False
             with Image.open(file) as image:
                 if page is not None:

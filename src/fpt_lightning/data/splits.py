@@ -53,9 +53,14 @@ def fold_split(
             f"{'2 folds' if given else '3 folds, of which one tests and one validates'}."
         )
     pool = [sample for sample in samples if not given or sample.split != "test"]
-    dealt = dict(zip((s.id for s in pool), _deal(pool, [1 / folds] * folds, seed, kind), strict=True))
+    dealt = dict(zip((s.id for s in pool), deal_folds(pool, folds, seed, kind), strict=True))
     special = {fold - 1: "val"} if given else {fold - 1: "test", fold % folds: "val"}
     return [replace(s, split=special.get(dealt[s.id], "train")) if s.id in dealt else s for s in samples]
+
+
+def deal_folds(samples: Sequence[Sample], folds: int, seed: int, kind: Kind = "single-label") -> list[int]:
+    """Which of the folds, from 0, each sample is dealt to, at random, stratified; a group stays whole."""
+    return _deal(samples, [1 / folds] * folds, seed, kind)
 
 
 def _deal(samples: Sequence[Sample], fractions: Sequence[float], seed: int, kind: Kind) -> list[int]:

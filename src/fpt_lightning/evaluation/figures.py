@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -26,6 +27,9 @@ POINTS = 200
 """How many points of a curve are drawn at most."""
 SCATTERED = 800
 """How many points of a scatter plot are drawn at most."""
+
+MAPPED = 3000
+"""How many images of a map are drawn at most."""
 
 _INK, MUTED, LINE, ACCENT, SECOND = "#101112", "#606162", "#d0d1d2", "#0b62a4", "#c05a00"
 _VARIABLES = {_INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", SECOND: "second"}
@@ -50,8 +54,10 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
+_COLOURS = (ACCENT, SECOND, "#2f9e6e", "#b0508f", "#8f7d12", "#7c6bd6", "#c04848", "#3f93a3")
 _HALVES = (0, 0.5, 1)
-_NAME = 20  # letters of a subgroup's name in a line
+_NAME = 20  # letters of a name in a line
+_OTHERS = "others"  # of a map, names without a colour of their own
 _GRID = np.linspace(0, 1, 101)
 _THRESHOLDS = np.arange(1, 100) / 100
 
@@ -201,6 +207,26 @@ def draw_bland_altman(true: Floats, predicted: Floats) -> str:
         return _svg(figure, "Bland-Altman plot")
 
 
+def draw_map(places: Floats, names: Sequence[str], axes_named: tuple[str, str]) -> str:
+    """Images at their places (N, 2), in the colours of their names (N,); the most frequent names have one each."""
+    kept = np.sort(np.random.default_rng(0).permutation(len(places))[:MAPPED])
+    counts = Counter(names).most_common()
+    shown = {name: (colour, count) for (name, count), colour in zip(counts, _COLOURS, strict=False)}
+    if others := sum(count for _, count in counts[len(_COLOURS) :]):
+        shown[_OTHERS] = MUTED, others
+    drawn = np.array([name if name in shown else _OTHERS for name in names])[kept]
+    below = 0.1 + 0.17 * -(-len(shown) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 3.3 + below))
+        axes = figure.add_axes((0.05, (0.25 + below) / (3.3 + below), 0.94, 3 / (3.3 + below)))
+        axes.set(xlabel=axes_named[0], ylabel=axes_named[1], xticks=[], yticks=[])
+        for name, (colour, count) in shown.items():
+            style: dict[str, Any] = {"markersize": 2.4, "alpha": 0.7, "markeredgewidth": 0}
+            axes.plot(*places[kept[drawn == name]].T, "o", color=colour, label=f"{_short(name)} ({count:,})", **style)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, markerscale=2)
+        return _svg(figure, "map of the images")
+
+
 def limits_of_agreement(true: Floats, predicted: Floats) -> tuple[float, float]:
     """Mean difference minus and plus 1.96 standard deviations; NaN of fewer than two values."""
     differences = predicted - true
@@ -218,6 +244,10 @@ def _roc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> tuple[
         share = counts[:, ::-1].cumsum(1) / np.where(total > 0, total, np.nan)
         shares.append(np.concatenate([share[:, :1] * 0, share], 1))
     return shares[0], shares[1]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[:_NAME]}..."
 
 
 def _thinned(count: int) -> NDArray[np.int64]:

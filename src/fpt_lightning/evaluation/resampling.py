@@ -55,7 +55,11 @@ def resample(
 
 def resampled_weights(predictions: Predictions, count: int, seed: int) -> Iterator[NDArray[np.float64]]:
     """How often each resample holds each image, (R, N) for a few of the ``count`` at a time; groups stay whole."""
-    _, groups = np.unique(predictions.units, return_inverse=True)
+    yield from weights_of(predictions.units, count, seed)
+
+
+def weights_of(groups: Sequence[str] | NDArray[Any], count: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """``resampled_weights`` of N images by their groups."""
     generator = np.random.default_rng(seed)
     step = max(1, _CHUNK // len(groups))
     for start in range(0, count, step):

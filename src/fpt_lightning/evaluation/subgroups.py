@@ -167,7 +167,7 @@ def evaluate_subgroups(
         if len(values) != len(predictions.ids):
             raise DataError(f"the column {column!r} has {len(values)} values for {len(predictions.ids)} predictions.")
         value_of = dict(zip(predictions.ids, values, strict=True))
-        parts = _parts([value_of[id] for id in labelled.ids])
+        parts = parts_of([value_of[id] for id in labelled.ids])
         subgroups = {name: bootstrap.subgroup(rows) for name, rows in parts.items()}
         breakdowns.append(Breakdown(column, labelled.unit, specificity, subgroups, _notes(labelled, parts, subgroups)))
     return breakdowns
@@ -176,8 +176,12 @@ def evaluate_subgroups(
 # Which images are of a subgroup
 
 
-def _parts(values: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """The images (N,) of each subgroup, by its name, in the order in which they are shown."""
+def parts_of(values: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """The images (N,) of each subgroup, by its name, in the order in which they are shown.
+
+    Args:
+        values: of a column, an image each (``evaluate_subgroups``).
+    """
     texts = [value.strip() for value in values]
     numbers = numbers_of(text for text in texts if text.lower() not in MISSING) or []
     absent = {*MISSING} if numbers else {*MISSING} - {"none"}  # a value among words, as of therapies
