@@ -73,7 +73,8 @@ def report(rows: Sequence[dict[str, Any]], images: int, resolution: int) -> str:
         f"{images} images at {resolution} pixels; {machine['processor']}, {machine['cores']} cores. In percent: "
         "selected tokens that half precision replaces by others (mean, and in the first and last tapped layer), and "
         "errors relative to fp32 of the keys and values of tokens that both select, and of the pooled feature. Seconds "
-        "an image against those of fp32, on this CPU. Made by `benchmarks/encoder_precision.py`.",
+        "an image beside those of fp32 on this CPU, the fastest of several turns. Made by "
+        "`benchmarks/encoder_precision.py`.",
         "",
         "| encoder | precision | other tokens | first | last | keys | values | pooled | s | s, fp32 |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import fsdp
 
 from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.cli.callbacks import (
@@ -73,7 +72,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="PyTorch 2.6 is the first with fully_shard")
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch divides modules of GPUs alone")
 @pytest.mark.usefixtures("one_process")
 def test_every_block_of_a_divided_encoder_is_divided_again_after_use() -> None:
     from torch.distributed.tensor import DTensor
@@ -133,7 +132,10 @@ def test_an_epochs_seconds_leave_out_its_validation(tiny_data: DataMaker, tmp_pa
     assert 0.3 < seconds < time.perf_counter() - start - 1  # 3 steps; a sanity check and a validation of a batch each
 
 
-def test_the_learnable_share_is_said(tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_learnable_share_is_said(
+    tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)  # not where nobody logs at import
     data, module = tiny_data(), tiny_model()
     data.preload(module, quiet_trainer(tmp_path))
     with caplog.at_level(logging.INFO):
