@@ -371,10 +371,11 @@ def test_the_precision_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     small = ["--resolution", "64", "--images", "4", "--rounds", "1"]
     benchmark.main(["--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"), *small])
     (row,) = json.loads((tmp_path / "encoder_precision.json").read_text())["rows"]
-    assert 0 < row["keys"] < 0.02
-    assert 0 < row["values"] < 0.02
-    assert all(0 <= share < 0.5 for share in row["other_tokens"])
-    assert "| tiny, untrained | " in (tmp_path / "encoder_precision.md").read_text()
+    for name, most in (("bf16", 0.02), ("fp16", 0.002)):
+        assert 0 < row[name]["keys"] < most
+        assert 0 < row[name]["values"] < most
+        assert all(0 <= share < 0.5 for share in row[name]["other_tokens"])
+        assert f"| tiny, untrained | {name} | " in (tmp_path / "encoder_precision.md").read_text()
 
 
 def test_an_unknown_precision() -> None:
