@@ -76,9 +76,10 @@ def test_predictor_and_onnx_on_chest_xrays(folder: Path) -> None:
     scores, attention = session.run(None, {"images": inputs})
     with torch.no_grad():
         same = Classifier(*load_trained(folder / "run" / "best.ckpt"), attention=True)(torch.from_numpy(inputs))
-    np.testing.assert_allclose(scores, same[0].numpy(), atol=1e-4)
     changed = np.abs(attention - same[1].numpy()).max((1, 2)) > 1e-6
     assert changed.mean() < 0.05, "only ties for the last place of a head may go to the other token"
+    np.testing.assert_allclose(scores[~changed], same[0].numpy()[~changed], atol=1e-4)
+    np.testing.assert_allclose(scores, same[0].numpy(), atol=2e-3)
 
     at_resolution = predictor([image.permute(1, 2, 0).numpy() for image in pixels])
     np.testing.assert_allclose(scores, at_resolution.scores, atol=2e-3)  # the low-resolution copies are not rounded
