@@ -76,7 +76,9 @@ def cross_validate(args: Sequence[str]) -> None:
             run.validate()
         if is_first_process():
             validation = None if held_out else _validated(runs)
-            rules = [rule for run in runs if (rule := TrainingRecord.of(read_checkpoint(run.checkpoint)).case_rule)]
+            with_cases = [run for run in runs if tests[run.fold, run.seed].cases]  # others stay unread
+            records = [TrainingRecord.of(read_checkpoint(run.checkpoint)) for run in with_cases]
+            rules = [record.case_rule for record in records if record.case_rule]
             _conclude(plan, runs, cross_validated(tests, validation, case_rules=rules))
 
 
