@@ -46,7 +46,6 @@ from records import Record, Records, record
 
 ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIDE = {"side_resolution": 126}  # a multiple of the patch size
-BOTH = {"test_time_mirroring": True}
 
 
 class Entry(NamedTuple):
@@ -81,17 +80,24 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
     return Entry("query_tokens", label, model, data, store, rate=1e-3)
 
 
-_MIRRORED: Any = ({"mirrored": True}, "-mirrored")
+def _turned(count: int, name: str, entry: Entry) -> Entry:
+    """With several orientations of every image, in training and in evaluation."""
+    label, model = f"{entry.label}, {name}", {**entry.model, "test_time_orientations": count}
+    return entry._replace(label=label, model=model, data={"orientations": count}, store=f"-{count}-orientations")
+
+
+_HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
+_QUERIES = Entry("query_tokens", "Query tokens, stored")
 ROWS = {
     "stored_linear": Entry("stored_linear", "Linear probing, stored"),
     "attentive": Entry("attentive", "Attentive probing, stored"),
-    "query_tokens": Entry("query_tokens", "Query tokens, stored"),
+    "query_tokens": _QUERIES,
     "fpt_plus": Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False}),
-    "fpt_plus_prompt_head": Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True}),
-    "query_tokens_mirrored": Entry("query_tokens", "Query tokens, mirror images too", BOTH, *_MIRRORED),
-    "fpt_plus_mirrored": Entry(
-        "fpt_plus", "FPT+ with a prompt head, mirror images too", {**SIDE, **BOTH, "prompt_head": True}, *_MIRRORED
-    ),
+    "fpt_plus_prompt_head": _HEAD,
+    "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
+    "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
+    "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
+    "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
     "linear": Entry("linear", "Linear probing, augmented", rate=3e-3, epochs=5),
     "bitfit": Entry("bitfit", "BitFit", rate=1e-3, epochs=5),
@@ -196,10 +202,11 @@ class Study(NamedTuple):
 
 
 _REFERABLE = ("fundus_referable",)
+_TURNED = ("query_tokens_mirrored", "fpt_plus_mirrored", "query_tokens_turned", "fpt_plus_turned")
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
-    "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, "query_tokens_mirrored", "fpt_plus_mirrored")),
-    "224": Study((*_REFERABLE, "chest_pneumonia"), ("fpt_plus", *AUTO), 224),
+    "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),
+    "224": Study((*_REFERABLE, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED), 224),
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
@@ -311,11 +318,11 @@ class Protocol:
         return {row["image"]: row for row in sorted(rows, key=lambda row: row["image"])}
 
     def _stored_bytes(self, name: str, method: str) -> int:
-        """Of an image, its mirror image included; 0 of methods without a store."""
+        """Of an image, all orientations that are stored; 0 of methods without a store."""
         if not ROWS[method].stored:
             return 0
         index = StoreIndex.open(str(self.store(TASKS[name], method)))
-        return index.bytes_per_row * index.views
+        return index.bytes_per_row * index.orientations
 
     def chosen(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
         """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished."""

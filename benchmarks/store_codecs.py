@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import timm
@@ -62,13 +62,13 @@ class Setting:
         store: Path,
         codec: str,
         kind: type[PreloadedFeatureDataModule] = PreloadedFeatureDataModule,
-        mirrored: bool = False,
+        orientations: Literal[1, 2, 4, 8] = 1,
     ) -> PreloadedFeatureDataModule:
         return kind(
             self.root,
             str(store),
             codec=codec,  # type: ignore[arg-type]
-            mirrored=mirrored,
+            orientations=orientations,
             manifest=self.manifest,
             resolution=self.resolution,
             mean=[0.5],

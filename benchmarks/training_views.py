@@ -7,7 +7,7 @@ FPT+ is trained on one encoder, fine-tuned on the training images here, with sev
 - copies: the default. Side images are augmented from the stored low-resolution copies, half of them flipped, beside
   tokens of the image as it is (as published).
 - whole files: the same, augmented from the decoded files at their full resolution (as published).
-- mirrored: ``data.mirrored``; tokens and side image are both of the image, or both of its mirror image.
+- mirrored: ``data.orientations: 2``; tokens and side image are both of the image, or both of its mirror image.
 - never flipped: neither is ever flipped.
 
 Differences are between the same seeds. Writes ``results/training_views.json`` and ``.md``. It goes on where it stopped.
@@ -43,7 +43,7 @@ class WholeFiles(PreloadedFeatureDataModule):
         stored = super()._dataset(samples, augmentation, training)
         assert isinstance(stored, StoredSamples)
         return _WholeFileSamples(
-            stored.manifest, stored.samples, stored.side_views, stored.store, stored.arrays, stored.mirror_seed
+            stored.manifest, stored.samples, stored.side_views, stored.store, stored.arrays, stored.orientation_seed
         )
 
 
@@ -73,8 +73,9 @@ WAYS: dict[str, type[PreloadedFeatureDataModule]] = {
 
 
 def data_of(setting: Setting, way: str) -> PreloadedFeatureDataModule:
-    mirrored = way == "mirrored"
-    return setting.data(setting.out / f"{'mirrored' if mirrored else 'plain'}.zarr", "int8", WAYS[way], mirrored)
+    if way == "mirrored":
+        return setting.data(setting.out / "mirrored.zarr", "int8", orientations=2)
+    return setting.data(setting.out / "plain.zarr", "int8", WAYS[way])
 
 
 def trained(setting: Setting, way: str, seed: int) -> dict[str, float]:

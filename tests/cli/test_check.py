@@ -59,7 +59,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         ({"data": {"image_size": 24}}, "the side network's resolution is 32, but the low-resolution copies have 24"),
         ({"data": {"resolution": 72}}, "data.resolution"),
         ({"model": {"num_classes": 4}}, "model.num_classes is 4, but the data set"),
-        ({"model": {"test_time_mirroring": True}}, "has no mirror images: make it with data.mirrored true"),
+        ({"model": {"test_time_orientations": 2}}, "with data.orientations 2"),
         (
             {"model": {"task": "regression", "num_classes": 1}, "data": {"manifest": "same.csv"}},
             "the 3 training labels are all 7",

@@ -73,12 +73,12 @@ def test_bars_count_images_of_every_stage(config: Path, tmp_path: Path, bars: li
     assert [(bar.labels[0], bar.total, bar.done) for bar in bars] == [("predict", 30, 30), ("validate", 3, 3)]
 
 
-@pytest.mark.parametrize("data", [{"mirrored": True}, {"limit": 2}])
-def test_mirror_images_and_limits_are_counted(
+@pytest.mark.parametrize("data", [{"orientations": 2}, {"limit": 2}])
+def test_orientations_and_limits_are_counted(
     data: dict[str, Any], config: Path, tmp_path: Path, bars: list[Recorded]
 ) -> None:
     limited = "limit" in data
-    given = ["--trainer.limit_train_batches", 2] if limited else ["--data.mirrored", "true"]
+    given = ["--trainer.limit_train_batches", 2] if limited else ["--data.orientations", "2"]
     run("fit", "--config", config, *given)
     assert [bar.total for bar in bars[:2]] == ([30, 32] if limited else [60, 42])
     assert all(bar.done == bar.total for bar in bars)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from fpt_lightning.data.prefetch import AHEAD, PrefetchingLoader, items_in_threads, usable_threads
+from fpt_lightning.data.prefetch import AHEAD, PrefetchingLoader, items_in_threads, pinned, usable_threads
 
 
 class Numbers(Dataset[int]):
@@ -48,6 +48,14 @@ def wait_for(numbers: Numbers, count: int) -> None:
     deadline = time.monotonic() + 10
     while len(numbers.asked) < count and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.neg)  # without a GPU
+    one = torch.ones(1)
+    batch = {"ids": ["a"], "features": one, "orientations": [{"features": 2 * one}, {"features": 3 * one}]}
+    assert pinned(batch) == {"ids": ["a"], "features": -one, "orientations": [{"features": -k * one} for k in (2, 3)]}
+    assert batch["features"] is one
 
 
 @pytest.mark.parametrize("workers", [0, 1])

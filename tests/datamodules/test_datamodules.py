@@ -654,7 +654,7 @@ def test_the_views_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "| mirrored | " in (tmp_path / "training_views.md").read_text()
 
 
-# Mirror images
+# Orientations
 
 
 @pytest.fixture(scope="module")
@@ -668,11 +668,11 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Maker:
         Image.fromarray(ramp.astype(np.uint8)).save(folder / "images" / id)
 
     def make(**changes: Any) -> ImageDataModule:
-        settings = {"mirrored": True, **SETTINGS, **changes}
-        url = folder / f"mirrored-{settings['mirrored']}.zarr"
+        settings = {"orientations": 2, **SETTINGS, **changes}
+        url = folder / f"orientations-{settings['orientations']}.zarr"
         return PreloadedFeatureDataModule(str(folder / "images"), str(url), **settings)
 
-    for data in make(), make(mirrored=False):
+    for data in make(), make(orientations=1):
         assert isinstance(data, PreloadedFeatureDataModule)
         data.preload(ENCODER)
     return make
@@ -697,8 +697,30 @@ def test_tokens_and_side_image_are_of_the_view_that_was_drawn(mirrored: Maker, w
     assert 25 < sum(count for (_, falls), count in drawn.items() if falls) < 59  # of 84
 
 
+def test_any_orientation_is_drawn_of_tokens_and_side_image_alike(mirrored: Maker) -> None:
+    data = mirrored(orientations=8)
+    assert isinstance(data, PreloadedFeatureDataModule)
+    data.preload(ENCODER)
+    loader, store = ready(data).train_dataloader(), data.store
+    assert store is not None
+    drawn = Counter[int]()
+    for number in range(4):
+        loader.sampler.set_epoch(number)  # type: ignore[attr-defined]
+        for batch in loader:
+            for id, features, view in zip(batch["ids"], batch["features"], batch["side_images"], strict=True):
+                rows = store.read(range(store.rows[id], store.rows[id] + 8), "features")
+                (orientation,) = (each for each in range(8) if np.array_equal(rows[each], features))
+                edges = {"left": view[0, :, 0], "right": view[0, :, -1], "top": view[0, 0], "bottom": view[0, -1]}
+                brightest = max(edges, key=lambda edge: float(edges[edge].mean()))
+                falls = orientation & (2 if orientation >= 4 else 1)
+                assert brightest == (("bottom", "top") if orientation >= 4 else ("right", "left"))[bool(falls)]
+                drawn[orientation] += 1
+    assert len(drawn) == 8
+    assert max(drawn.values()) < 25  # of 84
+
+
 def test_evaluation_and_plain_training_take_the_images_themselves(mirrored: Maker) -> None:
-    one, other = (ready(mirrored(mirrored=choice, augmentation="none")) for choice in (True, False))
+    one, other = (ready(mirrored(orientations=count, augmentation="none")) for count in (2, 1))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         assert equal(list(getattr(one, name)()), list(getattr(other, name)()))
 
@@ -764,7 +786,7 @@ def test_what_the_device_cannot_draw_is_refused_first(stored: Maker, changes: di
         stored(augment_on="gpu")
 
 
-def test_threads_part_both_views_of_a_batch(mirrored: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_part_all_orientations_of_a_batch(mirrored: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     readers, read_into = set[str](), FeatureStore.read_into
 
     def noted(*args: Any) -> None:
@@ -774,10 +796,11 @@ def test_threads_part_both_views_of_a_batch(mirrored: Maker, monkeypatch: pytest
 
     monkeypatch.setattr(FeatureStore, "read_into", noted)
     alone, several = (
-        list(ready(attach(mirrored(decoding_threads=count), test_time_mirroring=True)).val_dataloader())
+        list(ready(attach(mirrored(decoding_threads=count), test_time_orientations=2)).val_dataloader())
         for count in (1, 3)
     )
-    assert equal([batch.pop("mirrored") for batch in alone], [batch.pop("mirrored") for batch in several])
+    turned = [[each for batch in found for each in batch.pop("orientations")] for found in (alone, several)]
+    assert equal(*turned)
     assert equal(alone, several)
     assert readers - {"prefetch"} <= {f"decoding_{number}" for number in range(3)}
     assert len(readers) > 2

@@ -52,7 +52,7 @@ def ensemble(folder: Path, method: str = "fpt_plus", **settings: Any) -> tuple[P
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("fpt_plus", {"temperature_scaling": True, "test_time_mirroring": True}),
+        ("fpt_plus", {"temperature_scaling": True, "test_time_orientations": 4}),
         ("fpt", {"task": "coral"}),
         ("query_tokens", {"task": "multilabel", "temperature_scaling": True}),
         ("attentive", {"task": "ordinal"}),

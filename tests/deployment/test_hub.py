@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("method", "settings", "with_encoder"),
     [
-        ("fpt_plus", {"temperature_scaling": True, "test_time_mirroring": True}, False),
+        ("fpt_plus", {"temperature_scaling": True, "test_time_orientations": 2}, False),
         ("fpt_plus", {"task": "coral"}, True),
         ("lora", {"task": "multilabel"}, True),
         ("stored_linear", {"task": "regression"}, False),

@@ -77,10 +77,12 @@ def test_a_training_step_with_the_encoder_inside_takes_what_was_predicted() -> N
 def test_the_peak_of_every_stage() -> None:
     peaks = plan(SETTING).peaks
     assert peaks["test"] < peaks["fit"] < peaks["preload"] < peaks["predict"] <= peaks["explain"]
-    mirrored = {**SETTING.arguments, "test_time_mirroring": True}
-    both = replace(SETTING, arguments=mirrored, resolution=(1024, 1024), batch_size=64)
+    turned = {**SETTING.arguments, "test_time_orientations": 8}
+    many = replace(SETTING, arguments=turned, resolution=(1024, 1024), batch_size=64)
+    few = replace(many, batch_size=2)  # of which one is evaluated at once, in 8 orientations
     state = 8 * tiny_model().learnable_parameters
-    assert both.fit_bytes() == both.test_bytes() + state > replace(both, arguments=SETTING.arguments).fit_bytes()
+    assert few.fit_bytes() == few.test_bytes() + state > replace(few, arguments=SETTING.arguments).fit_bytes()
+    assert many.fit_bytes() == replace(many, arguments=SETTING.arguments).fit_bytes() > many.test_bytes() + state
     lora = plan(LORA).peaks
     assert lora["preload"] == lora["explain"] == 0
     assert lora["predict"] == lora["test"] < lora["fit"]

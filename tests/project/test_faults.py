@@ -547,11 +547,11 @@ def of_split(data: PreloadedFeatureDataModule, split: str) -> list[str]:
 
 
 @pytest.mark.parametrize("mean", ["auto", [0.4]])
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("orientations", [1, 2])
 def test_skipped_images_are_in_no_stage_and_listed(
-    image_root: Path, tiny_data: MakeData, tmp_path: Path, mean: Any, mirrored: bool
+    image_root: Path, tiny_data: MakeData, tmp_path: Path, mean: Any, orientations: int
 ) -> None:
-    given = {"on_error": "skip", "mean": mean, "std": mean if mean == "auto" else [0.2], "mirrored": mirrored}
+    given = {"on_error": "skip", "mean": mean, "std": mean if mean == "auto" else [0.2], "orientations": orientations}
     data = tiny_data(**given)
     broken = [of_split(data, split)[0] for split in ("train", "val", "test")]
     broken_images(image_root, broken)

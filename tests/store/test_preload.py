@@ -41,6 +41,7 @@ from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.damage import check_present, verify
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.preload import FrozenPass, feature_shape
+from fpt_lightning.store.specification import FeatureSpecification
 from fpt_lightning.store.store import FeatureStore
 from fpt_lightning.store.writing import WritableStore
 from small import quiet_trainer, tiny_model, write_images
@@ -742,45 +743,67 @@ def test_the_frozen_pass_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| 128 | published |" in (tmp_path / "frozen_pass.md").read_text()
 
 
-# Mirror images, and another precision
+# Orientations, and another precision
 
 
-def flipped(root: Path, to: Path) -> Path:
+def turned(root: Path, to: Path, how: Image.Transpose) -> Path:
     for path in root.rglob("*.png"):
         (to / path.parent.relative_to(root)).mkdir(parents=True, exist_ok=True)
-        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(to / path.relative_to(root))
+        Image.open(path).transpose(how).save(to / path.relative_to(root))
     return to
 
 
-def test_a_mirrored_store_holds_both_views(
+def test_a_store_holds_all_orientations(
     tiny_data: MakeData, image_root: Path, tmp_path: Path, reference: dict[str, np.ndarray]
 ) -> None:
-    data = tiny_data(mirrored=True)
+    data = tiny_data(orientations=8)
     store = data.preload(ENCODER)
-    both = arrays(data.url)
-    assert len(both["row_records"]) == 60
-    other = tiny_data(root=str(flipped(image_root, tmp_path / "flipped")), store=str(tmp_path / "other.zarr"))
-    other.preload(ENCODER)
-    mirror = arrays(other.url)
-    for name in numbers(data.url):  # batches of other images round differently
-        np.testing.assert_allclose(both[name][0::2], reference[name], rtol=1e-5, atol=1e-7, err_msg=name)
-        np.testing.assert_allclose(both[name][1::2], mirror[name], rtol=1e-5, atol=1e-7, err_msg=name)
-    np.testing.assert_array_equal(both["row_records"][:, 1], np.repeat(reference["row_records"][:, 1], 2))
-    assert [store.source(row) for row in (0, 1, 59)] == [(IDS[0], False), (IDS[0], True), (IDS[29], True)]
-    assert store.rows[IDS[3]] == 6
+    found = arrays(data.url)
+    assert len(found["row_records"]) == 240
+    ways = {1: Image.Transpose.FLIP_LEFT_RIGHT, 6: Image.Transpose.ROTATE_90}
+    wanted = {0: reference}
+    for orientation, how in ways.items():
+        other = tiny_data(root=str(turned(image_root, tmp_path / how.name, how)), store=str(tmp_path / f"{how}.zarr"))
+        other.preload(ENCODER)
+        wanted[orientation] = arrays(other.url)
+    for orientation, each in wanted.items():
+        for name in numbers(data.url):  # batches of other images round differently
+            part = found[name][orientation::8]
+            np.testing.assert_allclose(part, each[name], rtol=1e-5, atol=1e-7, err_msg=f"{orientation} {name}")
+    np.testing.assert_array_equal(found["row_records"][:, 1], np.repeat(reference["row_records"][:, 1], 8))
+    assert [store.source(row) for row in (0, 1, 239)] == [(IDS[0], 0), (IDS[0], 1), (IDS[29], 7)]
+    assert store.rows[IDS[3]] == 24
 
 
-def test_an_image_is_read_once_for_both_views(tiny_data: MakeData, reads: Counter[str]) -> None:
-    tiny_data(mirrored=True).preload(ENCODER)
+def test_a_store_of_before_there_were_more_is_read(tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_dict = FeatureSpecification.to_dict
+
+    def as_before(self: FeatureSpecification) -> dict[str, Any]:
+        content = to_dict(self)
+        return {**content, "mirrored": content.pop("orientations") == 2}
+
+    data = tiny_data(orientations=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureSpecification, "to_dict", as_before)
+        data.preload(ENCODER)
+    assert "mirrored" in zarr.open_group(data.url).attrs["specification"]
+    again = tiny_data(orientations=2)
+    assert again.preload(ENCODER).orientations == 2
+    with pytest.raises(StaleStoreError, match="orientations: 2, asked for 1"):
+        tiny_data().preload(ENCODER)
+
+
+def test_an_image_is_read_once_for_all_orientations(tiny_data: MakeData, reads: Counter[str]) -> None:
+    tiny_data(orientations=2).preload(ENCODER)
     assert reads == Counter(IDS)
 
 
-def test_a_mirrored_preload_goes_on_where_it_stopped(
+def test_a_preload_of_several_orientations_goes_on_where_it_stopped(
     tiny_data: MakeData, image_root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = tiny_data(mirrored=True, store=str(tmp_path / "whole.zarr"))
+    whole = tiny_data(orientations=2, store=str(tmp_path / "whole.zarr"))
     whole.preload(ENCODER)
-    data = tiny_data(mirrored=True, preload_batch_size=3)  # a batch ends between the two views of a sample
+    data = tiny_data(orientations=2, preload_batch_size=3)  # a batch ends between the two orientations of a sample
     forward, batches = FrozenEncoder.forward, iter(range(100))
 
     def interrupted(self: FrozenEncoder, images: Tensor) -> Any:
@@ -794,7 +817,7 @@ def test_a_mirrored_preload_goes_on_where_it_stopped(
             data.preload(ENCODER)
     stopped = FeatureStore.open(data.url)
     assert 0 < stopped.done.sum() < 60
-    assert stopped.done.sum() % 2 == 1, "the test wants a sample with one view only"
+    assert stopped.done.sum() % 2 == 1, "the test wants a sample with one orientation only"
     first = int(np.flatnonzero(~stopped.done)[0]) // 2
     assert stopped.missing(IDS) == IDS[first:]
     data.preload(ENCODER)
@@ -802,20 +825,20 @@ def test_a_mirrored_preload_goes_on_where_it_stopped(
         np.testing.assert_allclose(arrays(data.url)[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_a_mirror_image_that_was_lost_is_named(tiny_data: MakeData) -> None:
-    data = tiny_data(mirrored=True)
+def test_an_orientation_that_was_lost_is_named(tiny_data: MakeData) -> None:
+    data = tiny_data(orientations=2)
     store = data.preload(ENCODER)
     shutil.rmtree(Path(data.url) / "pooled/c/3")
     with pytest.raises(StoreError, match=r"lost the pooled of c/004.png \(shard 3\)"):
         check_present(store)
-    with pytest.raises(StoreError, match=r"cannot give the pooled of the mirror image of c/005.png"):
+    with pytest.raises(StoreError, match=r"cannot give the pooled of orientation 1 of c/005.png"):
         store.read([51], "pooled")
 
 
-def test_a_store_without_mirror_images_is_stale(tiny_data: MakeData) -> None:
+def test_a_store_of_other_orientations_is_stale(tiny_data: MakeData) -> None:
     tiny_data().preload(ENCODER)
-    with pytest.raises(StaleStoreError, match="mirrored: False, asked for True"):
-        tiny_data(mirrored=True).preload(ENCODER)
+    with pytest.raises(StaleStoreError, match="orientations: 1, asked for 2"):
+        tiny_data(orientations=2).preload(ENCODER)
 
 
 def test_a_store_of_another_precision_is_stale_and_close(
@@ -901,9 +924,9 @@ def test_a_pass_that_was_stopped_loses_no_notice(
         data.preload(ENCODER)
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("orientations", [1, 2])
 def test_images_that_were_copied_are_read_once(
-    tiny_data: MakeData, image_root: Path, monkeypatch: pytest.MonkeyPatch, mirrored: bool
+    tiny_data: MakeData, image_root: Path, monkeypatch: pytest.MonkeyPatch, orientations: int
 ) -> None:
     """They have other times of change, which the store takes over when their content is found to be the same."""
     read = list[Path]()
@@ -912,15 +935,15 @@ def test_images_that_were_copied_are_read_once(
         read.append(path)
         return short_digest(path)
 
-    tiny_data(mirrored=mirrored).preload(ENCODER)
+    tiny_data(orientations=orientations).preload(ENCODER)
     for image in image_root.rglob("*.png"):
         os.utime(image, (1, 1))
     monkeypatch.setattr(image_files, "short_digest", counted)
-    store = tiny_data(mirrored=mirrored).preload(ENCODER)
+    store = tiny_data(orientations=orientations).preload(ENCODER)
     assert len(read) == 30
     assert not store.missing(IDS)
-    tiny_data(mirrored=mirrored).preload(ENCODER)
+    tiny_data(orientations=orientations).preload(ENCODER)
     (image_root / IDS[3]).write_bytes((image_root / IDS[4]).read_bytes())
-    tiny_data(mirrored=mirrored, allow_overlap=True).preload(ENCODER)
+    tiny_data(orientations=orientations, allow_overlap=True).preload(ENCODER)
     assert len(read) < 35  # that one, and what may be its copy
     assert verify(FeatureStore.open(store.url, tolerant=True)) == []

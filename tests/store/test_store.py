@@ -42,7 +42,7 @@ CHANGES: dict[str, Any] = {
     "image_size": 256,
     "codec": "fp32",
     "precision": "bf16",
-    "mirrored": True,
+    "orientations": 2,
     "weights_digest": "4567",
     "interpolation": "bilinear",
     "fit": "letterbox",

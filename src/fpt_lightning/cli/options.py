@@ -31,7 +31,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("data.fit", "squash", "to the encoder's aspect: squash or letterbox"),
         Option("data.crop_border", "false", "whether dark borders are cut off (fundus, mammograms)"),
         Option("data.codec", "int8", "of stored keys and values: int8, int4, fp16 or fp32"),
-        Option("data.mirrored", "false", "whether features of mirror images are stored too"),
+        Option("data.orientations", "1", "of each image in the store: 1, 2, 4 or 8 flips and turns"),
         Option("data.augmentation", "default", "default, strong or none"),
         Option("data.batch_size", "16", "images of a training step"),
         Option("data.preload_batch_size", "4", "images that the frozen encoder takes at once"),

@@ -236,7 +236,7 @@ def _setting(model: ClassificationModule, data: ImageDataModule, precision: str)
         batch_size=data.batch_size,
         precision="32-true" if precision == "32-true" else "bf16-mixed",
         codec=None if stored is None else stored.codec,
-        mirrored=stored is not None and stored.mirrored,
+        orientations=1 if stored is None else stored.orientations,
         image_size=data.image_size,
         preload_batch_size=data.preload_batch_size,
     )

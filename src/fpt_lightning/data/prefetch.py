@@ -41,7 +41,7 @@ class PrefetchingLoader(DataLoader[Any]):
 
     Args:
         dataset: with several threads it has ``in_threads(batches, threads)``, a generator of what it gives for batches
-            of keys, which threads prepare (``items_in_threads``); of dicts, where memory is pinned.
+            of keys, which threads prepare (``items_in_threads``).
         threads: of this process; one prepares whole batches.
         **kwargs: as of ``torch.utils.data.DataLoader``.
     """
@@ -60,14 +60,18 @@ class PrefetchingLoader(DataLoader[Any]):
         batches = self.sampler if self.batch_sampler is None else self.batch_sampler
         prepared = dataset.in_threads(batches, self.threads)
         try:
-            yield from map(self._pinned, prepared)  # which holds no batch while the next is made
+            yield from map(pinned, prepared) if self.pin_memory else prepared  # neither holds a batch as it makes one
         finally:
             prepared.close()
 
-    def _pinned(self, batch: Any) -> Any:
-        if self.pin_memory:
-            batch = {n: part.pin_memory() if isinstance(part, Tensor) else part for n, part in batch.items()}
-        return batch
+
+def pinned(batch: Any) -> Any:
+    """The batch with every tensor in pinned memory, those in dicts and lists too."""
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, dict):
+        return {name: pinned(part) for name, part in batch.items()}
+    return [pinned(part) for part in batch] if isinstance(batch, list) else batch
 
 
 def items_in_threads(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, check_extras, unreadable
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
+from fpt_lightning.data.orientations import check_orientations
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample
 from fpt_lightning.data.statistics import value_range as measured_range
@@ -178,7 +179,8 @@ class ImageDataModule(ManifestDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Every image below ``root``, through the encoder: no store, no labels; or of the split that is explained."""
         if self.explained is not None:
-            return self._dataloader(self._dataset(self.predicted.samples, "none", False), False, self.batch_size)
+            images = self._dataset(self.predicted.samples, "none", False)
+            return self._dataloader(images, False, self._evaluated_at_once())
         images = self._image_dataset(self.predicted, self.predicted.samples, "none")
         encoded = STORED & self._inputs()
         return self._dataloader(images, False, self.preload_batch_size if encoded else self.batch_size)
@@ -299,6 +301,9 @@ class ImageDataModule(ManifestDataModule):
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
             encoder.check_weights()
+        check_orientations(
+            "model.test_time_orientations", self._declared("test_time_orientations") or 1, self.resolution
+        )
         if encoder is not None and "side_images" in self._inputs():
             self._side_resolution()
         adapt = getattr(self._declared("task"), "adapt", None)
@@ -391,7 +396,11 @@ class ImageDataModule(ManifestDataModule):
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
         training = split == "train"
         dataset = self._dataset(self.labelled.split(split), augmentation, training)
-        return self._dataloader(dataset, training, self.batch_size)
+        return self._dataloader(dataset, training, self.batch_size if training else self._evaluated_at_once())
+
+    def _evaluated_at_once(self) -> int:
+        """Images of a batch in validation, in test, and where a split is explained."""
+        return self.batch_size
 
 
 def over_images(ids: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.orientations import check_orientations, evaluated_at_once
 from fpt_lightning.datamodules.images import ImageDataModule, over_images
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -36,9 +37,10 @@ class PreloadedFeatureDataModule(ImageDataModule):
         root: folder of the images (``ManifestDataModule``).
         store: local path or fsspec URL of the feature store.
         codec: of the stored keys and values: ``int8``, ``int4``, ``fp16`` or ``fp32``.
-        mirrored: whether the store holds every image's mirror image too: augmented training then draws one of the two,
-            for tokens and side image alike, where it else mirrors side images alone (paper, section 3.3). Twice the
-            bytes and the frozen pass.
+        orientations: of each image that the store holds: 1, 2 (its mirror image too), 4 (both upside down too) or 8
+            (quarter turns too, of square images). Augmented training draws one of them, for tokens and side image
+            alike, where it else mirrors side images alone (paper, section 3.3). As many times the bytes and the frozen
+            pass.
         cache: folder on a fast local disk for copies of what training reads of a store that is far away; without one,
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
@@ -57,7 +59,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         root: str,
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
-        mirrored: bool = False,
+        orientations: Literal[1, 2, 4, 8] = 1,
         cache: str | None = None,
         in_memory: bool = False,
         augment_on: Literal["loader", "device"] = "loader",
@@ -66,7 +68,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
     ) -> None:
         super().__init__(root, **kwargs)
         check_codec(codec)
-        self.url, self.codec, self.mirrored = resolve(store), codec, mirrored
+        check_orientations("data.orientations", orientations)
+        self.url, self.codec, self.orientations = resolve(store), codec, orientations
         self.cache, self.in_memory = cache, in_memory
         if augment_on not in ("loader", "device"):
             raise ConfigurationError(f"data.augment_on is {augment_on!r}: choose 'loader' or 'device'.")
@@ -193,12 +196,21 @@ class PreloadedFeatureDataModule(ImageDataModule):
     def _check_model(self, stage: str) -> None:
         super()._check_model(stage)
         if stage == "fit" and self._augments_on_device(self.augmentation):
-            self._on_device((0.0,), (1.0,), self.mirrored)
-        if STORED & self._inputs() and self._declared("test_time_mirroring") and not self.mirrored:
+            self._on_device((0.0,), (1.0,))
+        evaluated = self._evaluated()
+        if STORED & self._inputs() and evaluated > self.orientations:
             raise ConfigurationError(
-                f"model.test_time_mirroring is true, but the feature store {self.url} has no mirror images: make it "
-                "with data.mirrored true."
+                f"model.test_time_orientations is {evaluated}, but data.orientations {self.orientations}: make the "
+                f"feature store {self.url} with data.orientations {evaluated}."
             )
+
+    def _evaluated(self) -> int:
+        """Orientations that the model evaluates."""
+        return self._declared("test_time_orientations") or 1
+
+    def _evaluated_at_once(self) -> int:
+        stored = STORED & self._inputs()
+        return evaluated_at_once(self.batch_size, self._evaluated()) if stored else self.batch_size
 
     def check_store(self, encoder: EncoderConfig) -> None:
         """Hold the store, if there is one, against what an encoder gives.
@@ -222,7 +234,8 @@ class PreloadedFeatureDataModule(ImageDataModule):
         return asked
 
     def _of_store(self, encoder: EncoderConfig) -> FeatureSpecification:
-        return replace(self.asked(encoder), codec=self.codec, mirrored=self.mirrored)
+        check_orientations("data.orientations", self.orientations, self.resolution)
+        return replace(self.asked(encoder), codec=self.codec, orientations=self.orientations)
 
     @staticmethod
     def uses_store(model: Any) -> bool:
@@ -287,13 +300,14 @@ class PreloadedFeatureDataModule(ImageDataModule):
     def _augments_on_device(self, augmentation: str) -> bool:
         return self.augment_on == "device" and augmentation != "none" and "side_images" in self._inputs()
 
-    def _on_device(self, mean: Sequence[float], std: Sequence[float], mirrored: bool) -> DeviceViews:
+    def _on_device(self, mean: Sequence[float], std: Sequence[float]) -> DeviceViews:
         if self.augmentation != "default":
             raise ConfigurationError(
                 f"data.augment_on is 'device', where data.augmentation {self.augmentation!r} is not made: choose "
                 "'default', or augment in the loader."
             )
-        return DeviceViews(self._side_resolution(), self.image_size, not mirrored, mean, std, self.seed or 0)
+        mirror = self.orientations == 1
+        return DeviceViews(self._side_resolution(), self.image_size, mirror, mean, std, self.seed or 0)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw the side images that were left to the device."""
@@ -309,11 +323,12 @@ class PreloadedFeatureDataModule(ImageDataModule):
         assert self.store is not None
         spec = self.store.specification
         if self._augments_on_device(augmentation):
-            self._device_views = self._on_device(spec.mean, spec.std, spec.mirrored)
+            self._device_views = self._on_device(spec.mean, spec.std)
             side_views: Views | DeviceViews | None = self._device_views
         else:
-            side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=not spec.mirrored)
+            side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=spec.orientations == 1)
         inputs = sorted(stored) if self.explained is None else [*sorted(stored), "indices"]
-        seed = self.seed if spec.mirrored and augmentation != "none" else None
-        both = not training and bool(self._declared("test_time_mirroring"))
-        return StoredSamples(self.labelled, samples, side_views, self.store, self.store.arrays_of(inputs), seed, both)
+        seed = self.seed if spec.orientations > 1 and augmentation != "none" else None
+        evaluated = 1 if training else self._evaluated()
+        arrays = self.store.arrays_of(inputs)
+        return StoredSamples(self.labelled, samples, side_views, self.store, arrays, seed, evaluated)

@@ -37,7 +37,7 @@ class Batch(TypedDict, total=False):
         value_scales: like those of the keys.
         indices: of the tokens that features are of (B, L, H, T), int32; from a store, where they are explained.
         pooled: pooled features (B, D), fp32.
-        mirrored: what the store has of the mirror images, where the model evaluates them too: the same as above.
+        orientations: what the store has of the orientations from 1 on, where the model evaluates them: each as above.
         images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
             where they stand in for stored features that have yet to be computed.
     """
@@ -52,7 +52,7 @@ class Batch(TypedDict, total=False):
     value_scales: Tensor
     indices: Tensor
     pooled: Tensor
-    mirrored: dict[str, Tensor]
+    orientations: list[dict[str, Tensor]]
     images: Tensor
 
 
@@ -195,9 +195,16 @@ class ImageSamples(Samples):
 
 
 class StoredSamples(Samples):
-    """Samples read from a feature store: of one view drawn by ``mirror_seed``, of the image, or of both views.
+    """Samples read from a feature store.
 
-    Side images are drawn here, or left to the device by ``DeviceViews``.
+    Args:
+        manifest: of the samples.
+        samples: those of a split.
+        side_views: of the side images, drawn here, or left to the device by ``DeviceViews``.
+        store: that has them.
+        arrays: of it that are read.
+        orientation_seed: by which one of the store's orientations is drawn; None for the images themselves.
+        evaluated: orientations that are read, from the image on.
     """
 
     def __init__(
@@ -207,12 +214,12 @@ class StoredSamples(Samples):
         side_views: Views | DeviceViews | None,
         store: FeatureStore,
         arrays: Sequence[str],
-        mirror_seed: int | None,
-        both: bool = False,
+        orientation_seed: int | None,
+        evaluated: int = 1,
     ) -> None:
         super().__init__(manifest, samples, side_views if isinstance(side_views, Views) else None)
         self.device_views = side_views if isinstance(side_views, DeviceViews) else None
-        self.store, self.arrays, self.mirror_seed, self.both = store, arrays, mirror_seed, both
+        self.store, self.arrays, self.orientation_seed, self.evaluated = store, arrays, orientation_seed, evaluated
 
     def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> Batch:
         return self._batch(keys, 1, map)
@@ -228,37 +235,40 @@ class StoredSamples(Samples):
         drawn_for, count = [_with_epoch(key) for key in keys], len(keys)
         samples, parts = [self.samples[index] for _, index in drawn_for], min(parts, count)
         rows = [
-            self.store.rows[sample.id] + self._mirrored(key) for sample, key in zip(samples, drawn_for, strict=True)
+            self.store.rows[sample.id] + self._orientation(key) for sample, key in zip(samples, drawn_for, strict=True)
         ]
         side_views, device_views = self.side_views, self.device_views
         copies = [] if side_views is None and device_views is None else ["images"]
         read = self.store.buffers(count, [*self.arrays, *copies])
-        mirrored = self.store.buffers(count, self.arrays if self.both else [])
+        others = [self.store.buffers(count, self.arrays) for _ in range(1, self.evaluated)]
         views = None if side_views is None else side_views.empty(count)
 
         def fill(part: slice) -> None:
             self.store.read_into(rows[part], {name: block[part] for name, block in read.items()})
-            if self.both:
-                others = [row + 1 for row in rows[part]]
-                self.store.read_into(others, {name: block[part] for name, block in mirrored.items()})
+            for further, blocks in enumerate(others, 1):
+                turned = [row + further for row in rows[part]]
+                self.store.read_into(turned, {name: block[part] for name, block in blocks.items()})
             if side_views is not None and views is not None:
                 side_views.draw(read["images"][part], drawn_for[part], views[part])
 
         list(each(fill, [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]))
         batch: dict[str, Any] = {name: torch.from_numpy(read[name]) for name in self.arrays}
-        if self.both:
-            batch["mirrored"] = {name: torch.from_numpy(block) for name, block in mirrored.items()}
+        if others:
+            batch["orientations"] = [
+                {name: torch.from_numpy(block) for name, block in blocks.items()} for blocks in others
+            ]
         if views is not None:
             batch["side_images"] = views
         if device_views is not None:
             batch |= {"copies": torch.from_numpy(read["images"]), "view_numbers": device_views.numbers(drawn_for)}
         return cast(Batch, {**self._labelled(samples), **batch})
 
-    def _mirrored(self, key: tuple[int, int]) -> bool:
-        """Whether the mirror image is drawn."""
-        if self.mirror_seed is None:
-            return False
-        return bool(np.random.SeedSequence([self.mirror_seed, *key, 1]).generate_state(1)[0] & 1)
+    def _orientation(self, key: tuple[int, int]) -> int:
+        """That is drawn."""
+        if self.orientation_seed is None:
+            return 0
+        drawn = np.random.SeedSequence([self.orientation_seed, *key, 1]).generate_state(1)[0]
+        return int(drawn) % self.store.orientations
 
 
 def _with_epoch(key: tuple[int, int] | int) -> tuple[int, int]:

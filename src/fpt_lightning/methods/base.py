@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.data.manifest import Manifest, Sample
+from fpt_lightning.data.orientations import check_orientations, oriented_pixels
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError, check_at_least
@@ -47,23 +48,26 @@ def samples_of(trainer: L.Trainer) -> tuple[Sample, ...]:
     return () if manifest is None else manifest.samples
 
 
-def mirrored(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``fpt_lightning.datamodules.samples.Batch`` of the mirror images.
+def oriented_batch(batch: Mapping[str, Any], orientation: int) -> dict[str, Any]:
+    """A ``fpt_lightning.datamodules.samples.Batch`` in another orientation, 1 to 7.
 
-    Images are flipped; features are those that a mirrored store gave along, or those of the flipped images.
+    Images are turned; features are those that a store gave along, or are left to be computed of the turned images.
 
     Raises:
-        ConfigurationError: stored features without those of the mirror images.
+        ConfigurationError: stored features without those of this orientation.
     """
-    flipped = {name: value.flip(-1) if name in ("images", "side_images") else value for name, value in batch.items()}
-    if "mirrored" in batch:
-        return {**flipped, **batch["mirrored"]}
+    turned = {
+        name: oriented_pixels(value, orientation) if name in ("images", "side_images") else value
+        for name, value in batch.items()
+    }
+    if "orientations" in batch:
+        return {**turned, **batch["orientations"][orientation - 1]}
     if "images" not in batch:
         raise ConfigurationError(
-            "model.test_time_mirroring is true, but the stored features are without those of the mirror images: make "
-            "the store with data.mirrored true."
+            "model.test_time_orientations is above 1, but the stored features are of the images alone: make the store "
+            "with as many data.orientations."
         )
-    return {name: value for name, value in flipped.items() if name not in _OF_IMAGES}
+    return {name: value for name, value in turned.items() if name not in _OF_IMAGES}
 
 
 def _decimal(numbers: Sequence[Any]) -> NDArray[np.float64]:
@@ -100,8 +104,9 @@ class ClassificationModule(TrainedModule, ABC):
         label_smoothing: of the cross-entropy, in [0, 1).
         temperature_scaling: whether probabilities in test and prediction are calibrated by a temperature that is fitted
             to the validation images (``fpt_lightning.evaluation.calibration.fit_temperature``).
-        test_time_mirroring: whether validation, test and prediction take the mean logits of an image and of its mirror
-            image; with stored features ``data.mirrored`` must be true. Not in the paper.
+        test_time_orientations: of how many orientations of an image validation, test and prediction take the mean
+            logits: 1, 2 (its mirror image too), 4 (upside down too) or 8 (quarter turns too, of square images;
+            ``fpt_lightning.data.orientations``); a store must have as many (``data.orientations``). Not in the paper.
 
     Raises:
         ConfigurationError: values that cannot work.
@@ -130,7 +135,7 @@ class ClassificationModule(TrainedModule, ABC):
         label_smoothing: float = 0.0,
         task: TaskName = "multiclass",
         temperature_scaling: bool = False,
-        test_time_mirroring: bool = False,
+        test_time_orientations: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -144,7 +149,8 @@ class ClassificationModule(TrainedModule, ABC):
             raise ConfigurationError(
                 "model.temperature_scaling is true, which is for probabilities, not for regression."
             )
-        self.temperature_scaling, self.test_time_mirroring = temperature_scaling, test_time_mirroring
+        check_orientations("model.test_time_orientations", test_time_orientations)
+        self.temperature_scaling, self.test_time_orientations = temperature_scaling, test_time_orientations
         self._steps = 0  # that the optimiser had taken when the last batch ended
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
@@ -193,15 +199,17 @@ class ClassificationModule(TrainedModule, ABC):
         return {"ids": batch["ids"], "labels": batch["labels"], "scores": self.scores(self.evaluated(batch))}
 
     def evaluated(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits (B, ``task.outputs``) as evaluation takes them, fp32: of one view, or the mean of two.
+        """Logits (B, ``task.outputs``) as evaluation takes them, fp32: the mean of ``test_time_orientations``.
 
         Raises:
-            ConfigurationError: ``test_time_mirroring`` with stored features that have no mirror images.
+            ConfigurationError: stored features of fewer orientations.
             NonFiniteError: NaN or infinity, as of a training that diverges.
         """
         logits: Tensor = self(batch).float()
-        if self.test_time_mirroring:
-            logits = (logits + self(mirrored(batch)).float()) / 2
+        for orientation in range(1, self.test_time_orientations):
+            logits = logits + self(oriented_batch(batch, orientation)).float()
+        if self.test_time_orientations > 1:
+            logits = logits / self.test_time_orientations
         if not exporting() and sketching() is None:
             self._check_finite(logits, batch.get("ids"))
         return logits

@@ -154,7 +154,9 @@ class TrainedModule(L.LightningModule):
             return
         if specification.value_range:  # whatever images it was measured over
             specification = replace(specification, range_of="given")
-        differences = self.specification.differences(specification, ignore=("codec", "precision", "mirrored", "format"))
+        differences = self.specification.differences(
+            specification, ignore=("codec", "precision", "orientations", "format")
+        )
         differences = [line for line in differences if not line.startswith(("statistics", "range_of"))]
         if differences:
             raise CheckpointError(

@@ -275,10 +275,12 @@ def predict_evaluation_memory(
     """
     with _built(method, resolution, live, images_at_once, device) as module:
         batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
-        if module.test_time_mirroring and "images" not in batch:
-            batch["mirrored"] = {
-                name: torch.zeros_like(batch[name]) for name in (*Features._fields, "pooled") if name in batch
-            }
+        if module.test_time_orientations > 1 and "images" not in batch:
+            stored = [name for name in (*Features._fields, "pooled") if name in batch]
+            batch["orientations"] = [
+                {name: torch.zeros_like(batch[name]) for name in stored}
+                for _ in range(1, module.test_time_orientations)
+            ]
         return evaluation_bytes(module, batch, precision)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fpt_lightning.data.orientations import evaluated_at_once
 from fpt_lightning.data.prefetch import AHEAD
 from fpt_lightning.encoder.config import check_resolution
 from fpt_lightning.errors import ConfigurationError
@@ -50,7 +51,7 @@ class Setting:
         batch_size: of training.
         precision: Lightning's ``32-true`` or ``bf16-mixed``.
         codec: of the stored keys and values; None where there is no store, and the encoder runs in every step.
-        mirrored: whether mirror images are stored too.
+        orientations: of each image that are stored.
         image_size: side of the stored low-resolution copies in pixels.
         preload_batch_size: images encoded at once.
         device: that the run is on: ``cpu`` or ``cuda``.
@@ -62,7 +63,7 @@ class Setting:
     batch_size: int = 16
     precision: Precision = "32-true"
     codec: str | None = "int8"
-    mirrored: bool = False
+    orientations: int = 1
     image_size: int = 256
     preload_batch_size: int = 4
     device: Device = "cpu"
@@ -96,14 +97,19 @@ class Setting:
         return predict_encoding_memory(config, self.resolution, self.preload_batch_size, self.device)
 
     def fit_bytes(self) -> int:
-        """Of a training step, or of the validation beside the optimiser's state where that takes more: of two views."""
+        """Of a training step, or of the validation beside the optimiser's state where that takes more."""
         step = predict_training_memory(*self._sizes, precision=self.precision, **self._features)
         module = build_on_meta(self.make, self.resolution)
-        return max(step, 8 * module.learnable_parameters + self.test_bytes()) if module.test_time_mirroring else step
+        if module.test_time_orientations == 1:
+            return step
+        return max(step, 8 * module.learnable_parameters + self.test_bytes())
 
     def test_bytes(self) -> int:
         """Of a batch in validation and test."""
-        return predict_evaluation_memory(*self._sizes, precision=self.precision, **self._features)
+        make, resolution, size = self._sizes
+        if self.stores:
+            size = evaluated_at_once(size, build_on_meta(make, resolution).test_time_orientations)
+        return predict_evaluation_memory(make, resolution, size, precision=self.precision, **self._features)
 
     def predict_bytes(self) -> int:
         """Of a batch in prediction, from images; they come ``preload_batch_size`` at a time to a frozen encoder."""
@@ -194,7 +200,7 @@ def plan(setting: Setting, gpu_memory: int | None = None) -> Plan:
         learnable_ratio=module.learnable_ratio,
         peaks=peaks,
         waiting_bytes=(AHEAD + 1) * sum(part.nbytes for part in batch.values() if isinstance(part, Tensor)),
-        sample_bytes=(1 + setting.mirrored)
+        sample_bytes=setting.orientations
         * bytes_per_row(setting.codec, feature_shape(module.encoder_config, setting.resolution), setting.image_size)
         if setting.stores and setting.codec
         else None,

@@ -73,7 +73,7 @@ class StoreIndex:
         made_with: versions and device, for the record.
         sample_arrays: shape and dtype of what each array has for a row.
         ids: sample ids in the order of the rows.
-        views: rows of a sample.
+        orientations: rows of a sample.
         rows: the first (or only) row of each sample, by its id.
         records: (rows, 4), int64: state and file; see ``fpt_lightning.store.layout``.
         checksums: (rows, arrays), int64: crc32c of the row in each of ``sample_arrays``.
@@ -111,9 +111,9 @@ class StoreIndex:
             raise StoreError(f"{url} is not a feature store of fpt-lightning: {error!r}.") from error
         if array_documents(url, documents) != documents:
             raise StoreError(f"the metadata of an array of the feature store {url} are damaged: rebuild it.")
-        self.views = self.specification.views
-        self.rows = {id: position * self.views for position, id in enumerate(self.ids)}
-        self.owners = row_owners(attributes["specification"], self.ids, self.views)
+        self.orientations = self.specification.orientations
+        self.rows = {id: position * self.orientations for position, id in enumerate(self.ids)}
+        self.owners = row_owners(attributes["specification"], self.ids, self.orientations)
         self._arrays = {RECORDS: self._open_records(group)}
         self._table, self.lost_records = self._read_records(tolerant)
         self.records, self.checksums = self._table[:, :OWNER], self._table[:, OWNER + 1 :]
@@ -153,14 +153,14 @@ class StoreIndex:
         """Stored bytes of one row, without Zarr's metadata."""
         return row_bytes(self.sample_arrays)
 
-    def source(self, row: int) -> tuple[str, bool]:
-        """The id of a row's sample, and whether the row is of its mirror image."""
-        return self.ids[row // self.views], row % self.views == 1
+    def source(self, row: int) -> tuple[str, int]:
+        """The id of a row's sample, and the orientation that the row is of."""
+        return self.ids[row // self.orientations], row % self.orientations
 
     def name(self, row: int) -> str:
         """What a row is of, for people."""
-        id, mirrored = self.source(row)
-        return f"the mirror image of {id}" if mirrored else id
+        id, orientation = self.source(row)
+        return f"orientation {orientation} of {id}" if orientation else id
 
     def require(self, asked: FeatureSpecification, rebuild: str, ignore: Sequence[str] = ()) -> None:
         """Hold the store against what is asked.
@@ -203,13 +203,13 @@ class StoreIndex:
         return [ids[position] for position in np.flatnonzero(found).tolist()]
 
     def _rows_of(self, ids: Sequence[str]) -> list[int]:
-        return [self.rows[id] + view for id in ids for view in range(self.views)]
+        return [self.rows[id] + each for id in ids for each in range(self.orientations)]
 
     def _records_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Of each sample, (samples, views, columns); 0 of those that the store does not have."""
+        """Of each sample, (samples, orientations, columns); 0 of those that the store does not have."""
         rows = np.array([self.rows.get(id, -1) for id in ids], np.intp)
-        records = np.zeros((len(rows), self.views, self.records.shape[1]), np.int64)
-        records[rows >= 0] = self.records[rows[rows >= 0, None] + np.arange(self.views)]
+        records = np.zeros((len(rows), self.orientations, self.records.shape[1]), np.int64)
+        records[rows >= 0] = self.records[rows[rows >= 0, None] + np.arange(self.orientations)]
         return records
 
     def changed(self, files: ImageFiles, by_content: bool = False) -> list[str]:
@@ -240,8 +240,8 @@ class StoreIndex:
         records = self._records_of(files.ids)[:, 0]
         other = (records[:, 0] != ABSENT) & (records[:, 1] == files.sizes) & (records[:, 2] != files.changed)
         same = [i for i in np.flatnonzero(other).tolist() if files.known_digest(i) == records[i, 3]]
-        rows = [self.rows[files.ids[i]] + view for i in same for view in range(self.views)]
-        self.records[rows, 2] = np.repeat(files.changed[same], self.views)
+        rows = [self.rows[files.ids[i]] + each for i in same for each in range(self.orientations)]
+        self.records[rows, 2] = np.repeat(files.changed[same], self.orientations)
         return rows
 
     def digests(self, files: ImageFiles) -> NDArray[np.int64]:
@@ -252,7 +252,7 @@ class StoreIndex:
 
     def _read_records(self, tolerant: bool) -> tuple[NDArray[np.int64], dict[int, str]]:
         """All of the records, and why those of some rows are damaged; these are 0."""
-        array, total, lost = self._arrays[RECORDS], self.views * len(self.ids), dict[int, str]()
+        array, total, lost = self._arrays[RECORDS], self.orientations * len(self.ids), dict[int, str]()
         width = array.shape[1]
         shards = range(-(-total // SHARD))
         table = np.zeros((len(shards) * SHARD, OWNER + 1 + len(self.sample_arrays)), np.int64)

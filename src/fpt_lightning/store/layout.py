@@ -12,7 +12,7 @@ Layout (Zarr v3, one row a chunk, whole shards of rows, every chunk with a crc32
                                                its SHA-256; whose record it is (``row_owners``); and the crc32c of the
                                                row in each of the arrays above, in their order
 
-A sample has one row, or two where the store is mirrored: its image's, then the mirror image's. The group's attributes
+A sample has a row for each of its orientations (``fpt_lightning.data.orientations``), its image first. The attributes
 hold the specification, the sample ids in the order of the rows, a copy of the arrays' metadata, and a fingerprint of
 all that. A record says whose it is and which data are its, so that files that were swapped, or copied in from another
 store, are noticed. A shard has one writer. A row's record is written after its data, and the group after its arrays,
@@ -58,19 +58,19 @@ def row_bytes(arrays: Arrays) -> int:
     return sum(math.prod(size) * dtype.itemsize for size, dtype in with_records(arrays).values())
 
 
-def row_owners(specification: Mapping[str, Any], ids: Sequence[str], views: int) -> NDArray[np.int64]:
+def row_owners(specification: Mapping[str, Any], ids: Sequence[str], orientations: int) -> NDArray[np.int64]:
     """What tells the rows of a store from others, and from those of stores made with other settings.
 
     Args:
         specification: as the store's attributes have it.
         ids: of the samples, in the order of the rows.
-        views: rows of a sample.
+        orientations: of each sample, a row each.
 
     Returns:
-        (len(ids) * views,): the crc32c of specification, view and id.
+        (len(ids) * orientations,): the crc32c of specification, orientation and id.
     """
     made = json.dumps(specification, sort_keys=True).encode()
-    starts = [google_crc32c.value(made + bytes([view])) for view in range(views)]
+    starts = [google_crc32c.value(made + bytes([each])) for each in range(orientations)]
     names = [id.encode("utf-8", "surrogatepass") for id in ids]
     return np.array([google_crc32c.extend(start, name) for name in names for start in starts], np.int64)
 

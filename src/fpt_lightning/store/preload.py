@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
+from fpt_lightning.data.orientations import oriented
 from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.data.prefetch import PrefetchingLoader, items_in_threads, usable_threads
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
@@ -48,7 +49,7 @@ from fpt_lightning.store.store import FeatureStore, bytes_per_row
 from fpt_lightning.store.writing import WritableStore
 
 Rows = tuple[int, ...]
-"""Of one sample: of its image, of its mirror image, or of both."""
+"""Of one sample: of some or all of its orientations."""
 _FILES = 64  # whose records are remembered, as more of their pages may follow
 
 
@@ -268,7 +269,7 @@ class FrozenPass(L.LightningModule):
         check_codec(self.specification.codec, shape.head_dim)
         ids = [sample.id for sample in self.manifest.samples]
         asked = replace(self.specification, weights_digest=self._build().digest)
-        size = asked.views * bytes_per_row(asked.codec, shape, asked.image_size)
+        size = asked.orientations * bytes_per_row(asked.codec, shape, asked.image_size)
         self._lock = lock_store(self.url)
         if self.overwrite and WritableStore.exists(self.url):
             WritableStore.delete(self.url)
@@ -337,8 +338,8 @@ class FrozenPass(L.LightningModule):
 
     def _by_sample(self, rows: Sequence[int]) -> list[Rows]:
         assert self.store is not None
-        views = self.store.views
-        return [tuple(own) for _, own in groupby(rows, lambda row: row // views)]
+        each = self.store.orientations
+        return [tuple(own) for _, own in groupby(rows, lambda row: row // each)]
 
     def on_predict_start(self) -> None:
         """Say what is about to be done: images, bytes and time."""
@@ -348,8 +349,8 @@ class FrozenPass(L.LightningModule):
         size = self.store.bytes_per_row
         seconds = self._seconds_per_image() * len(missing) / self.trainer.world_size
         rank_zero_info(
-            f"preload: {len(missing):,} of {spec.views * len(self.manifest.samples):,} images"
-            f"{' and mirror images' if spec.mirrored else ''} through {spec.encoder} at "
+            f"preload: {len(missing):,} of {spec.orientations * len(self.manifest.samples):,} images"
+            f"{f' in {spec.orientations} orientations' if spec.orientations > 1 else ''} through {spec.encoder} at "
             f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: {len(missing) * size / 1e6:,.0f} MB "
             f"({size / 1e6:.2f} MB an image), about {duration(seconds)} on {self.trainer.world_size} device(s)"
         )
@@ -402,7 +403,7 @@ class _PreloadBatch(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    """An image for its rows, of which the second is its mirror image; without pixels where it cannot be read."""
+    """An image for its rows, an orientation each; without pixels where it cannot be read."""
 
     rows: Rows
     id: str
@@ -441,7 +442,7 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         id = sources[0][0]
         file = self._record(file_and_page(self.root / id)[0])  # before it is read
         read = self._read(id, notices if self.local else None)  # else warned of at once
-        views = [] if read is None else [read[:, ::-1] if mirrored else read for _, mirrored in sources]
+        views = [] if read is None else [oriented(read, orientation) for _, orientation in sources]
         pixels = [normalise(unit_pixels(view, spec.resolution), spec.mean, spec.std) for view in views]
         return _Decoded(rows, id, file, notices, pixels, [stored_copy(view, spec.image_size) for view in views])
 

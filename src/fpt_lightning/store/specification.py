@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, Fit, ImageReader
+from fpt_lightning.data.orientations import COUNTS
 from fpt_lightning.errors import StoreError
 
 FORMAT = 5  # of the store's layout and of what the numbers in it mean
@@ -47,7 +48,7 @@ class FeatureSpecification:
         image_size: side of the low-resolution copies in pixels.
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
-        mirrored: whether each sample has the features of its mirror image too.
+        orientations: of each sample, one after the other (``fpt_lightning.data.orientations``).
         interpolation: how images are resized.
         fit: how images come to the encoder's aspect (``fpt_lightning.data.images.ImageReader``).
         crop_border: whether their dark border is cut off.
@@ -72,7 +73,7 @@ class FeatureSpecification:
     image_size: int
     codec: str
     precision: str = "fp32"
-    mirrored: bool = False
+    orientations: int = 1
     weights_digest: str = ""
     interpolation: str = INTERPOLATION
     fit: str = "squash"
@@ -91,6 +92,8 @@ class FeatureSpecification:
             StoreError: fields are missing, unknown or of another type.
         """
         content = {**_EARLIER, **content}
+        if isinstance(mirrored := content.pop("mirrored", None), bool):  # before there were more of them
+            content["orientations"] = 1 + mirrored
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
@@ -113,6 +116,7 @@ class FeatureSpecification:
             "token_ratio": 0 < self.token_ratio <= 1,
             "resolution": min(self.resolution) > 0,
             "image_size": self.image_size > 0,
+            "orientations": self.orientations in COUNTS,
             "mean": len(self.mean) == len(self.std) and all(math.isfinite(number) for number in numbers),
             "std": all(number > 0 for number in self.std),
             "value_range": not self.value_range
@@ -135,11 +139,6 @@ class FeatureSpecification:
     def _shown(self, name: str) -> str:
         value = getattr(self, name)
         return "full" if name == "value_range" and not value else repr(value)
-
-    @property
-    def views(self) -> int:
-        """Rows of a sample in a store."""
-        return 2 if self.mirrored else 1
 
     def differences(self, asked: FeatureSpecification, ignore: Sequence[str] = ()) -> list[str]:
         """How this specification differs from what is asked, field by field, for people.

@@ -82,7 +82,7 @@ class FeatureStore(StoreIndex):
     @property
     def extended(self) -> bool:
         """Whether the arrays have the rows of all samples, and no other; ``extend`` may have been stopped."""
-        return {array.shape[0] for array in self._arrays.values()} == {self.views * len(self.ids)}
+        return {array.shape[0] for array in self._arrays.values()} == {self.orientations * len(self.ids)}
 
     def load(self, names: Sequence[str], shared: bool = False) -> None:
         """Hold arrays in memory from now on; ``read`` takes from it.

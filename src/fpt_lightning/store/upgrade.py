@@ -80,7 +80,7 @@ def _write_records(store: _EarlierStore) -> list[str]:
     attributes["specification"] = {**attributes["specification"], "format": FORMAT}
     wanted = np.zeros((len(store.records), OWNER + 1 + len(store.sample_arrays)), np.int64)
     wanted[:, :OWNER] = store.records
-    owners = row_owners(attributes["specification"], store.ids, store.views)
+    owners = row_owners(attributes["specification"], store.ids, store.orientations)
     wanted[:, OWNER] = np.where(store.records[:, 0] == ABSENT, 0, owners)
     damaged = [f"the record of {store.name(row)} is damaged: {why}" for row, why in store.lost_records.items()]
     with writing(store.url):

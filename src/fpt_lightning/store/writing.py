@@ -109,7 +109,7 @@ class WritableStore(FeatureStore):
             StoreError: nothing can be written there.
         """
         new = [id for id in ids if id not in self.rows]
-        total = self.views * (len(self.ids) + len(new))
+        total = self.orientations * (len(self.ids) + len(new))
         attributes: dict[str, Any] = {**self._group.attrs.asdict(), "ids": [*self.ids, *new]}
         with writing(self.url):
             for array in self._arrays.values():

@@ -1,0 +1,60 @@
+"""The eight orientations of an image: its flips and quarter turns, the symmetries of a square.
+
+Orientation 0 is the image, 1 its mirror image, 2 and 3 these two upside down, 4 to 7 all four with rows and columns
+exchanged. The first 1, 2, 4 or 8 lead to one another, so that their mean is the same for each of them. Training on
+several, and the mean of several in evaluation, are not in the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fpt_lightning.errors import ConfigurationError
+
+COUNTS = (1, 2, 4, 8)
+_MIRRORED, _UPSIDE_DOWN, _EXCHANGED = 1, 2, 4  # bits of an orientation
+
+
+def check_orientations(name: str, count: int, resolution: tuple[int, int] | None = None) -> None:
+    """Refuse a number of orientations that there is not.
+
+    Args:
+        name: of the option.
+        count: of the orientations.
+        resolution: (height, width) of the images in pixels, where it is known.
+
+    Raises:
+        ConfigurationError: not one of ``COUNTS``, or quarter turns of images that are not square.
+    """
+    if count not in COUNTS:
+        raise ConfigurationError(f"{name} is {count!r}: choose one of {', '.join(map(str, COUNTS))}.")
+    if resolution is not None and count > _EXCHANGED and resolution[0] != resolution[1]:
+        raise ConfigurationError(
+            f"{name} is {count}, quarter turns among them, but images have {resolution[0]} x {resolution[1]} pixels: "
+            f"give {_EXCHANGED}, or a square data.resolution."
+        )
+
+
+def evaluated_at_once(batch_size: int, orientations: int) -> int:
+    """Images of an evaluated batch whose orientations all come from a store: as many features as of a training step."""
+    return max(1, batch_size // orientations)
+
+
+def oriented(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """A view of an image (height, width, ...) in one of its orientations, 0 to 7."""
+    if orientation & _EXCHANGED:
+        image = image.swapaxes(0, 1)
+    if orientation & _UPSIDE_DOWN:
+        image = image[::-1]
+    return image[:, ::-1] if orientation & _MIRRORED else image
+
+
+def oriented_pixels(pixels: Tensor, orientation: int) -> Tensor:
+    """Images (..., height, width) in one of their orientations, 0 to 7, as ``oriented`` has them."""
+    if orientation & _EXCHANGED:
+        pixels = pixels.transpose(-1, -2)
+    along = [axis for bit, axis in ((_UPSIDE_DOWN, -2), (_MIRRORED, -1)) if orientation & bit]
+    return pixels.flip(along) if along else pixels
