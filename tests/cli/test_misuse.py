@@ -32,7 +32,7 @@ from commands import fails
         (["--trainer.accelerator", "abacus"], "You selected an invalid accelerator name: `accelerator='abacus'`"),
         (["--trainer.limit_train_batches", "-1"], "You have passed invalid value -1 for limit_train_batches"),
         (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch is 0: give 1 or more."),
-        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val is -1: give 0 or more."),
+        (["--trainer.gradient_clip_val", "-1.5"], "trainer.gradient_clip_val is -1.5: give 0 or more."),
         (["--data.batch_size", "0"], "data.batch_size is 0: give 1 or more."),
         (["--data.num_workers", "-1"], "data.num_workers is -1: give 0 or more."),
     ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from inspect import Parameter, signature
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -73,3 +74,11 @@ def test_all_options_are_a_word_away(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         run("fit", "--help", "all")
     assert "--trainer.val_check_interval" in capsys.readouterr().out
+
+
+def test_a_number_of_batches_stays_a_whole_number() -> None:
+    """Whatever was imported before: ``typing`` keeps one ``Optional`` of int and float, in either order."""
+    hints = get_type_hints(Trainer.__init__)
+    limits = [hints[f"limit_{split}_batches"] for split in ("train", "val", "test", "predict")]
+    assert all(isinstance(hint, UnionType) for hint in limits)
+    assert {get_args(hint) for hint in limits} == {(int, float, type(None))}

@@ -25,7 +25,32 @@ class Trainer(L.Trainer):
     """Lightning's trainer with the frozen pass, the planner, the audit and explanations as four more things it does.
 
     ``test`` and ``predict`` take the coverage of prediction sets too.
+
+    Args:
+        limit_train_batches: batches of an epoch (a whole number), or a share of them (0.0 to 1.0). The command line
+            tries types in their order, which in Lightning's own annotations depends on what was imported before:
+            ``typing`` keeps one ``Optional`` of int and float, in either order, and 1 may become 1.0, which is all.
+        limit_val_batches: likewise, of validation.
+        limit_test_batches: likewise, of test.
+        limit_predict_batches: likewise, of prediction.
+        **kwargs: see ``lightning.Trainer``.
     """
+
+    def __init__(
+        self,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **kwargs,
+        )
 
     def test(
         self,
