@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,17 +131,13 @@ def test_an_epochs_seconds_leave_out_its_validation(tiny_data: DataMaker, tmp_pa
     assert 0.3 < seconds < time.perf_counter() - start - 1  # 3 steps; a sanity check and a validation of a batch each
 
 
-def test_the_learnable_share_is_said(
-    tiny_data: DataMaker, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)  # not where nobody logs at import
+def test_the_learnable_share_is_said(tiny_data: DataMaker, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     data, module = tiny_data(), tiny_model()
     data.preload(module, quiet_trainer(tmp_path))
-    with caplog.at_level(logging.INFO):
-        quiet_trainer(tmp_path, callbacks=[LearnableParameters()]).fit(module, data)
+    quiet_trainer(tmp_path, callbacks=[LearnableParameters()]).fit(module, data)
     learnable = sum(p.numel() for p in module.parameters())
     total = learnable + module.encoder_shape.parameters
-    assert f"learnable parameters: {learnable:,}; {100 * learnable / total:.2f}% of the total {total:,}" in caplog.text
+    assert f"learnable parameters: {learnable:,}; {100 * learnable / total:.2f}% of the total {total:,}" in said.text
 
 
 def test_results_serve_a_foreign_trainer(tiny_data: DataMaker, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_run_and_what_else_would_write_to_its_folder(
     image_root: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    said: pytest.LogCaptureFixture,
 ) -> None:
     root, other = tmp_path / "run", tmp_path / "other"
     run("fit", "--config", config)
@@ -78,8 +78,8 @@ def test_a_run_and_what_else_would_write_to_its_folder(
         message = fails(capsys, "fit", "--config", config, "--ckpt_path", other / f"{name}.ckpt")
         assert f"{root} already holds a run" in message
     assert "best.ckpt holds weights alone" in fails(capsys, "fit", "--config", config, "--ckpt_path", "best")
-    said = fails(capsys, "fit", "--config", config, "--ckpt_path", "last", "--seed_everything", 1)
-    assert "seed_everything is 1, but the checkpoint's run was seeded with 0" in said
+    message = fails(capsys, "fit", "--config", config, "--ckpt_path", "last", "--seed_everything", 1)
+    assert "seed_everything is 1, but the checkpoint's run was seeded with 0" in message
     run("fit", "--config", config, "--trainer.fast_dev_run", "true")  # refuses nothing, writes nothing
     assert contents(root) == before
 
@@ -98,10 +98,9 @@ def test_a_run_and_what_else_would_write_to_its_folder(
     elsewhere.rename(image_root)
 
     # it goes on: what ran is what config.yaml says, and the schedule says where it stands
-    with caplog.at_level("INFO"):
-        run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3)
-    assert "now ends after 9 steps: at step 6 the learning rate is 0.00075, where it was 0" in caplog.text
-    assert f"the run goes on with other settings: those until now are in {root / 'config-1.yaml'}" in caplog.text
+    run("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert "now ends after 9 steps: at step 6 the learning rate is 0.00075, where it was 0" in said.text
+    assert f"the run goes on with other settings: those until now are in {root / 'config-1.yaml'}" in said.text
     now, earlier = (yaml.safe_load((root / name).read_text()) for name in ("config.yaml", "config-1.yaml"))
     assert (now["trainer"]["max_epochs"], earlier["trainer"]["max_epochs"]) == (3, 2)
     assert now.get("ckpt_path") is None

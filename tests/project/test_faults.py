@@ -315,7 +315,7 @@ def test_a_flipped_byte_stops_a_fit(sound: Path, how: str) -> None:
 
 
 def test_verify_lists_and_repair_computes_what_is_damaged(
-    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], said: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(sound / "store.zarr", tmp_path / "store.zarr")
     config = write_config(tmp_path, sound / "images")
@@ -331,8 +331,8 @@ def test_verify_lists_and_repair_computes_what_is_damaged(
     assert "15 of 30 samples" in lines[-1]
     assert "fpt-lightning store repair --config CONFIG" in lines[-1]
     main(["store", "repair", "--config", str(config)])
-    assert "15 samples of" in caplog.text
-    assert "preload: 15 of 30 images" in caplog.text
+    assert "15 samples of" in said.text
+    assert "preload: 15 of 30 images" in said.text
     capsys.readouterr()
     main(["store", "verify", str(url)])
     assert "is sound: 30 rows were read" in capsys.readouterr().out
