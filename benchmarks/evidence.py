@@ -82,7 +82,7 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
 
 def _turned(count: int, name: str, entry: Entry) -> Entry:
     """With several orientations of every image, in training and in evaluation."""
-    label, model = f"{entry.label}, {name}", {**entry.model, "test_time_orientations": count}
+    label, model = f"{entry.label.removesuffix(', stored')}, {name}", {**entry.model, "test_time_orientations": count}
     return entry._replace(label=label, model=model, data={"orientations": count}, store=f"-{count}-orientations")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -106,8 +107,7 @@ def _error_bar(axes: Axes, x: float, point: Point) -> None:
 
 
 def _color(method: str) -> Any:
-    index = list(ROWS).index(method)
-    return f"C{index % 10}" if index < 10 else ("black", "grey", "gold", "navy")[index - 10]
+    return colormaps["tab20"](list(ROWS).index(method) % 20)
 
 
 def _unique(panels: Any) -> tuple[list[Any], list[str]]:
