@@ -83,6 +83,7 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
         "encoder": "vit_base_patch14_reg4_dinov2.lvd142m",
         "pretrained": True,
         "learning_rate": 5e-4,
+        "test_time_orientations": 8,
     }
     assert found["data"] == {
         "root": "eyes",
@@ -96,6 +97,7 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
         "resolution": 224,
         "crop_border": True,
         "fit": "letterbox",
+        "orientations": 8,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
@@ -117,7 +119,8 @@ def test_folders_and_a_table_of_films(workplace: Path, capsys: pytest.CaptureFix
     assert found["data"]["split_column"] == "split"
     assert found["data"]["group_column"] == "patient_id"
     assert found["model"]["encoder"] == "vit_base_patch14_dinov2.lvd142m"  # as RAD-DINO is
-    assert "class_weights" not in found["model"]
+    assert not {"class_weights", "test_time_orientations"} & found["model"].keys()
+    assert "orientations" not in found["data"]  # films have a side that is up
     assert "given: train 16, val 16, test 16" in capsys.readouterr().out
     assert "test_auc" in fitted("table")
 

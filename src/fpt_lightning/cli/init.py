@@ -48,6 +48,10 @@ _ENCODERS = {
 """By what images are of; licences as docs/encoders.md has them."""
 
 
+_TURNED = ("fundus photographs", "pathology", "skin photographs")
+"""In which a finding is the same from every side: all orientations are stored where images are few."""
+
+
 class Line(NamedTuple):
     """A setting, its value and the reason for it."""
 
@@ -114,6 +118,10 @@ def choose(
         EncoderError: weights that fit no encoder that is known.
     """
     model = [*_task(found), *_encoder(found, weights), Line("learning_rate", 5e-4, "of the shipped examples")]
+    if turned := _orientations(found):
+        model.append(
+            Line(f"test_time_{turned[0].name}", turned[0].value, "validation, test and prediction take the mean")
+        )
     arguments = {line.name: line.value for line in model}
     return {
         "trainer": [
@@ -127,6 +135,7 @@ def choose(
             Line("store", f"features/{out.stem}.zarr", "what the encoder gives; another encoder needs another one"),
             *_resolution(found, arguments, memory),
             *_framing(found),
+            *turned,
             *_normalisation(found, arguments),
         ],
     }
@@ -233,6 +242,16 @@ def _resolution(found: Inspection, model: Mapping[str, Any], memory: int | None)
         f"gpu_memory is {memory / 2**30:.1f} GiB, of which {CONTEXT_BYTES / 2**30:g} GiB is set aside: not even "
         f"{nearest} pixels fit ({needed / 2**20:,.0f} MiB). Give weights of a smaller encoder, or leave it out."
     )
+
+
+def _orientations(found: Inspection) -> list[Line]:
+    count = len(found.manifest.samples)
+    if found.topic not in _TURNED or count >= _FEW_IMAGES:
+        return []
+    why = (
+        f"{count:,} images are few, and {found.topic} show the same turned; the frozen pass takes as many times as long"
+    )
+    return [Line("orientations", 8, why)]
 
 
 def _framing(found: Inspection) -> list[Line]:
