@@ -128,6 +128,9 @@ REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
 """To which the others are held: the first that is there."""
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
+DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
+"""What the library trains by default, and what is nearest to it: their difference is given too, as are their seeds'
+predictions taken together."""
 HIGHER = (3e-2, 1e-1)
 """Learning rates that are tried one after the other while the highest so far is the best."""
 
@@ -433,6 +436,9 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     }
     if not seeds:
         return {}
+    for method in (RIVAL, DEFAULT):
+        if len(seeds.get(method, ())) > 1:
+            seeds[f"{method}_together"] = [together(seeds[method])]
     first = next(iter(seeds.values()))[0].predictions
     drawn = list(resampled_weights(first, resamples, 0))
     ones = np.ones((1, len(first.ids)))
@@ -441,15 +447,26 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     for method, each in seeds.items():
         parts = [resampled(each, weights) for weights in drawn]
         spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
-    return {
+    reference = next((method for method in REFERENCES if method in seeds), None)
+    found = {
         method: {
-            **(_cost(protocol, name, method, cells) if method in ROWS else {"label": "`--model auto`"}),
-            **{metric: _estimate(value, spread, method, metric) for metric in TASKS[name].metrics},
+            **_described(protocol, name, method, finished.get(method)),
+            **{metric: _estimate(value, spread, method, metric, reference) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
-            "chosen": [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in cells[0]],
         }
-        for method, cells in finished.items()
+        for method in seeds
     }
+    if {DEFAULT, RIVAL} <= set(seeds):
+        found[DEFAULT]["minus_rival"] = {
+            metric: _difference(value, spread, DEFAULT, metric, RIVAL) for metric in TASKS[name].metrics
+        }
+    return found
+
+
+def together(seeds: Sequence[Pooled]) -> Pooled:
+    """The mean of several seeds' probabilities."""
+    scores = np.mean([each.predictions.scores for each in seeds], 0)
+    return seeds[0]._replace(predictions=replace(seeds[0].predictions, scores=scores))
 
 
 def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Record]]:
@@ -462,18 +479,31 @@ def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Re
     return [[max(each, key=lambda one: one.validation) for each in zip(*folds, strict=True)] for folds in seeds]
 
 
-def _estimate(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str) -> dict[str, Any]:
+def _estimate(
+    value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, reference: str | None
+) -> dict[str, Any]:
     """The metric with its interval, and its difference to the reference, paired."""
-    reference = next((name for name in REFERENCES if name in spread), method)
     bounds = interval(spread[method][metric])
     found = {"value": float(value[method][metric][0]), "low": bounds["low"], "high": bounds["high"]}
-    if method == reference:
+    if reference is None or method == reference:
         return found
-    difference = float(value[method][metric][0] - value[reference][metric][0])
-    return {
-        **found,
-        "difference": {"value": difference, **interval(spread[method][metric] - spread[reference][metric])},
-    }
+    return {**found, "difference": _difference(value, spread, method, metric, reference)}
+
+
+def _difference(
+    value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, other: str
+) -> dict[str, Any]:
+    difference = float(value[method][metric][0] - value[other][metric][0])
+    return {"value": difference, **interval(spread[method][metric] - spread[other][metric])}
+
+
+def _described(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[Record]] | None) -> dict[str, Any]:
+    """Label, and of what was trained cost and the chosen rates."""
+    if seeds is None:
+        return {"label": f"{ROWS[method.removesuffix('_together')].label}, {protocol.seeds} seeds together"}
+    rates = [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in seeds[0]]
+    cost = _cost(protocol, name, method, seeds) if method in ROWS else {"label": "`--model auto`"}
+    return {**cost, "chosen": rates}
 
 
 def _cost(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[Record]]) -> dict[str, Any]:
@@ -505,18 +535,23 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     for row in found.values():
         cells = [row["label"], f"{100 * row['learnable_ratio']:.3g}" if "learnable_ratio" in row else ""]
         for metric in metrics:
-            e, d = row[metric], row[metric].get("difference")
-            cells.append(f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]")
-            cells.append(
-                "" if d is None else f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-            )
+            estimate = row[metric]
+            cells += [_shown(estimate), _shown(estimate["difference"], "+") if "difference" in estimate else ""]
         cells.append(", ".join(f"{100 * value:.1f}" for value in row["auc_of_seeds"]))
         if "memory_mib" in row:
             cells += [f"{row['memory_mib']:.1f}", f"{row['epoch_seconds']:.2g}", f"{row['stored_bytes'] / 1e6:.2f}"]
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    if rival := found.get(DEFAULT, {}).get("minus_rival"):
+        differences = ", ".join(f"{_shown(rival[metric], '+')} ({called[metric]})" for metric in metrics)
+        lines += ["", f"{ROWS[DEFAULT].label} minus {ROWS[RIVAL].label.lower()}: {differences}."]
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
+
+
+def _shown(estimate: Mapping[str, float], sign: str = "") -> str:
+    value, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _listed(numbers: Iterable[float]) -> str:

@@ -15,6 +15,7 @@ import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import roc_auc_score
 
 import evidence
 import evidence_figures
@@ -112,6 +113,36 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
     assert run("--methods", "stored_linear", "fpt_plus", "--write") == found
     with pytest.raises(ConfigurationError, match=r"stored_linear.json has a record of fold1/.* with other settings"):
         run("--methods", "stored_linear", "--epochs", "2")
+
+
+def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores of the default rank all images right, those of its rival by chance."""
+    rng = np.random.default_rng(0)
+    ids = [f"{i:02d}.png" for i in range(40)]
+    rows = {id: {"image": id, "label": ("no", "yes")[i % 2], "patient": f"p{i}"} for i, id in enumerate(ids)}
+    drawn = {"fpt_plus_prompt_head": [np.arange(40) % 2 * 0.5 + 0.2] * 2, "query_tokens": rng.random((2, 40))}
+
+    def records(self: evidence.Protocol, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
+        tests = [{str(i): [1 - p, p] for i, p in enumerate(scores)} for scores in drawn.get(method, ())]
+        return [[replace(of_validation(0.5), test=test)] for test in tests] or None  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evidence.Protocol, "cells", records)
+    monkeypatch.setattr(evidence.Protocol, "labelled", lambda self, name: rows)
+    monkeypatch.setattr(evidence, "_cost", lambda protocol, name, method, seeds: {"label": method})
+    found = evidence.results(replace(PROTOCOL, seeds=2), "fundus_referable", list(evidence.ROWS), resamples=50)
+    values = {method: row["auc"]["value"] for method, row in found.items()}
+    assert values["fpt_plus_prompt_head"] == values["fpt_plus_prompt_head_together"] == 1
+    mean = drawn["query_tokens"].mean(0)  # type: ignore[union-attr]
+    assert values["query_tokens_together"] == pytest.approx(roc_auc_score(np.arange(40) % 2, mean))
+    assert found["query_tokens_together"]["label"] == "Query tokens, stored, 2 seeds together"
+    minus = found["fpt_plus_prompt_head"]["minus_rival"]["auc"]
+    assert minus["value"] == pytest.approx(1 - values["query_tokens"])
+    assert minus["low"] <= minus["value"] <= minus["high"]
+    assert f"FPT+ with a prompt head minus query tokens, stored: {100 * minus['value']:+.1f} [" in evidence.table(
+        "fundus_referable", found
+    )
 
 
 def of_validation(value: float) -> Record:
