@@ -82,6 +82,7 @@ def test_the_peak_of_every_stage() -> None:
     few = replace(many, batch_size=2)  # of which one is evaluated at once, in 8 orientations
     state = 8 * tiny_model().learnable_parameters
     assert few.fit_bytes() == few.test_bytes() + state > replace(few, arguments=SETTING.arguments).fit_bytes()
+    assert few.explain_bytes() > state
     assert many.fit_bytes() == replace(many, arguments=SETTING.arguments).fit_bytes() > many.test_bytes() + state
     lora = plan(LORA).peaks
     assert lora["preload"] == lora["explain"] == 0

@@ -274,13 +274,7 @@ def predict_evaluation_memory(
     Arguments and errors as of ``predict_training_memory``.
     """
     with _built(method, resolution, live, images_at_once, device) as module:
-        batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
-        if module.test_time_orientations > 1 and "images" not in batch:
-            stored = [name for name in (*Features._fields, "pooled") if name in batch]
-            batch["orientations"] = [
-                {name: torch.zeros_like(batch[name]) for name in stored}
-                for _ in range(1, module.test_time_orientations)
-            ]
+        batch = _with_orientations(module, example_batch(module, resolution, batch_size, codec=codec, live=live))
         return evaluation_bytes(module, batch, precision)
 
 
@@ -299,8 +293,17 @@ def predict_explanation_memory(
     Arguments and errors as of ``predict_training_memory``.
     """
     with _built(method, resolution, live, images_at_once, device) as module:
-        batch = example_batch(module, resolution, batch_size, codec=codec, live=live)
+        batch = _with_orientations(module, example_batch(module, resolution, batch_size, codec=codec, live=live))
         return explanation_bytes(module, batch, draws=1, fractions=[0.1])  # where the least goes, most is copied
+
+
+def _with_orientations(module: ClassificationModule, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with what a store gives of the other orientations that are evaluated."""
+    if module.test_time_orientations == 1 or "images" in batch:
+        return batch
+    stored = [name for name in (*Features._fields, "pooled") if name in batch]
+    others = range(1, module.test_time_orientations)
+    return {**batch, "orientations": [{name: torch.zeros_like(batch[name]) for name in stored} for _ in others]}
 
 
 def predict_encoding_memory(

@@ -106,10 +106,7 @@ class Setting:
 
     def test_bytes(self) -> int:
         """Of a batch in validation and test."""
-        make, resolution, size = self._sizes
-        if self.stores:
-            size = evaluated_at_once(size, build_on_meta(make, resolution).test_time_orientations)
-        return predict_evaluation_memory(make, resolution, size, precision=self.precision, **self._features)
+        return predict_evaluation_memory(*self._evaluated._sizes, precision=self.precision, **self._features)
 
     def predict_bytes(self) -> int:
         """Of a batch in prediction, from images; they come ``preload_batch_size`` at a time to a frozen encoder."""
@@ -119,7 +116,7 @@ class Setting:
         """Of a batch in ``explain --deletion true``, of a split or from new images; 0 for a method without prompts."""
         if not self.explains:
             return 0
-        each = (self, self._from_images) if self.stores else (self,)
+        each = (self._evaluated, self._from_images) if self.stores else (self,)
         return max(predict_explanation_memory(*one._sizes, **one._features) for one in each)
 
     @property
@@ -134,6 +131,13 @@ class Setting:
             "images_at_once": self.preload_batch_size,
             "device": self.device,
         }
+
+    @property
+    def _evaluated(self) -> Setting:
+        if not self.stores:
+            return self
+        orientations = build_on_meta(self.make, self.resolution).test_time_orientations
+        return replace(self, batch_size=evaluated_at_once(self.batch_size, orientations))
 
     @property
     def _from_images(self) -> Setting:
