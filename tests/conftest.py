@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import commands
 from fpt_lightning import PreloadedFeatureDataModule
 from small import write_images
 
@@ -25,6 +26,13 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 def image_root(tmp_path: Path) -> Path:
     """30 images of 3 classes in class folders."""
     return write_images(tmp_path / "images", {"a": 10, "b": 10, "c": 10})
+
+
+@pytest.fixture
+def few_figures() -> Iterator[None]:
+    """For tests that look at no report."""
+    with commands.few_figures():
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fpt_lightning.cli import auto, entry
 from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
+pytestmark = pytest.mark.usefixtures("few_figures")
 METHODS = ("stored_linear", "fpt_plus")
 
 

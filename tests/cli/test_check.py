@@ -144,6 +144,7 @@ def test_the_number_of_classes_is_that_of_the_data(task: str, number: int, confi
     assert told.settings["model"]["init_args"]["num_classes"] == number
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_run_writes_down_the_number_of_classes(
     config: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,8 +173,8 @@ def test_before_fit(config: Path, tmp_path: Path, say: Say) -> None:
     assert "data.external is true: all images are for test" in say("fit", "--config", outside)
 
 
-def test_what_does_not_fit_the_checkpoint(config: Path, image_root: Path, tmp_path: Path, say: Say) -> None:
-    run("fit", "--config", config)
+def test_what_does_not_fit_the_checkpoint(trained: Path, image_root: Path, tmp_path: Path, say: Say) -> None:
+    config = changed(trained, "own", data={"root": str(image_root)})  # the same images, of which some are renamed
     last = ["--ckpt_path", tmp_path / "run" / "last.ckpt"]
     again = ["--data.store", tmp_path / "other.zarr"]  # which is not there yet
     deep = changed(config, "deep", model={"prompts": 4})
@@ -220,10 +221,12 @@ def test_what_lightning_refuses_is_one_line(config: Path, say: Say) -> None:
     assert said.count("\n") == 1
 
 
-def test_the_batches_that_are_overfitted(config: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_figures")
+def test_the_batches_that_are_overfitted(trained: Path, tmp_path: Path) -> None:
     """Lightning draws them by a sampler of its own, which knows no epochs."""
-    run("fit", "--config", config, "--trainer.overfit_batches", 1)
-    assert (tmp_path / "run" / "best.ckpt").is_file()
+    own = ["--trainer.default_root_dir", tmp_path / "other"]
+    run("fit", "--config", trained, "--trainer.overfit_batches", 1, *own)
+    assert (tmp_path / "other" / "best.ckpt").is_file()
 
 
 def test_more_processes_than_images_to_evaluate(config: Path, say: Say) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from sklearn.metrics import roc_auc_score
 
+import commands
 from commands import fails, run, write_config
 from fpt_lightning import Predictor
 from fpt_lightning.cli import crossval, training
@@ -30,10 +31,8 @@ PREDICTED = "predictions.csv"
 
 @pytest.fixture(scope="module", autouse=True)
 def few_figures() -> Iterator[None]:
-    """Without the figures of each run's own reports, which take most of its time."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name in ("write_report", "write_confusion"):
-            patched.setattr(f"fpt_lightning.cli.callbacks.{name}", lambda *_, **__: None)
+    """Of the runs; a cross-validation has a report of its own."""
+    with commands.few_figures():
         yield
 
 

@@ -21,6 +21,7 @@ from fpt_lightning.cli import init as command
 from fpt_lightning.files import read_rows
 from small import write_images
 
+pytestmark = pytest.mark.usefixtures("few_figures")
 Say = Callable[..., str]
 TINY = """
 trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from commands import fails, run
+from commands import change, fails, run
 from fpt_lightning.cli.run_folder import claim
 from fpt_lightning.errors import ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("few_figures")
 FORKS = multiprocessing.get_context("fork")
 
 
@@ -61,14 +62,14 @@ def test_a_fit_holds_its_folder(config: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_and_what_else_would_write_to_its_folder(
-    config: Path,
+    trained: Path,
     image_root: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     said: pytest.LogCaptureFixture,
 ) -> None:
-    root, other = tmp_path / "run", tmp_path / "other"
-    run("fit", "--config", config)
+    root, other, config = tmp_path / "run", tmp_path / "other", trained
+    change(config, "data", root=str(image_root))  # the same images, whose folder is renamed
     before = contents(root)
 
     # another run, from its own start or from its checkpoint

@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import Logger
 from commands import run
 from fpt_lightning.cli.run_folder import BestCheckpoint, RunLogger, checkpoint_callbacks
 
+pytestmark = pytest.mark.usefixtures("few_figures")
+
 
 @pytest.mark.parametrize("task", ["multiclass", "ordinal", "coral"])
 def test_without_a_metric_the_loss_chooses(task: str, config: Path, image_root: Path, tmp_path: Path) -> None:

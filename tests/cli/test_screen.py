@@ -17,6 +17,8 @@ from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
 from fpt_lightning.files import align
 
+pytestmark = pytest.mark.usefixtures("few_figures")
+
 
 class Recorded:
     """In place of a bar: what it would have counted."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +25,15 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 def run(*args: object) -> None:
     main([str(arg) for arg in args])
+
+
+@contextmanager
+def few_figures() -> Iterator[None]:
+    """Runs leave no report and no picture of the confusion matrix, whose figures take half of a small run's time."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("write_report", "write_confusion"):
+            patched.setattr(f"fpt_lightning.cli.callbacks.{name}", lambda *_, **__: None)
+        yield
 
 
 def write_config(root: Path, folder: Path) -> Path:
@@ -57,3 +69,10 @@ def write_config(root: Path, folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def change(config: Path, section: str, **values: Any) -> None:
+    """Change what a configuration says of a section."""
+    content = yaml.safe_load(config.read_text())
+    (content[section].get("init_args") or content[section]).update(values)
+    config.write_text(yaml.safe_dump(content))
