@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from zarr.storage import LocalStore
 
+from commands import few_figures
 from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.cli import main, training
 from fpt_lightning.cli.run_folder import WholeCheckpoints
@@ -102,7 +103,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # Kills
 
 FORKS = multiprocessing.get_context("forkserver")  # which imports once, and forks for each run
-FORKS.set_forkserver_preload(["fpt_lightning.cli.training"])
+FORKS.set_forkserver_preload(["fpt_lightning.cli.training", "albumentations", "omegaconf", "s3fs"])  # what fit imports
 
 
 def doomed(seconds: float | None, *arguments: str) -> None:
@@ -121,7 +122,7 @@ def doomed(seconds: float | None, *arguments: str) -> None:
         on_train_start = staticmethod(start)
 
     checkpoints = training.checkpoint_callbacks
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, few_figures() if seconds is None else nullcontext():
         if arguments[0] == "preload":
             patch.setattr(FrozenPass, "prepare_data", lambda self: (start(), PREPARE(self)))
         else:
@@ -216,6 +217,29 @@ def test_a_fit_that_is_killed_and_resumed_ends_as_an_undisturbed_one(config: Pat
         one, two = (torch.load(run / f"{name}.ckpt", weights_only=True)["state_dict"] for run in (whole, part))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def interruptible(*arguments: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    main(list(arguments))
+
+
+def test_ctrl_c_in_a_preload_keeps_what_is_complete(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", {"a": 28, "b": 10, "c": 10}, size=(400, 400))
+    preload = ["preload", "--config", str(write_config(tmp_path, images, preload_batch_size=1, resolution=256))]
+    process = FORKS.Process(target=interruptible, args=preload)
+    process.start()
+    done = tmp_path / "store.zarr" / "row_records" / "c" / "0" / "0"
+    while not done.exists() and process.is_alive():
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 1
+    store = FeatureStore.open(str(tmp_path / "store.zarr"))
+    assert 16 <= store.done.sum() < 48
+    main(preload)
+    assert FeatureStore.open(str(tmp_path / "store.zarr")).done.sum() == 48
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(

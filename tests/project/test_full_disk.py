@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import run, write_config
+from commands import few_figures, run, write_config
 from fpt_lightning.cli import main
 from small import write_images
 
@@ -25,7 +25,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, a configuration, a store and a run."""
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "images", {"a": 10, "b": 10, "c": 10})
-    run("fit", "--config", write_config(images, folder), "--trainer.max_epochs", 1)
+    with few_figures():
+        run("fit", "--config", write_config(images, folder), "--trainer.max_epochs", 1)
     return folder
 
 
