@@ -1,5 +1,7 @@
 """Every command and code block of README.md and docs/ runs, at a small size: a page is a test, in a folder of its own.
 
+The blocks of the pages in ``LONG`` run with ``-m slow`` alone; else their commands are parsed.
+
 - ``bash``: ``fpt-lightning`` and ``python`` commands run in the order of the page; of others, names are checked.
 - ``python`` runs; with a ``title``, it is a file that later commands may use. ``yaml`` and ``csv`` with a title are
   files too, and every YAML is parsed by the command line.
@@ -30,6 +32,7 @@ import torch
 import yaml
 
 from fpt_lightning.cli import main
+from fpt_lightning.datamodules.synthetic import write_fundus_images
 from fpt_lightning.encoder.config import EncoderConfig, encoder_shape
 from fpt_lightning.encoder.frozen import build_encoder
 from fpt_lightning.encoder.weights import load_weights
@@ -40,6 +43,8 @@ from miniatures import build, write_dicom
 from small import ROOT, write_images
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+LONG = ("data", "deployment", "memory", "methods", "pictures")
+"""Pages of docs/ that take long, whose commands other tests have too."""
 SMALL: dict[str, Any] = {
     "encoder": "test_vit",
     "resolution": 64,
@@ -122,6 +127,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (mine,) = [block for block in blocks("docs/index.md") if block.title == "mine.yaml"]
     (folder / "mine.yaml").write_text(yaml.safe_dump(small(yaml.safe_load(mine.body))))
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    write_fundus_images(folder / "runs/quickstart-data/images", SMALL["count"], size=SMALL["size"])
     write_images(folder / "data/mine", {"a": 10, "b": 10, "c": 10})
     write_images(folder / "new_images", {"some": 2}, seed=3)
     build("ddr", folder / "data/DDR")
@@ -291,11 +297,26 @@ def run_page(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> 
         run_block(block, output, workspace, capsys)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/encoders.md"])
-def test_every_block_of_a_page_runs(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if page == "docs/deployment.md":
-        pytest.importorskip("onnx", reason="comes with a torch that exports")
+@pytest.mark.parametrize("page", [page for page in PAGES if Path(page).stem not in ("encoders", *LONG)])
+def test_every_block_of_a_page_runs(
+    page: str, workspace: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if page != "docs/index.md":
+        request.getfixturevalue("few_figures")
     run_page(page, workspace, capsys)
+
+
+@pytest.mark.parametrize("page", LONG)
+def test_every_command_of_a_long_page_is_parsed(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy("mine.yaml", "my.yaml")  # which ``init`` would write
+    for block in blocks(f"docs/{page}.md"):
+        if block.language == "python":
+            compile(block.body, page, "exec")
+        elif block.language == "bash":
+            for words in commands(block.body):
+                parse(words)
+        else:
+            run_block(block, "", workspace, capsys)
 
 
 # Encoders
@@ -339,6 +360,14 @@ def test_a_clip_file_gives_its_image_tower(tmp_path: Path) -> None:
 
 
 # What takes longer, or other processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", LONG)
+def test_every_block_of_a_long_page_runs(page: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if page == "deployment":
+        pytest.importorskip("onnx", reason="comes with a torch that exports")
+    run_page(f"docs/{page}.md", workspace, capsys)
 
 
 @pytest.mark.slow
