@@ -110,6 +110,7 @@ def refuse(args: Any) -> None:
 # cells
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_methods_train_finished_cells_stay_and_a_lost_one_alone_is_run_again(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +155,7 @@ def test_methods_train_finished_cells_stay_and_a_lost_one_alone_is_run_again(
         main(given[:-2])
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_an_interrupted_cell_goes_on_and_leaves_what_is_finished(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +365,7 @@ def test_what_cannot_work_is_left_out_and_said(images: Path, tmp_path: Path, cap
     assert "side_resolution 64 is left out: side_resolution 64 x 64 is not a multiple" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_the_components_train(config: Path, tmp_path: Path) -> None:
     main(arguments(config, tmp_path / "out", "--ablation", "components", "--seeds", "1"))
     rows = table_rows(tmp_path / "out")

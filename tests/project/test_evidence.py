@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *listed])
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     rows = {
-        "stored_linear": evidence.Entry("stored_linear", "linear"),
+        "stored_linear": evidence.Entry("stored_linear", "linear", rate=1e-2),
         "fpt_plus": evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32}),
     }
     small = {
@@ -51,6 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         "ROWS": rows,
         "FOLDS": 3,
         "RESULTS": tmp_path,
+        "results": partial(evidence.results, resamples=200),
     }
     for name, value in small.items():
         monkeypatch.setattr(evidence, name, value)
@@ -69,6 +71,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     return call
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--methods", "stored_linear", "fpt_plus")
     found = run("--methods", "stored_linear", "fpt_plus", "--write")

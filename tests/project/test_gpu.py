@@ -100,8 +100,14 @@ def test_threads_share_a_predictor(cuda: torch.device, data: PreloadedFeatureDat
     assert [found[number] for number in range(len(paths))] == alone
 
 
-def test_the_checks_of_a_gpu_run_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as they can, on tiny sizes; what fails or is left out is said, and stops no other."""
+@pytest.mark.usefixtures("few_figures")
+@pytest.mark.parametrize(
+    "chosen", [("attention", "frozen_pass", "pinned_memory", "marked_tests"), pytest.param((), marks=pytest.mark.slow)]
+)
+def test_the_checks_of_a_gpu_run_without_one(
+    chosen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as they can, on tiny sizes, all of them with ``-m slow``; what fails or is left out stops no other."""
     checks = importlib.import_module("gpu_check")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # which takes a minute
@@ -112,7 +118,7 @@ def test_the_checks_of_a_gpu_run_without_one(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(checks.CHECKS, "broken", broken)
     options = ("--trainer.max_epochs", "1", "--data.count", "60")
     bench = checks.Bench(tmp_path, "test_vit", None, 64, 32, 60, 4, ("test_vit", 96), options)
-    names = ["broken", *(name for name in checks.CHECKS if name not in ("broken", "quickstart"))]
+    names = ["broken", *(chosen or (name for name in checks.CHECKS if name not in ("broken", "quickstart")))]
     assert checks.run(bench, names) == 1
     outcomes = {
         name: told["outcome"] for name, told in json.loads((tmp_path / "gpu_check.json").read_text())["checks"].items()
