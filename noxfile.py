@@ -14,6 +14,8 @@ ENV = {
 }
 TEST_ENV = {**ENV, "OMP_NUM_THREADS": "1"}  # small models; two test processes share the cores
 
+TWO = ("-n", "2", "--dist", "worksteal")  # processes; neighbours stay together, as they share fixtures
+
 
 def install(session: nox.Session, *extras: str) -> None:
     session.install(f".[{','.join(extras)}]" if extras else ".")
@@ -23,19 +25,19 @@ def install(session: nox.Session, *extras: str) -> None:
 def tests(session: nox.Session) -> None:
     """The default suite; arguments go to pytest."""
     install(session, "dev")
-    session.run("pytest", "-n", "2", *session.posargs, env=TEST_ENV)
+    session.run("pytest", *TWO, *session.posargs, env=TEST_ENV)
 
 
 @nox.session(venv_backend="uv", python=["3.11", "3.12", "3.13"])
 def floors(session: nox.Session) -> None:
     """The default suite, less exports, on the oldest versions that pyproject.toml allows; arguments go to pytest."""
     session.install("--resolution", "lowest-direct", ".[tests]")
-    session.run("pytest", "-n", "2", *session.posargs, env=TEST_ENV)
+    session.run("pytest", *TWO, *session.posargs, env=TEST_ENV)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """What the default suite leaves out: real-size encoders, real images from FPT_CHEST_XRAY and FPT_FUNDUS."""
+    """What the default suite leaves out: real-size encoders, long runs, real images (FPT_CHEST_XRAY and FPT_FUNDUS)."""
     install(session, "dev")
     session.run("pytest", "-m", "slow", "--timeout", "3600", *session.posargs, env=ENV)
 
