@@ -17,7 +17,7 @@ from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.store.specification import FeatureSpecification
-from reference import randomise
+from reference import randomise, small
 
 ROOT = Path(__file__).parents[2]
 """Of the repository."""
@@ -43,6 +43,9 @@ CLASSES = {"multiclass": 3, "multilabel": 3, "ordinal": 3, "coral": 3, "regressi
 
 TINY = {"encoder": "test_vit", "pretrained": False, "side_resolution": 32, "prompts": 4}
 """timm's ``test_vit``: width 64, 6 blocks, 2 heads, patch 16."""
+
+SHALLOW = small("vit_base_patch16_224", "_shallow", depth=2)
+"""A ViT of two blocks (width 64, 4 heads), for what is done to each block alike; registered in this process alone."""
 
 
 def write_images(root: Path, counts: dict[str, int], size: tuple[int, int] = (80, 96), seed: int = 0) -> Path:

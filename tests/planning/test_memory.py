@@ -22,7 +22,7 @@ from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.planning.memory import Attention, LiveTensorBytes, Precision, TrainingStep, example_batch
 from fpt_lightning.planning.memory import predict_training_memory as predict
 from fpt_lightning.store.codecs import CODECS
-from small import quiet_trainer
+from small import SHALLOW, quiet_trainer
 
 RESOLUTION = (128, 96)
 
@@ -56,8 +56,8 @@ def test_live_bytes_count_every_storage_once_until_it_is_freed() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_prediction_is_what_a_real_step_takes(name: str, precision: Precision, attention: Attention) -> None:
-    predicted = predict(lambda: make(name), RESOLUTION, 8, precision=precision, attention=attention)
-    assert predicted == pytest.approx(real(name, precision, attention), rel=0.01)
+    predicted = predict(lambda: make(name, encoder=SHALLOW), RESOLUTION, 8, precision=precision, attention=attention)
+    assert predicted == pytest.approx(real(name, precision, attention, encoder=SHALLOW), rel=0.01)
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if issubclass(case.method, EncoderModule)])
@@ -75,7 +75,7 @@ def test_the_prediction_is_what_a_run_reports(
     name: str, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
 ) -> None:
     """Lightning's loop, its optimiser and this package's callback; on 8 images of 64 pixels a batch."""
-    module, data = make(name), tiny_data()
+    module, data = make(name, encoder=SHALLOW), tiny_data()
     if data.uses_store(module):
         data.preload(module, quiet_trainer(tmp_path))
     reported: dict[str, float] = {}
@@ -84,8 +84,8 @@ def test_the_prediction_is_what_a_run_reports(
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             reported.update({k: float(v) for k, v in trainer.callback_metrics.items()})
 
-    quiet_trainer(tmp_path, callbacks=[PeakMemory(), Report()]).fit(module, data)
-    predicted = predict(lambda: make(name), (64, 64), 8)
+    quiet_trainer(tmp_path, callbacks=[PeakMemory(), Report()], limit_train_batches=2).fit(module, data)
+    predicted = predict(lambda: make(name, encoder=SHALLOW), (64, 64), 8)
     assert predicted / 2**20 == pytest.approx(reported["train_peak_live_mib"], rel=0.05)
 
 
@@ -159,7 +159,7 @@ def test_the_memory_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("environment.RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "DOCS", tmp_path)
-    monkeypatch.setattr(benchmark, "ENCODERS", {"ViT-B": "test_vit"})
+    monkeypatch.setattr(benchmark, "ENCODERS", {"ViT-B": SHALLOW})
     some = {name: benchmark.METHODS[name] for name in ("Linear probing", "LoRA", "FPT+", "Attentive probing, stored")}
     assert len(benchmark.METHODS) == 13
     monkeypatch.setattr(benchmark, "METHODS", some)
@@ -180,9 +180,10 @@ def test_the_training_step_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     benchmark = importlib.import_module("training_step")
     monkeypatch.setattr("environment.RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    monkeypatch.setattr(benchmark, "ENCODER", "test_vit")
-    monkeypatch.setattr(benchmark, "BATCHES", (1, 2, 4, 8))
-    monkeypatch.setattr(benchmark, "RESOLUTIONS", (512, 1024))
+    monkeypatch.setattr(benchmark, "ENCODER", SHALLOW)
+    monkeypatch.setattr(benchmark, "CODECS", ("int8", "int4"))
+    monkeypatch.setattr(benchmark, "BATCHES", (1, 4, 8))
+    monkeypatch.setattr(benchmark, "RESOLUTIONS", (384, 512, 640))
     (tmp_path / "published_step.py").write_text(
         "import torch\n"
         "def published_step():\n"
@@ -195,7 +196,7 @@ def test_the_training_step_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     benchmark.main(["--published", str(tmp_path), "--rounds", "1"])
     result = json.loads((tmp_path / "training_step.json").read_text())
-    assert len(result["steps"]) == 8
+    assert len(result["steps"]) == 4
     for row in result["steps"]:
         assert row["bytes"] == pytest.approx(row["bytes_predicted"], rel=0.01)
     weights = 4 * 1000 * 1001

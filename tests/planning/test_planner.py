@@ -41,10 +41,10 @@ from fpt_lightning.planning.planner import (
     plan,
     shared_arguments,
 )
-from small import TINY, tiny_model
+from small import SHALLOW, TINY, tiny_model
 
 SETTING = Setting(FPTPlusModule, {"num_classes": 3, **TINY}, (128, 96), batch_size=8)
-LORA = Setting(LoRAModule, {"num_classes": 3, "encoder": "test_vit", "pretrained": False}, (128, 96), batch_size=8)
+LORA = Setting(LoRAModule, {"num_classes": 3, "encoder": SHALLOW, "pretrained": False}, (128, 96), batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
         "trainer: {precision: bf16-mixed, accelerator: gpu, devices: 4}\n"  # which this machine need not have
-        "model: {class_path: FPTPlusModule, init_args: {num_classes: 3, encoder: test_vit, side_resolution: 32,\n"
-        "  pretrained: nowhere.safetensors}}\n"
+        "model: {class_path: FPTPlusModule, init_args: {num_classes: 3, side_resolution: 32,\n"
+        f"  encoder: {SHALLOW}, pretrained: nowhere.safetensors}}}}\n"
         "data: {class_path: PreloadedFeatureDataModule, init_args: {root: nowhere, store: nowhere.zarr,\n"
         "  resolution: 64, batch_size: 8}}\n"
     )
@@ -235,7 +235,7 @@ def test_plan_without_images_weights_and_gpu(
     assert stopped.value.code == 2
     printed, said = capsys.readouterr()
     assert said.endswith("fpt-lightning: DataError: the data root 'nowhere' is not a folder.\n")
-    assert "test_vit at 96 x 96 pixels, batch 8, precision bf16-mixed, codec int8, on cuda" in printed
+    assert f"{SHALLOW} at 96 x 96 pixels, batch 8, precision bf16-mixed, codec int8, on cuda" in printed
     assert printed.count("FPT+") == 2  # memory by stage, and the rest
     assert "1,024 or more" in printed
     assert "The images are not counted, so the store is of 1,000." in printed

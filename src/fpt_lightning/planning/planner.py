@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -93,24 +94,24 @@ class Setting:
         """Of the frozen pass into the store; 0 for a method that needs none."""
         if not self.stores:
             return 0
-        config = self.make().encoder_config
+        config = build_on_meta(self.make, None).encoder_config
         return predict_encoding_memory(config, self.resolution, self.preload_batch_size, self.device)
 
     def fit_bytes(self) -> int:
         """Of a training step, or of the validation beside the optimiser's state where that takes more."""
         step = predict_training_memory(*self._sizes, precision=self.precision, **self._features)
-        module = build_on_meta(self.make, self.resolution)
-        if module.test_time_orientations == 1:
+        if build_on_meta(self.make, None).test_time_orientations == 1:
             return step
+        module = build_on_meta(self.make, self.resolution)
         return max(step, 8 * module.learnable_parameters + self.test_bytes())
 
     def test_bytes(self) -> int:
         """Of a batch in validation and test."""
-        return predict_evaluation_memory(*self._evaluated._sizes, precision=self.precision, **self._features)
+        return self._evaluation_bytes
 
     def predict_bytes(self) -> int:
         """Of a batch in prediction, from images; they come ``preload_batch_size`` at a time to a frozen encoder."""
-        return self._from_images.test_bytes()
+        return (self._from_images if self.encodes else self).test_bytes()
 
     def explain_bytes(self) -> int:
         """Of a batch in ``explain --deletion true``, of a split or from new images; 0 for a method without prompts."""
@@ -118,6 +119,10 @@ class Setting:
             return 0
         each = (self._evaluated, self._from_images) if self.stores else (self,)
         return max(predict_explanation_memory(*one._sizes, **one._features) for one in each)
+
+    @cached_property
+    def _evaluation_bytes(self) -> int:
+        return predict_evaluation_memory(*self._evaluated._sizes, precision=self.precision, **self._features)
 
     @property
     def _sizes(self) -> tuple[Callable[[], ClassificationModule], tuple[int, int], int]:
@@ -136,12 +141,12 @@ class Setting:
     def _evaluated(self) -> Setting:
         if not self.stores:
             return self
-        orientations = build_on_meta(self.make, self.resolution).test_time_orientations
+        orientations = build_on_meta(self.make, None).test_time_orientations
         return replace(self, batch_size=evaluated_at_once(self.batch_size, orientations))
 
     @property
     def _from_images(self) -> Setting:
-        return replace(self, codec=None, batch_size=self.preload_batch_size if self.encodes else self.batch_size)
+        return replace(self, codec=None, batch_size=self.preload_batch_size)
 
 
 @dataclass(frozen=True)
