@@ -7,6 +7,8 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +34,9 @@ from fpt_lightning.methods import (
 )
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.lora import split_projections
-from fpt_lightning.methods.tuning import EncoderModule
+from fpt_lightning.methods.tuning import EncoderModule, build_on_meta
 from reference import FAMILIES, randomise
-from small import quiet_trainer
+from small import SHALLOW, quiet_trainer, write_images
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
 
@@ -77,19 +79,77 @@ def built(name: str, resolution: int = 64, **changes: Any) -> ClassificationModu
     return module
 
 
+@pytest.fixture(scope="module")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of all tests, beside which their stores stand."""
+    return write_images(tmp_path_factory.mktemp("conformance") / "images", {"a": 10, "b": 10, "c": 10})
+
+
 @pytest.fixture
-def data(tiny_data: DataMaker) -> DataMaker:
+def data(tiny_data: DataMaker, image_root: Path) -> DataMaker:
     """A maker of data modules, which complete the store for a method that takes stored features."""
 
     def maker(module: ClassificationModule, **changes: Any) -> PreloadedFeatureDataModule:
         layers = "-".join(str(layer) for layer in module.encoder_config.tapped_layers)
         made = tiny_data(codec="fp32", **changes)
-        made.url = made.url.replace("store", f"store-{module.encoder_shape.name}-{layers}")
+        made.url = str(image_root.parent / f"store-{layers}.zarr")
         if made.uses_store(module):
-            made.preload(module, quiet_trainer(Path(made.url).parent))
+            made.preload(module, quiet_trainer(image_root.parent))
         return made
 
     return maker
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A method that was fitted for ten epochs; whoever changes it takes a copy, or its checkpoint."""
+
+    module: ClassificationModule
+    data: PreloadedFeatureDataModule
+    trainer: L.Trainer
+    changed: set[str]  # names of its tensors that were not at the end of some epoch as they were at the start
+    checkpoint: Path
+
+    def content(self) -> dict[str, Any]:
+        """Of the checkpoint."""
+        return torch.load(self.checkpoint, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Learned]:
+    """What ``learned`` has fitted so far."""
+    return {}
+
+
+@pytest.fixture
+def learned(fitted: dict[str, Learned], data: DataMaker, image_root: Path) -> Callable[[str], Learned]:
+    """A method of this name, fitted once for all tests that read it."""
+
+    def fit(name: str) -> Learned:
+        L.seed_everything(0)
+        module = make(name)
+        before: dict[str, Tensor] = {}
+        changed: set[str] = set()
+
+        class Compare(L.Callback):
+            def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                before.update(state(pl_module))
+
+            def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                changed.update(k for k, value in pl_module.state_dict().items() if not torch.equal(value, before[k]))
+
+        trainer = quiet_trainer(image_root.parent, max_epochs=10, check_val_every_n_epoch=10, callbacks=[Compare()])
+        datamodule = data(module)
+        trainer.fit(module, datamodule)
+        trainer.save_checkpoint(path := image_root.parent / f"{name}.ckpt", weights_only=True)
+        return Learned(module, datamodule, trainer, changed, path)
+
+    def find(name: str) -> Learned:
+        if name not in fitted:
+            fitted[name] = fit(name)
+        return fitted[name]
+
+    return find
 
 
 def test_every_method_is_here() -> None:
@@ -117,15 +177,17 @@ NOT_REPRODUCED = {"linear", "prompt", "attention"}
 attention tuning: the attention weights and the head are 32.93%, and no plain reading of "attention" gives 33.8."""
 
 
+def on_vit_b(name: str, **options: Any) -> ClassificationModule:
+    method = partial(CASES[name].method, 5, encoder="vit_base_patch16_384", pretrained=False, **options)
+    return build_on_meta(method, (384, 384))
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_learnable_ratio_on_vit_b(name: str) -> None:
     options: dict[str, Any] = {"prompts": 16} if name in ("prompt", "fpt", "fpt_plus") else {}
     if name == "fpt_plus":
         options["prompt_head"] = False
-    module = CASES[name].method(5, encoder="vit_base_patch16_384", pretrained=False, **options)
-    if isinstance(module, EncoderModule):
-        with torch.device("meta"):
-            module.build((384, 384))
+    module = on_vit_b(name, **options)
     paper, exact = PAPER[name]
     ratio = 100 * module.learnable_ratio
     assert ratio == pytest.approx(exact, abs=5e-5)
@@ -144,10 +206,7 @@ def test_learnable_ratio_on_vit_b(name: str) -> None:
     ],
 )
 def test_learnable_parameters_on_vit_b(name: str, count: int) -> None:
-    module = CASES[name].method(5, encoder="vit_base_patch16_384", pretrained=False)
-    if isinstance(module, EncoderModule):
-        with torch.device("meta"):
-            module.build((384, 384))
+    module = on_vit_b(name)
     assert module.learnable_parameters == count
 
 
@@ -166,24 +225,17 @@ def declared(name: str, module: ClassificationModule) -> set[str]:
 
 
 @every_method
-def test_exactly_what_is_declared_learns(name: str, data: DataMaker, tmp_path: Path) -> None:
-    L.seed_everything(0)
-    module = make(name)
-    before: dict[str, Tensor] = {}
-    changed: set[str] = set()
+def test_exactly_what_is_declared_learns(name: str, learned: Callable[[str], Learned]) -> None:
+    run = learned(name)
+    assert run.changed == declared(name, run.module) == learnable(run.module)
+    held = {id(p) for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in run.module.parameters() if p.requires_grad}
 
-    class Compare(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            before.update(state(pl_module))
 
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-            changed.update(key for key, value in state(pl_module).items() if not torch.equal(value, before[key]))
-
-    trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[Compare()])
-    trainer.fit(module, data(module))
-    assert changed == declared(name, module) == learnable(module)
-    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert held == {id(p) for p in module.parameters() if p.requires_grad}
+@every_method
+def test_it_learns_a_separable_problem(name: str, learned: Callable[[str], Learned], tmp_path: Path) -> None:
+    run = learned(name)
+    assert quiet_trainer(tmp_path).test(run.module, run.data, verbose=False)[0]["test_auc"] == 1.0
 
 
 @every_tuning
@@ -199,7 +251,7 @@ def test_what_is_frozen_is_in_evaluation_mode(name: str) -> None:
 def test_a_method_on_stored_features_holds_no_encoder(name: str, data: DataMaker, tmp_path: Path) -> None:
     module = make(name)
     live = live_twin(data(module))
-    quiet_trainer(tmp_path).fit(module, live)
+    quiet_trainer(tmp_path, limit_train_batches=1, limit_val_batches=1).fit(module, live)
     assert isinstance(module, FeatureModule)
     (encoder,) = module.encoders
     assert not any(part.training for part in encoder.modules())
@@ -237,67 +289,53 @@ def test_stored_and_live_features_give_the_same_logits(name: str, data: DataMake
 
 
 @every_method
-def test_the_small_checkpoint_round_trips(name: str, data: DataMaker, tmp_path: Path) -> None:
-    module = make(name)
-    datamodule = data(module)
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, datamodule)
-    path = tmp_path / "model.ckpt"
-    trainer.save_checkpoint(path, weights_only=True)
-    content = torch.load(path, weights_only=True)
-    assert set(content["state_dict"]) == learnable(module)
-    loaded = type(module).load_from_checkpoint(path, weights_only=True)
+def test_the_small_checkpoint_round_trips(
+    name: str, learned: Callable[[str], Learned], data: DataMaker, tmp_path: Path
+) -> None:
+    run = learned(name)
+    module, trainer = run.module, quiet_trainer(tmp_path)
+    assert set(run.content()["state_dict"]) == learnable(module)
+    loaded = type(module).load_from_checkpoint(run.checkpoint, weights_only=True)
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in module.state_dict().items())
     assert learnable(loaded) == learnable(module)
     batch = batch_for(module)
     with torch.no_grad():
         assert torch.equal(module.eval()(batch), loaded.eval()(batch))
-    expected = trainer.test(module, datamodule, verbose=False)
+    expected = trainer.test(module, run.data, verbose=False)
     fresh = make(name)
-    assert trainer.test(fresh, data(fresh), ckpt_path=path, verbose=False, weights_only=True) == expected
+    assert trainer.test(fresh, data(fresh), ckpt_path=run.checkpoint, verbose=False, weights_only=True) == expected
 
 
 @every_tuning
-def test_a_checkpoint_that_does_not_hold_what_learns_is_refused(name: str, data: DataMaker, tmp_path: Path) -> None:
-    module = make(name)
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, data(module))
-    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
-    content = torch.load(tmp_path / "model.ckpt", weights_only=True)
+def test_a_checkpoint_that_does_not_hold_what_learns_is_refused(name: str, learned: Callable[[str], Learned]) -> None:
+    content = learned(name).content()
     del content["state_dict"]["vit.head.bias"]
     with pytest.raises(CheckpointError, match=r"what learns here: they differ in vit\.head\.bias"):
         make(name).on_load_checkpoint(content)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_a_checkpoint_of_another_resolution_is_refused(name: str, data: DataMaker, tmp_path: Path) -> None:
-    module = make(name)
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, data(module))
-    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
-    other = make(name)
+def test_a_checkpoint_of_another_resolution_is_refused(
+    name: str, learned: Callable[[str], Learned], data: DataMaker, tmp_path: Path
+) -> None:
+    path, other = learned(name).checkpoint, make(name)
     with pytest.raises(CheckpointError, match=r"trained at the resolution \(64, 64\), the data have \(96, 96\)"):
-        trainer.test(other, data(other, resolution=96), ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+        quiet_trainer(tmp_path).test(other, data(other, resolution=96), ckpt_path=path, weights_only=True)
 
 
-def test_other_encoder_weights_are_refused(data: DataMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make("lora")
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, data(module))
-    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+def test_other_encoder_weights_are_refused(learned: Callable[[str], Learned], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = learned("lora").checkpoint
     monkeypatch.setattr("fpt_lightning.methods.tuning.weights_digest", lambda vit: "0" * 64)
     with pytest.raises(CheckpointError, match="trained with other weights of test_vit"):
-        LoRAModule.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+        LoRAModule.load_from_checkpoint(path, weights_only=True)
 
 
-def test_a_checkpoint_of_another_method_is_refused(data: DataMaker, tmp_path: Path) -> None:
-    module = make("bitfit")
-    trainer = quiet_trainer(tmp_path)
-    trainer.fit(module, data(module))
-    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=True)
-    other = make("lora")
+def test_a_checkpoint_of_another_method_is_refused(
+    learned: Callable[[str], Learned], data: DataMaker, tmp_path: Path
+) -> None:
+    path, other = learned("bitfit").checkpoint, make("lora")
     with pytest.raises(CheckpointError, match="method: 'BitFitModule' in the checkpoint, 'LoRAModule' here"):
-        trainer.test(other, data(other), ckpt_path=tmp_path / "model.ckpt", verbose=False, weights_only=True)
+        quiet_trainer(tmp_path).test(other, data(other), ckpt_path=path, verbose=False, weights_only=True)
 
 
 @every_method
@@ -329,14 +367,16 @@ def test_copies_of_a_module_that_has_run(name: str) -> None:
 @every_method
 def test_half_precision_trains(name: str, data: DataMaker, tmp_path: Path) -> None:
     L.seed_everything(0)
-    module = make(name)
+    module = make(name, encoder=SHALLOW)
     losses: list[Tensor] = []
 
     class Losses(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].float())
 
-    trainer = quiet_trainer(tmp_path, precision="bf16-mixed", max_epochs=4, callbacks=[Losses()])
+    trainer = quiet_trainer(
+        tmp_path, precision="bf16-mixed", max_epochs=4, check_val_every_n_epoch=4, callbacks=[Losses()]
+    )
     trainer.fit(module, data(module))
     assert all(loss.isfinite() for loss in losses)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
@@ -344,18 +384,9 @@ def test_half_precision_trains(name: str, data: DataMaker, tmp_path: Path) -> No
 
 
 @every_method
-def test_it_learns_a_separable_problem(name: str, data: DataMaker, tmp_path: Path) -> None:
-    L.seed_everything(0)
-    module = make(name)
-    datamodule = data(module)
-    trainer = quiet_trainer(tmp_path, max_epochs=15)
-    trainer.fit(module, datamodule)
-    assert trainer.test(module, datamodule, verbose=False)[0]["test_auc"] == 1.0
-
-
-@every_method
 def test_resuming_ends_as_not_stopping(name: str, data: DataMaker, tmp_path: Path) -> None:
-    """AdaLoRA's importance of the ranks included."""
+    """AdaLoRA's importance of the ranks included: it stops before they are fixed, and has many to choose from."""
+    changes = {"encoder": SHALLOW, **({"initial_rank": 12} if name == "adalora" else {})}
 
     def run(folder: Path, epochs: int, **fit: Any) -> ClassificationModule:
         L.seed_everything(7)
@@ -365,19 +396,19 @@ def test_resuming_ends_as_not_stopping(name: str, data: DataMaker, tmp_path: Pat
                 if trainer.current_epoch == epochs:
                     raise KeyboardInterrupt
 
-        module = make(name)
+        module = make(name, **changes)
         last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-        trainer = quiet_trainer(folder, max_epochs=4, callbacks=[last, Stop()], enable_checkpointing=True)
-        if epochs < 4:
+        trainer = quiet_trainer(folder, max_epochs=3, callbacks=[last, Stop()], enable_checkpointing=True)
+        if epochs < 3:
             with pytest.raises(SystemExit):
                 trainer.fit(module, data(module), **fit)
         else:
             trainer.fit(module, data(module), **fit)
         return module
 
-    whole = run(tmp_path / "whole", 4)
-    run(tmp_path / "part", 3)
-    resumed = run(tmp_path / "part", 4, ckpt_path=tmp_path / "part" / "last.ckpt", weights_only=True)
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "part", 1)
+    resumed = run(tmp_path / "part", 3, ckpt_path=tmp_path / "part" / "last.ckpt", weights_only=True)
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
@@ -541,7 +572,7 @@ def test_the_ranks_of_adalora_fall_to_the_budget(data: DataMaker, tmp_path: Path
             assert isinstance(pl_module, AdaLoRAModule)
             totals.append(sum(pl_module.ranks.values()))
 
-    trainer = quiet_trainer(tmp_path, max_epochs=14, callbacks=[Ranks()])
+    trainer = quiet_trainer(tmp_path, max_epochs=14, limit_val_batches=0, callbacks=[Ranks()])
     trainer.fit(module, data(module))
     updates = 2 * module.encoder_shape.depth
     assert len(module.ranks) == updates
@@ -567,7 +598,8 @@ def test_steps_that_overflow_do_not_keep_the_ranks_of_adalora_up(data: DataMaker
             overflowed.append(not all(gradient.isfinite().all() for gradient in gradients))
 
     precision = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer = quiet_trainer(tmp_path, max_epochs=14, callbacks=[Overflows()], plugins=[precision])
+    rest = {"limit_val_batches": 0, "plugins": [precision]}
+    trainer = quiet_trainer(tmp_path, max_epochs=14, callbacks=[Overflows()], **rest)
     trainer.fit(module, data(module))
     half = len(overflowed) // 2
     assert any(overflowed[:half])
