@@ -827,8 +827,9 @@ def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     )
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    ("start_method", "in_memory"), [("fork", False), ("fork", True), ("spawn", True), ("forkserver", False)]
+)  # a process that is not forked is sent all of the data set, whichever starts it
 def test_worker_processes_give_what_the_thread_gives(
     start_method: str, in_memory: bool, tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path
 ) -> None:

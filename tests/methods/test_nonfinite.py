@@ -14,7 +14,7 @@ from fpt_lightning import Predictor, PreloadedFeatureDataModule
 from fpt_lightning.deployment.export import export
 from fpt_lightning.errors import NonFiniteError
 from fpt_lightning.methods import FPTPlusModule
-from small import quiet_trainer, save_trained, tiny_model
+from small import SHALLOW, quiet_trainer, save_trained, tiny_model
 
 MakeData = Callable[..., PreloadedFeatureDataModule]
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_diverged(tiny_data: MakeData, image_root: Path, tmp_p
 
 def test_nothing_is_exported_that_is_not_finite(tmp_path: Path) -> None:
     pytest.importorskip("onnx", reason="comes with a torch that exports")
-    path = save_trained(FPTPlusModule, tmp_path / "a.ckpt", (64, 64), encoder="test_vit", side_resolution=32)
+    path = save_trained(FPTPlusModule, tmp_path / "a.ckpt", (64, 64), encoder=SHALLOW, side_resolution=32)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"]["side.head.weight"].fill_(3e38)
     torch.save(checkpoint, path)

@@ -29,7 +29,7 @@ from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import TASKS, Coral, make_task
 from fpt_lightning.methods.tuning import EncoderModule, build_on_meta
 from fpt_lightning.planning.memory import TrainingStep, example_batch
-from small import CLASSES, TINY, data_for, quiet_trainer, table
+from small import CLASSES, SHALLOW, TINY, data_for, quiet_trainer, table
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
 
@@ -205,7 +205,7 @@ def test_one_number_has_no_r2() -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_every_task(name: str, task: str) -> None:
-    options: dict[str, Any] = {"encoder": "test_vit", "pretrained": False}
+    options: dict[str, Any] = {"encoder": SHALLOW, "pretrained": False}
     if "side_images" in METHODS[name].INPUTS:
         options["side_resolution"] = 32
     module = METHODS[name](CLASSES[task], task=task, **options)
@@ -243,7 +243,7 @@ def test_each_task_is_learned_and_a_checkpoint_gives_the_same_scores(
 ) -> None:
     data, model = data_for(task, tiny_data, image_root), model_for(task)
     data.preload(model, quiet_trainer(tmp_path))
-    trainer = quiet_trainer(tmp_path, max_epochs=12)
+    trainer = quiet_trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=12)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     (first,) = trainer.test(model, data, verbose=False)
@@ -393,7 +393,7 @@ def test_numbers_have_no_temperature() -> None:
 # Through the command line
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "coral"])  # which leaves what ordinal does
 def test_a_run_leaves_predictions_and_their_evaluation(
     task: str, image_root: Path, tmp_path: Path, tiny_data: DataMaker
 ) -> None:

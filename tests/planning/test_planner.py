@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from fpt_lightning.planning.memory import (
     predict_explanation_memory,
 )
 from fpt_lightning.planning.planner import (
+    Plan,
     Setting,
     largest,
     largest_of_all,
@@ -45,6 +47,12 @@ from small import SHALLOW, TINY, tiny_model
 
 SETTING = Setting(FPTPlusModule, {"num_classes": 3, **TINY}, (128, 96), batch_size=8)
 LORA = Setting(LoRAModule, {"num_classes": 3, "encoder": SHALLOW, "pretrained": False}, (128, 96), batch_size=8)
+
+
+@cache
+def planned() -> Plan:
+    """Of ``SETTING``."""
+    return plan(SETTING)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_a_training_step_with_the_encoder_inside_takes_what_was_predicted() -> N
 
 
 def test_the_peak_of_every_stage() -> None:
-    peaks = plan(SETTING).peaks
+    peaks = planned().peaks
     assert peaks["test"] < peaks["fit"] < peaks["preload"] < peaks["predict"] <= peaks["explain"]
     turned = {**SETTING.arguments, "test_time_orientations": 8}
     many = replace(SETTING, arguments=turned, resolution=(1024, 1024), batch_size=64)
@@ -92,7 +100,7 @@ def test_the_peak_of_every_stage() -> None:
 def test_batches_that_wait_are_counted() -> None:
     batch = example_batch(tiny_model(), (128, 96), 8)
     size = sum(part.nbytes for part in batch.values() if isinstance(part, torch.Tensor))
-    assert plan(SETTING).waiting_bytes == (AHEAD + 1) * size
+    assert planned().waiting_bytes == (AHEAD + 1) * size
 
 
 @pytest.mark.parametrize("batch_size", [2, 11])

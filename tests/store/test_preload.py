@@ -71,21 +71,33 @@ def assert_equal(url: str, reference: dict[str, np.ndarray]) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """The store of an undisturbed pass over ``image_root`` with the settings of ``tiny_data``."""
-    folder = tmp_path_factory.mktemp("reference")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of images and of the store of an undisturbed pass over them with the settings of ``tiny_data``."""
+    folder = tmp_path_factory.mktemp("undisturbed")
     root = write_images(folder / "images", {"a": 10, "b": 10, "c": 10})
     url = str(folder / "store.zarr")
     PreloadedFeatureDataModule(root=str(root), store=url, resolution=64, mean=[0.4], std=[0.2], image_size=48).preload(
         ENCODER
     )
-    return arrays(url)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(undisturbed: Path) -> dict[str, np.ndarray]:
+    """The store of an undisturbed pass over ``image_root`` with the settings of ``tiny_data``."""
+    return arrays(str(undisturbed / "store.zarr"))
 
 
 @pytest.fixture
-def finished(tiny_data: MakeData) -> MakeData:
-    """``tiny_data``, whose store is complete."""
-    tiny_data().preload(ENCODER)
+def image_root(undisturbed: Path, tmp_path: Path) -> Path:
+    """Copies of these images, with their times of change."""
+    return Path(shutil.copytree(undisturbed / "images", tmp_path / "images"))
+
+
+@pytest.fixture
+def finished(tiny_data: MakeData, undisturbed: Path, tmp_path: Path) -> MakeData:
+    """``tiny_data``, whose store is complete: a copy."""
+    shutil.copytree(undisturbed / "store.zarr", tmp_path / "store.zarr")
     return tiny_data
 
 
