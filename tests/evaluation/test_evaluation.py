@@ -460,8 +460,8 @@ def test_intervals_cover_the_true_auc() -> None:
 
 
 def test_intervals_cover_with_correlated_images_if_patients_are_resampled() -> None:
-    assert 0.89 < covered(150, images=400, patients=50, grouped=True) < 0.99
-    assert covered(50, images=400, patients=50, grouped=False) < 0.75
+    assert 0.89 < covered(300, images=400, patients=50, grouped=True) < 0.99
+    assert covered(100, images=400, patients=50, grouped=False) < 0.75
 
 
 @pytest.mark.slow
