@@ -120,6 +120,17 @@ def test_a_store_of_fewer_is_refused(tiny_data: MakeData, tmp_path: Path) -> Non
         oriented_batch({"features": torch.zeros(1)}, 1)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_checkpoint_of_before_there_were_more_is_read(mirrored: bool, tmp_path: Path) -> None:
+    path = save_trained(METHODS["query_tokens"], tmp_path / "m.ckpt", SIZE, encoder="test_vit")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["hyper_parameters"]["test_time_orientations"]
+    checkpoint["hyper_parameters"]["test_time_mirroring"] = mirrored
+    torch.save(checkpoint, path)
+    model, _ = load_trained(path)
+    assert (model.test_time_orientations, model.hparams["test_time_orientations"]) == (1 + mirrored, 1 + mirrored)
+
+
 def test_quarter_turns_are_of_square_images(tiny_data: MakeData, image_root: Path, tmp_path: Path) -> None:
     data, model = tiny_data(orientations=8, resolution=[64, 96]), tiny_model()
     with pytest.raises(ConfigurationError, match=r"data\.orientations is 8.* images have 64 x 96 pixels: give 4"):
