@@ -129,8 +129,15 @@ REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
-"""What the library trains by default, and what is nearest to it: their difference is given too, as are their seeds'
-predictions taken together."""
+"""What the library trains by default, and what is nearest to it: their seeds' predictions are taken together too."""
+PAIRS = {
+    DEFAULT: RIVAL,
+    "query_tokens_mirrored": RIVAL,
+    "query_tokens_turned": RIVAL,
+    "fpt_plus_mirrored": DEFAULT,
+    "fpt_plus_turned": DEFAULT,
+}
+"""Of which the difference is given too."""
 HIGHER = (3e-2, 1e-1)
 """Learning rates that are tried one after the other while the highest so far is the best."""
 
@@ -456,10 +463,11 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
         }
         for method in seeds
     }
-    if {DEFAULT, RIVAL} <= set(seeds):
-        found[DEFAULT]["minus_rival"] = {
-            metric: _difference(value, spread, DEFAULT, metric, RIVAL) for metric in TASKS[name].metrics
-        }
+    for method, other in PAIRS.items():
+        if {method, other} <= set(seeds):
+            found[method]["minus"] = {
+                other: {metric: _difference(value, spread, method, metric, other) for metric in TASKS[name].metrics}
+            }
     return found
 
 
@@ -543,9 +551,10 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    if rival := found.get(DEFAULT, {}).get("minus_rival"):
-        differences = ", ".join(f"{_shown(rival[metric], '+')} ({called[metric]})" for metric in metrics)
-        lines += ["", f"{ROWS[DEFAULT].label} minus {ROWS[RIVAL].label.lower()}: {differences}."]
+    for row in found.values():
+        for other, differences in row.get("minus", {}).items():
+            told = ", ".join(f"{_shown(differences[metric], '+')} ({called[metric]})" for metric in metrics)
+            lines += ["", f"{row['label']} minus {ROWS[other].label}: {told}."]
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
 
 

@@ -140,10 +140,10 @@ def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(
     mean = drawn["query_tokens"].mean(0)  # type: ignore[union-attr]
     assert values["query_tokens_together"] == pytest.approx(roc_auc_score(np.arange(40) % 2, mean))
     assert found["query_tokens_together"]["label"] == "Query tokens, stored, 2 seeds together"
-    minus = found["fpt_plus_prompt_head"]["minus_rival"]["auc"]
+    minus = found["fpt_plus_prompt_head"]["minus"]["query_tokens"]["auc"]
     assert minus["value"] == pytest.approx(1 - values["query_tokens"])
     assert minus["low"] <= minus["value"] <= minus["high"]
-    assert f"FPT+ with a prompt head minus query tokens, stored: {100 * minus['value']:+.1f} [" in evidence.table(
+    assert f"fpt_plus_prompt_head minus Query tokens, stored: {100 * minus['value']:+.1f} [" in evidence.table(
         "fundus_referable", found
     )
 
