@@ -7,12 +7,14 @@ several, and the mean of several in evaluation, are not in the paper.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fpt_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:  # `store info` starts without PyTorch
+    from torch import Tensor
 
 COUNTS = (1, 2, 4, 8)
 _MIRRORED, _UPSIDE_DOWN, _EXCHANGED = 1, 2, 4  # bits of an orientation
