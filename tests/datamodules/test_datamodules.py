@@ -728,9 +728,13 @@ def test_evaluation_and_plain_training_take_the_images_themselves(mirrored: Make
 # Views that the device draws
 
 
-def test_the_device_draws_side_images_of_the_tokens_view(mirrored: Maker) -> None:
-    data = ready(mirrored(augment_on="device"))
+@pytest.mark.parametrize("asked", [1, 2])
+def test_the_device_draws_side_images_of_the_tokens_view(asked: int, mirrored: Maker) -> None:
+    """Whatever is asked for, as the store of a model that does not say its encoder is taken as it is."""
+    data = mirrored(augment_on="device")
     assert isinstance(data, PreloadedFeatureDataModule)
+    data.orientations = asked
+    ready(data)
     assert data.store is not None
     sides = Counter[bool]()
     for batch in data.train_dataloader():

@@ -119,9 +119,7 @@ def choose(
     """
     model = [*_task(found), *_encoder(found, weights), Line("learning_rate", 5e-4, "of the shipped examples")]
     if turned := _orientations(found):
-        model.append(
-            Line(f"test_time_{turned[0].name}", turned[0].value, "validation, test and prediction take the mean")
-        )
+        model.append(Line("test_time_orientations", turned[0].value, "validation, test and prediction take the mean"))
     arguments = {line.name: line.value for line in model}
     return {
         "trainer": [

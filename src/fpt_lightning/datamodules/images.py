@@ -301,9 +301,7 @@ class ImageDataModule(ManifestDataModule):
         if encoder is not None:
             check_resolution("data.resolution", self.resolution, encoder.shape.patch_size, encoder.name)
             encoder.check_weights()
-        check_orientations(
-            "model.test_time_orientations", self._declared("test_time_orientations") or 1, self.resolution
-        )
+        check_orientations("model.test_time_orientations", self._evaluated(), self.resolution)
         if encoder is not None and "side_images" in self._inputs():
             self._side_resolution()
         adapt = getattr(self._declared("task"), "adapt", None)
@@ -397,6 +395,10 @@ class ImageDataModule(ManifestDataModule):
         training = split == "train"
         dataset = self._dataset(self.labelled.split(split), augmentation, training)
         return self._dataloader(dataset, training, self.batch_size if training else self._evaluated_at_once())
+
+    def _evaluated(self) -> int:
+        """Orientations that the model evaluates."""
+        return self._declared("test_time_orientations") or 1
 
     def _evaluated_at_once(self) -> int:
         """Images of a batch in validation, in test, and where a split is explained."""

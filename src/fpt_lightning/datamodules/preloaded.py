@@ -196,17 +196,13 @@ class PreloadedFeatureDataModule(ImageDataModule):
     def _check_model(self, stage: str) -> None:
         super()._check_model(stage)
         if stage == "fit" and self._augments_on_device(self.augmentation):
-            self._on_device((0.0,), (1.0,))
+            self._on_device((0.0,), (1.0,), self.orientations)
         evaluated = self._evaluated()
         if STORED & self._inputs() and evaluated > self.orientations:
             raise ConfigurationError(
                 f"model.test_time_orientations is {evaluated}, but data.orientations {self.orientations}: make the "
                 f"feature store {self.url} with data.orientations {evaluated}."
             )
-
-    def _evaluated(self) -> int:
-        """Orientations that the model evaluates."""
-        return self._declared("test_time_orientations") or 1
 
     def _evaluated_at_once(self) -> int:
         stored = STORED & self._inputs()
@@ -300,14 +296,13 @@ class PreloadedFeatureDataModule(ImageDataModule):
     def _augments_on_device(self, augmentation: str) -> bool:
         return self.augment_on == "device" and augmentation != "none" and "side_images" in self._inputs()
 
-    def _on_device(self, mean: Sequence[float], std: Sequence[float]) -> DeviceViews:
+    def _on_device(self, mean: Sequence[float], std: Sequence[float], orientations: int) -> DeviceViews:
         if self.augmentation != "default":
             raise ConfigurationError(
                 f"data.augment_on is 'device', where data.augmentation {self.augmentation!r} is not made: choose "
                 "'default', or augment in the loader."
             )
-        mirror = self.orientations == 1
-        return DeviceViews(self._side_resolution(), self.image_size, mirror, mean, std, self.seed or 0)
+        return DeviceViews(self._side_resolution(), self.image_size, orientations == 1, mean, std, self.seed or 0)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw the side images that were left to the device."""
@@ -323,7 +318,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         assert self.store is not None
         spec = self.store.specification
         if self._augments_on_device(augmentation):
-            self._device_views = self._on_device(spec.mean, spec.std)
+            self._device_views = self._on_device(spec.mean, spec.std, spec.orientations)
             side_views: Views | DeviceViews | None = self._device_views
         else:
             side_views = self._side_views(augmentation, spec.mean, spec.std, mirror=spec.orientations == 1)

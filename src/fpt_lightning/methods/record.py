@@ -71,8 +71,8 @@ class TrainingRecord:
         arguments, tensors = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
         if not isinstance(arguments, dict) or not isinstance(tensors, dict):
             raise _damaged("it has no hyper_parameters, or no state_dict.")
-        if isinstance(mirrored := arguments.pop("test_time_mirroring", None), bool):
-            arguments["test_time_orientations"] = 1 + mirrored
+        if isinstance(arguments.get("test_time_mirroring"), bool):
+            arguments["test_time_orientations"] = 1 + arguments.pop("test_time_mirroring")
         for name, value in tensors.items():
             if not isinstance(value, Tensor) or value.is_sparse or value.is_complex():
                 raise _damaged(f"{name} of its state_dict is {type(value).__name__}, no plain tensor.")

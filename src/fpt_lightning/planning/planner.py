@@ -100,7 +100,7 @@ class Setting:
     def fit_bytes(self) -> int:
         """Of a training step, or of the validation beside the optimiser's state where that takes more."""
         step = predict_training_memory(*self._sizes, precision=self.precision, **self._features)
-        if build_on_meta(self.make, None).test_time_orientations == 1:
+        if self._test_time_orientations == 1:
             return step
         module = build_on_meta(self.make, self.resolution)
         return max(step, 8 * module.learnable_parameters + self.test_bytes())
@@ -137,12 +137,15 @@ class Setting:
             "device": self.device,
         }
 
+    @cached_property
+    def _test_time_orientations(self) -> int:
+        return build_on_meta(self.make, None).test_time_orientations
+
     @property
     def _evaluated(self) -> Setting:
         if not self.stores:
             return self
-        orientations = build_on_meta(self.make, None).test_time_orientations
-        return replace(self, batch_size=evaluated_at_once(self.batch_size, orientations))
+        return replace(self, batch_size=evaluated_at_once(self.batch_size, self._test_time_orientations))
 
     @property
     def _from_images(self) -> Setting:

@@ -92,8 +92,8 @@ class FeatureSpecification:
             StoreError: fields are missing, unknown or of another type.
         """
         content = {**_EARLIER, **content}
-        if isinstance(mirrored := content.pop("mirrored", None), bool):  # before there were more of them
-            content["orientations"] = 1 + mirrored
+        if isinstance(content.get("mirrored"), bool):  # before there were more of them
+            content["orientations"] = 1 + content.pop("mirrored")
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
