@@ -217,7 +217,7 @@ _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
     "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),
     "224": Study((*_REFERABLE, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED), 224),
-    "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896),
+    "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
 }

@@ -53,8 +53,8 @@ def wait_for(numbers: Numbers, count: int) -> None:
 def test_all_tensors_of_a_batch_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.neg)  # without a GPU
     one = torch.ones(1)
-    batch = {"ids": ["a"], "features": one, "orientations": [{"features": 2 * one}, {"features": 3 * one}]}
-    assert pinned(batch) == {"ids": ["a"], "features": -one, "orientations": [{"features": -k * one} for k in (2, 3)]}
+    batch = {"ids": ["a"], "features": one, "pooled": 2 * one}
+    assert pinned(batch) == {"ids": ["a"], "features": -one, "pooled": -2 * one}
     assert batch["features"] is one
 
 

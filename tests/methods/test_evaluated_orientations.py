@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from fpt_lightning import ImageDataModule, Predictor, PreloadedFeatureDataModule
 from fpt_lightning.data.images import read_image
-from fpt_lightning.data.orientations import oriented
+from fpt_lightning.data.orientations import oriented, oriented_pixels
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.export import Classifier
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.methods import METHODS
-from fpt_lightning.methods.base import oriented_batch
+from fpt_lightning.methods.base import as_stored, in_orientations
 from small import quiet_trainer, save_trained, tiny_model, write_images
 
 MakeData = Callable[..., PreloadedFeatureDataModule]
@@ -97,15 +97,16 @@ def test_fit_validates_and_tests_all_of_them(tiny_data: MakeData, tmp_path: Path
     forward = model.evaluated
 
     def spy(batch: dict[str, object]) -> torch.Tensor:
-        seen.append((model.training, len(batch["orientations"]), len(batch["ids"])))  # type: ignore[arg-type]
+        seen.append((model.training, len(batch["features"]), len(batch["ids"])))  # type: ignore[arg-type]
         return forward(batch)
 
     model.evaluated = spy  # type: ignore[method-assign,assignment]
     trainer = quiet_trainer(tmp_path, num_sanity_val_steps=0)
     trainer.fit(model, data)
     trainer.test(model, data)
-    assert seen == [(False, 3, 2), (False, 3, 1), *[(False, 3, 2)] * 3]  # 3 and 6 images, 8 / 4 at once
-    assert "orientations" not in next(iter(data.train_dataloader()))
+    assert seen == [(False, 8, 2), (False, 4, 1), *[(False, 8, 2)] * 3]  # 3 and 6 images, 8 / 4 at once
+    trained = next(iter(data.train_dataloader()))
+    assert len(trained["features"]) == len(trained["ids"])
 
 
 def test_a_store_of_fewer_is_refused(tiny_data: MakeData, tmp_path: Path) -> None:
@@ -116,8 +117,9 @@ def test_a_store_of_fewer_is_refused(tiny_data: MakeData, tmp_path: Path) -> Non
     data.preload(model.encoder_config)
     with pytest.raises(ConfigurationError, match=words):
         quiet_trainer(tmp_path).fit(model, data)
-    with pytest.raises(ConfigurationError, match="the stored features are of the images alone"):
-        oriented_batch({"features": torch.zeros(1)}, 1)
+    batch = {"features": torch.zeros(4), "labels": torch.zeros(4)}
+    with pytest.raises(ConfigurationError, match="is 2, but there are 4 stored features of 4 images: make the store"):
+        in_orientations(batch, 2)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -149,10 +151,18 @@ def test_features_of_the_image_are_not_taken_for_those_of_another_orientation() 
         "pooled": torch.ones(1),
         "ids": ["a"],
     }
-    found = oriented_batch(batch, 1)
+    found = in_orientations(batch, 2)
     assert set(found) == {"images", "ids"}
-    assert found["images"].flatten().tolist() == [1, 0, 3, 2]
-    stored = [{"features": torch.full((1,), i), "pooled": torch.full((1,), i)} for i in (10, 20)]
-    given = oriented_batch({**batch, "orientations": stored}, 2)
-    assert (given["features"].item(), given["pooled"].item()) == (20, 20)
-    assert given["images"].flatten().tolist() == [2, 3, 0, 1]
+    assert found["ids"] == ["a", "a"]
+    assert found["images"].flatten(1).tolist() == [[0, 1, 2, 3], [1, 0, 3, 2]]
+
+
+def test_stored_features_and_side_images_are_of_the_same_orientations() -> None:
+    side = torch.arange(8.0).view(2, 1, 2, 2)
+    batch = {"side_images": side, "pooled": torch.arange(8.0), "labels": torch.zeros(2), "ids": ["a", "b"]}
+    found = in_orientations(batch, 4)
+    assert found["pooled"] is batch["pooled"]
+    assert found["ids"] == ["a", "b"] * 4
+    expected = [oriented_pixels(side, orientation)[image] for orientation in range(4) for image in range(2)]
+    assert torch.equal(found["side_images"], torch.stack(expected))
+    assert as_stored(batch)["pooled"].tolist() == [0, 1]

@@ -41,7 +41,7 @@ def check_orientations(name: str, count: int, resolution: tuple[int, int] | None
 
 
 def evaluated_at_once(batch_size: int, orientations: int) -> int:
-    """Images of an evaluated batch whose orientations all come from a store: as many features as of a training step."""
+    """Images of a batch of which several orientations are evaluated, so that its inputs are as many as asked for."""
     return max(1, batch_size // orientations)
 
 

@@ -41,7 +41,7 @@ class PrefetchingLoader(DataLoader[Any]):
 
     Args:
         dataset: with several threads it has ``in_threads(batches, threads)``, a generator of what it gives for batches
-            of keys, which threads prepare (``items_in_threads``).
+            of keys, which threads prepare (``items_in_threads``); of dicts, where memory is pinned.
         threads: of this process; one prepares whole batches.
         **kwargs: as of ``torch.utils.data.DataLoader``.
     """
@@ -65,13 +65,9 @@ class PrefetchingLoader(DataLoader[Any]):
             prepared.close()
 
 
-def pinned(batch: Any) -> Any:
-    """The batch with every tensor in pinned memory, those in dicts and lists too."""
-    if isinstance(batch, Tensor):
-        return batch.pin_memory()
-    if isinstance(batch, dict):
-        return {name: pinned(part) for name, part in batch.items()}
-    return [pinned(part) for part in batch] if isinstance(batch, list) else batch
+def pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors in pinned memory."""
+    return {name: part.pin_memory() if isinstance(part, Tensor) else part for name, part in batch.items()}
 
 
 def items_in_threads(

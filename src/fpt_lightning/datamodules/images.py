@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from fpt_lightning.data.images import FULL_RANGE, Fit, ImageReader, check_extras, unreadable
 from fpt_lightning.data.manifest import SPLITS, Kind, Manifest, Sample, check_classes, numbers_of
-from fpt_lightning.data.orientations import check_orientations
+from fpt_lightning.data.orientations import check_orientations, evaluated_at_once
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample
 from fpt_lightning.data.statistics import value_range as measured_range
@@ -180,10 +180,10 @@ class ImageDataModule(ManifestDataModule):
         """Every image below ``root``, through the encoder: no store, no labels; or of the split that is explained."""
         if self.explained is not None:
             images = self._dataset(self.predicted.samples, "none", False)
-            return self._dataloader(images, False, self._evaluated_at_once())
+            return self._dataloader(images, False, self._evaluated_at_once(self.batch_size))
         images = self._image_dataset(self.predicted, self.predicted.samples, "none")
-        encoded = STORED & self._inputs()
-        return self._dataloader(images, False, self.preload_batch_size if encoded else self.batch_size)
+        batch_size = self.preload_batch_size if STORED & self._inputs() else self.batch_size
+        return self._dataloader(images, False, self._evaluated_at_once(batch_size))
 
     def asked(self, encoder: EncoderConfig) -> FeatureSpecification:
         """The specification of the features that an encoder gives for this module's images."""
@@ -394,15 +394,16 @@ class ImageDataModule(ManifestDataModule):
     def _loader(self, split: str, augmentation: str = "none") -> DataLoader[Any]:
         training = split == "train"
         dataset = self._dataset(self.labelled.split(split), augmentation, training)
-        return self._dataloader(dataset, training, self.batch_size if training else self._evaluated_at_once())
+        batch_size = self.batch_size if training else self._evaluated_at_once(self.batch_size)
+        return self._dataloader(dataset, training, batch_size)
 
     def _evaluated(self) -> int:
         """Orientations that the model evaluates."""
         return self._declared("test_time_orientations") or 1
 
-    def _evaluated_at_once(self) -> int:
-        """Images of a batch in validation, in test, and where a split is explained."""
-        return self.batch_size
+    def _evaluated_at_once(self, batch_size: int) -> int:
+        """Images of a batch in validation, test and prediction."""
+        return evaluated_at_once(batch_size, self._evaluated())
 
 
 def over_images(ids: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Manifest, Sample
-from fpt_lightning.data.orientations import check_orientations, evaluated_at_once
+from fpt_lightning.data.orientations import check_orientations
 from fpt_lightning.datamodules.images import ImageDataModule, over_images
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -203,10 +203,6 @@ class PreloadedFeatureDataModule(ImageDataModule):
                 f"model.test_time_orientations is {evaluated}, but data.orientations {self.orientations}: make the "
                 f"feature store {self.url} with data.orientations {evaluated}."
             )
-
-    def _evaluated_at_once(self) -> int:
-        stored = STORED & self._inputs()
-        return evaluated_at_once(self.batch_size, self._evaluated()) if stored else self.batch_size
 
     def check_store(self, encoder: EncoderConfig) -> None:
         """Hold the store, if there is one, against what an encoder gives.

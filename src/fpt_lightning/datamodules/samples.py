@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -32,12 +32,12 @@ class Batch(TypedDict, total=False):
         side_images: (B, 3, side, side), fp32, normalised, augmented in training.
         copies: in place of them, low-resolution copies (B, size, size, 3), uint8, of which the device makes views.
         view_numbers: that decide these views (``fpt_lightning.data.device_views.DeviceViews.numbers``).
-        features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them.
-        key_scales: of the codec, where it has any (``fpt_lightning.store.codecs.Features``).
+        features: keys and values (B, 2, L, H, T, head_dim), as the store's codec has them; where the model evaluates
+            O orientations of a store, (O * B, ...): of all images, then of the next orientation of all, and so on.
+        key_scales: of the codec, where it has any (``fpt_lightning.store.codecs.Features``); of as many as features.
         value_scales: like those of the keys.
         indices: of the tokens that features are of (B, L, H, T), int32; from a store, where they are explained.
-        pooled: pooled features (B, D), fp32.
-        orientations: what the store has of the orientations from 1 on, where the model evaluates them: each as above.
+        pooled: pooled features (B, D), fp32, or (O * B, D).
         images: (B, 3, height, width), fp32, normalised; augmented in training where they are an input themselves, never
             where they stand in for stored features that have yet to be computed.
     """
@@ -52,7 +52,6 @@ class Batch(TypedDict, total=False):
     value_scales: Tensor
     indices: Tensor
     pooled: Tensor
-    orientations: list[dict[str, Tensor]]
     images: Tensor
 
 
@@ -237,30 +236,28 @@ class StoredSamples(Samples):
         rows = [
             self.store.rows[sample.id] + self._orientation(key) for sample, key in zip(samples, drawn_for, strict=True)
         ]
+        turned = [row + further for further in range(self.evaluated) for row in rows]
         side_views, device_views = self.side_views, self.device_views
-        copies = [] if side_views is None and device_views is None else ["images"]
-        read = self.store.buffers(count, [*self.arrays, *copies])
-        others = [self.store.buffers(count, self.arrays) for _ in range(1, self.evaluated)]
+        stored = self.store.buffers(len(turned), self.arrays)
+        copies = {} if side_views is None and device_views is None else self.store.buffers(count, ["images"])
         views = None if side_views is None else side_views.empty(count)
 
-        def fill(part: slice) -> None:
-            self.store.read_into(rows[part], {name: block[part] for name, block in read.items()})
-            for further, blocks in enumerate(others, 1):
-                turned = [row + further for row in rows[part]]
-                self.store.read_into(turned, {name: block[part] for name, block in blocks.items()})
-            if side_views is not None and views is not None:
-                side_views.draw(read["images"][part], drawn_for[part], views[part])
+        def read(rows: Sequence[int], arrays: Mapping[str, NDArray[Any]], part: slice) -> None:
+            self.store.read_into(rows[part], {name: array[part] for name, array in arrays.items()})
 
-        list(each(fill, [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]))
-        batch: dict[str, Any] = {name: torch.from_numpy(read[name]) for name in self.arrays}
-        if others:
-            batch["orientations"] = [
-                {name: torch.from_numpy(block) for name, block in blocks.items()} for blocks in others
-            ]
+        def fill(part: int) -> None:
+            read(turned, stored, _share(part, parts, len(turned)))
+            some = _share(part, parts, count)
+            read(rows, copies, some)
+            if side_views is not None and views is not None:
+                side_views.draw(copies["images"][some], drawn_for[some], views[some])
+
+        list(each(fill, range(parts)))
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in stored.items()}
         if views is not None:
             batch["side_images"] = views
         if device_views is not None:
-            batch |= {"copies": torch.from_numpy(read["images"]), "view_numbers": device_views.numbers(drawn_for)}
+            batch |= {"copies": torch.from_numpy(copies["images"]), "view_numbers": device_views.numbers(drawn_for)}
         return cast(Batch, {**self._labelled(samples), **batch})
 
     def _orientation(self, key: tuple[int, int]) -> int:
@@ -269,6 +266,11 @@ class StoredSamples(Samples):
             return 0
         drawn = np.random.SeedSequence([self.orientation_seed, *key, 1]).generate_state(1)[0]
         return int(drawn) % self.store.orientations
+
+
+def _share(part: int, parts: int, count: int) -> slice:
+    """Of ``count`` things, those of one of several parts."""
+    return slice(count * part // parts, count * (part + 1) // parts)
 
 
 def _with_epoch(key: tuple[int, int] | int) -> tuple[int, int]:

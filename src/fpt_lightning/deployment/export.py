@@ -89,11 +89,10 @@ class Classifier(nn.Module):
         if self.module.side_resolution is not None:
             copy = _resized(images, asked.image_size)
             batch["side_images"] = normalise(_resized(copy, self.module.side_resolution), asked.mean, asked.std)
-        if self.encoder is None:
+        if self.encoder is None or self.fusion is None:
             return (self._scores(batch),)
         encoded = self.encoder(normal)
-        scores = self._scores({**batch, "features": encoded.features, "pooled": encoded.pooled})
-        return (scores,) if self.fusion is None else (scores, self._attention(self.fusion, encoded))
+        return self._scores({**batch, "features": encoded.features}), self._attention(self.fusion, encoded)
 
     def _scores(self, batch: dict[str, Tensor]) -> Tensor:
         return self.module.scores(self.module.evaluated(batch))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fpt_lightning.data.images import stretched
 from fpt_lightning.data.manifest import UNLABELLED
+from fpt_lightning.data.orientations import evaluated_at_once
 from fpt_lightning.data.sources import list_images
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.deployment.checkpoints import load_trained
@@ -123,7 +124,7 @@ class Predictor:
         pictures = _by_id(images)
         ids, scores = list(pictures), list[Any]()
         with torch.inference_mode():
-            for some in parts(len(ids), self.batch_size):
+            for some in parts(len(ids), evaluated_at_once(self.batch_size, self.module.test_time_orientations)):
                 pixels = [self._read(id, pictures[id]) for id in ids[some]]
                 batch = {**self._batch(pixels), "ids": ids[some]}
                 scores += self.module.scores(self.module.evaluated(batch)).tolist()

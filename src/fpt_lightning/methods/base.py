@@ -48,26 +48,38 @@ def samples_of(trainer: L.Trainer) -> tuple[Sample, ...]:
     return () if manifest is None else manifest.samples
 
 
-def oriented_batch(batch: Mapping[str, Any], orientation: int) -> dict[str, Any]:
-    """A ``fpt_lightning.datamodules.samples.Batch`` in another orientation, 1 to 7.
+def in_orientations(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The inputs (O * B, ...) of O orientations of a ``fpt_lightning.datamodules.samples.Batch`` of B images.
 
-    Images are turned; features are those that a store gave along, or are left to be computed of the turned images.
+    All images come first, then all in orientation 1, and so on. Images are turned; features are those that a store
+    gave, or are left to be computed of the turned images.
 
     Raises:
-        ConfigurationError: stored features without those of this orientation.
+        ConfigurationError: stored features of another number of orientations.
     """
-    turned = {
-        name: oriented_pixels(value, orientation) if name in ("images", "side_images") else value
-        for name, value in batch.items()
+    turned: dict[str, Any] = {
+        name: torch.cat([oriented_pixels(batch[name], orientation) for orientation in range(count)])
+        for name in ("images", "side_images")
+        if name in batch
     }
-    if "orientations" in batch:
-        return {**turned, **batch["orientations"][orientation - 1]}
-    if "images" not in batch:
-        raise ConfigurationError(
-            "model.test_time_orientations is above 1, but the stored features are of the images alone: make the store "
-            "with as many data.orientations."
-        )
-    return {name: value for name, value in turned.items() if name not in _OF_IMAGES}
+    if "ids" in batch:
+        turned["ids"] = list(batch["ids"]) * count
+    if "images" in batch:
+        return turned
+    stored = {name: batch[name] for name in _OF_IMAGES if name in batch}
+    for features in stored.values():
+        if len(features) != count * len(batch["labels"]):
+            raise ConfigurationError(
+                f"model.test_time_orientations is {count}, but there are {len(features)} stored features of "
+                f"{len(batch['labels'])} images: make the store with as many data.orientations."
+            )
+    return turned | stored
+
+
+def as_stored(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with the features of its images alone, where a store gave those of other orientations along."""
+    count = len(batch["labels"])
+    return {name: value[:count] if name in _OF_IMAGES else value for name, value in batch.items()}
 
 
 def _decimal(numbers: Sequence[Any]) -> NDArray[np.float64]:
@@ -205,11 +217,10 @@ class ClassificationModule(TrainedModule, ABC):
             ConfigurationError: stored features of fewer orientations.
             NonFiniteError: NaN or infinity, as of a training that diverges.
         """
-        logits: Tensor = self(batch).float()
-        for orientation in range(1, self.test_time_orientations):
-            logits = logits + self(oriented_batch(batch, orientation)).float()
-        if self.test_time_orientations > 1:
-            logits = logits / self.test_time_orientations
+        count = self.test_time_orientations
+        logits: Tensor = self(batch if count == 1 else in_orientations(batch, count)).float()
+        if count > 1:
+            logits = logits.view(count, -1, *logits.shape[1:]).mean(0)
         if not exporting() and sketching() is None:
             self._check_finite(logits, batch.get("ids"))
         return logits
@@ -240,11 +251,14 @@ class ClassificationModule(TrainedModule, ABC):
             self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
         metrics.update(scores, self.task.targets(labels))
         loss.update(self.evaluated_loss(logits, labels), len(labels))
-        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return {"ids": batch["ids"], "labels": labels, "scores": scores}
+
+    def _log_evaluation(self, stage: str, metrics: Any, loss: MeanMetric) -> None:
+        """Once an epoch: with few images at once, logging would take longer than they."""
+        self.log(f"{stage}_loss", loss)
         monitor = f"val_{self.task.MONITOR[0]}"
         for name, metric in metrics.items(keep_base=False, copy_state=False):
-            self.log(name, metric, prog_bar=name == monitor, on_step=False, on_epoch=True, batch_size=len(labels))
-        return {"ids": batch["ids"], "labels": labels, "scores": scores}
+            self.log(name, metric, prog_bar=name == monitor)
 
     def evaluated_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss, scalar, of what ``evaluated`` gives."""
@@ -256,6 +270,9 @@ class ClassificationModule(TrainedModule, ABC):
         fitting = self.trainer.state.fn == "fit" if self._trainer is not None else False
         return scores if fitting or not self.temperature_scaling else self.task.tempered(scores, self.temperature)
 
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", self.test_metrics, self.test_loss)
+
     def on_validation_epoch_start(self) -> None:
         self._validated = []
 
@@ -265,6 +282,7 @@ class ClassificationModule(TrainedModule, ABC):
         It is the temperature if wanted, what prediction sets come from, thresholds, and how cases are predicted. All
         are kept in checkpoints, and of probabilities by the temperature, as in test and prediction.
         """
+        self._log_evaluation("val", self.val_metrics, self.val_loss)
         rows = from_all_processes(self._validated)
         self._validated = []
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:

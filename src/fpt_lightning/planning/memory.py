@@ -22,6 +22,7 @@ from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.execution import autocast, sketched
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.methods import ClassificationModule, FPTPlusModule
+from fpt_lightning.methods.base import as_stored
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.codecs import CODECS, Features, check_codec
@@ -179,7 +180,7 @@ def explanation_bytes(module: ClassificationModule, batch: Mapping[str, Any], **
             batch = {**batch, "features": encoded.features, "indices": encoded.indices}
             del encoded
         scores = module.scores(module.evaluated(batch))
-        look(module, batch, scores, range(len(scores)), **deletion)
+        look(module, as_stored(batch), scores, range(len(scores)), **deletion)
     peak: int = live.peak
     return peak
 
@@ -298,11 +299,11 @@ def predict_explanation_memory(
 
 def _with_orientations(module: ClassificationModule, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with what a store gives of the other orientations that are evaluated."""
-    if module.test_time_orientations == 1 or "images" in batch:
+    count = module.test_time_orientations
+    if count == 1 or "images" in batch:
         return batch
-    stored = [name for name in (*Features._fields, "pooled") if name in batch]
-    others = range(1, module.test_time_orientations)
-    return {**batch, "orientations": [{name: torch.zeros_like(batch[name]) for name in stored} for _ in others]}
+    stored = {name: batch[name] for name in (*Features._fields, "pooled") if name in batch}
+    return batch | {name: value.new_zeros(count * len(value), *value.shape[1:]) for name, value in stored.items()}
 
 
 def predict_encoding_memory(

@@ -143,13 +143,14 @@ class Setting:
 
     @property
     def _evaluated(self) -> Setting:
-        if not self.stores:
-            return self
-        return replace(self, batch_size=evaluated_at_once(self.batch_size, self._test_time_orientations))
+        return self._with_evaluated(self.batch_size)
 
     @property
     def _from_images(self) -> Setting:
-        return replace(self, codec=None, batch_size=self.preload_batch_size)
+        return replace(self._with_evaluated(self.preload_batch_size), codec=None)
+
+    def _with_evaluated(self, batch_size: int) -> Setting:
+        return replace(self, batch_size=evaluated_at_once(batch_size, self._test_time_orientations))
 
 
 @dataclass(frozen=True)
