@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from commands import change, fails, run
 from fpt_lightning import methods
 from fpt_lightning.cli import main, training
 from fpt_lightning.cli.run_folder import checkpoint_callbacks
+from fpt_lightning.cli.series import claimed
 from fpt_lightning.cli.training import CommandLine
 from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import Evaluation, evaluate
+from fpt_lightning.methods import FPTPlusModule
 from fpt_lightning.store.store import FeatureStore
 from miniatures import MINIATURES, build, reads_dicom
 from small import ROOT, tiny_model, write_images
@@ -229,6 +234,53 @@ class Stop(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == 1:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "stopped"),
+    [
+        ("preload", (FrozenEncoder, "forward")),
+        ("predict", (FrozenEncoder, "forward")),
+        ("fit", (FPTPlusModule, "forward")),
+    ],
+)
+def test_sigterm_stops_a_command_which_says_so_by_its_status(
+    command: str, stopped: tuple[Any, str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's prediction goes on to its end, and its training ends with status 0."""
+    method, batches = getattr(*stopped), []
+
+    def asked_to_stop(*given: Any, **options: Any) -> Any:
+        batches.append(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return method(*given, **options)
+
+    out = trained.parent / "out"
+    own = {
+        "preload": ["--overwrite", "true"],
+        "predict": ["--ckpt_path", trained.parent / "run/best.ckpt", "--trainer.default_root_dir", out],
+        "fit": ["--trainer.default_root_dir", out],
+    }
+    monkeypatch.setattr(*stopped, asked_to_stop)
+    with pytest.raises(SystemExit) as raised:
+        run(command, "--config", trained, *own[command])
+    assert (raised.value.code, len(batches)) == (143, 1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(out.rglob("predictions.csv"))
+    if command == "preload":
+        monkeypatch.undo()
+        run(command, "--config", trained)
+        store = FeatureStore.open(str(trained.parent / "store.zarr"))
+        assert not store.missing(store.ids)
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "status"), [(KeyboardInterrupt(), 130), (SystemExit(1), 130), (SystemExit(143), 143)]
+)
+def test_a_series_that_is_stopped_says_by_what(stopped_by: BaseException, status: int, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised, claimed(tmp_path / "crossval.yaml", "{}", []):
+        raise stopped_by
+    assert raised.value.code == status
 
 
 def test_print_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

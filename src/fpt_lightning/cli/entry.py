@@ -7,10 +7,13 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -65,6 +68,9 @@ COMMANDS: dict[str, Command] = {
 }
 """By name, in the order of use."""
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a command that SIGTERM stopped."""
+
 _ALL = ("--help", "all")
 """Asks for all options, where ``--help`` tells those that people change."""
 _OF_LIGHTNING = (_TRAINING, _FOLDS)
@@ -96,20 +102,41 @@ _GROUPS = {"datasets": "the paper's data sets", "store": "what a feature store h
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console script: errors made for people are one message on stderr, with exit status 2."""
+    """The console script: errors made for people are one message on stderr, with exit status 2.
+
+    SIGTERM stops it as Ctrl-C does, with exit status 143.
+    """
     _quieten()
     given = sys.argv[1:] if args is None else list(args)
     try:
         if (command := _asks_help(given)) is not None:
             print(short_help(command, COMMANDS[command].help))
             return
-        _run(_spelled([arg for arg, before in zip(given, ["", *given], strict=False) if (before, arg) != _ALL]))
+        with _stopped_by_sigterm():
+            _run(_spelled([arg for arg, before in zip(given, ["", *given], strict=False) if (before, arg) != _ALL]))
     except Exception as raised:
         told = _for_people(raised)
         if told is None or os.environ.get("FPT_TRACEBACK"):
             raise
         print(f"fpt-lightning: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise: Lightning's prediction would go on to its end, and its training end as if it were done."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)  # which Lightning calls beside its own
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(args: list[str]) -> None:

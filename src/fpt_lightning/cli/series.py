@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from fpt_lightning.cli.entry import TERMINATED
 from fpt_lightning.cli.run_folder import check_free, is_finished, lock_folder
 from fpt_lightning.cli.training import CommandLine
 from fpt_lightning.datamodules.base import is_first_process
@@ -100,7 +101,7 @@ class Run:
 
 @contextmanager
 def claimed(path: Path, text: str, runs: Sequence[Run]) -> Iterator[None]:
-    """Hold the folder of several runs, and where Ctrl-C stops them, say what is kept and how they go on.
+    """Hold the folder of several runs, and where Ctrl-C or SIGTERM stops them, say what is kept and how they go on.
 
     Args:
         path: of the file in that folder that says whose runs it holds.
@@ -121,10 +122,10 @@ def claimed(path: Path, text: str, runs: Sequence[Run]) -> Iterator[None]:
         if is_first_process():
             write_text(path, text)
         yield
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+    except (KeyboardInterrupt, SystemExit) as stopped:  # Lightning makes the second of the first
         if is_first_process():
             print(_kept(folder, runs), file=sys.stderr)
-        raise SystemExit(_STOPPED) from None
+        raise SystemExit(TERMINATED if stopped.args == (TERMINATED,) else _STOPPED) from None
     finally:
         if lock is not None:
             lock.close()
