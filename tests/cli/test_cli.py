@@ -18,6 +18,7 @@ import timm
 import torch
 import wandb
 import yaml
+from safetensors.torch import load_file, save_file
 
 from commands import change, fails, run
 from fpt_lightning import methods
@@ -272,6 +273,42 @@ def test_sigterm_stops_a_command_which_says_so_by_its_status(
         run(command, "--config", trained)
         store = FeatureStore.open(str(trained.parent / "store.zarr"))
         assert not store.missing(store.ids)
+
+
+@pytest.mark.usefixtures("few_figures")
+def test_a_shared_model_is_tested_and_predicts_as_its_checkpoint_does(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, shared = trained.parent / "run/best.ckpt", tmp_path / "model.v1"
+    run("export", "--ckpt_path", best, "--out", shared, "--format", "hub", "--with_encoder", "true")
+    found = {}
+    for name, path in {"checkpoint": best, "shared": shared}.items():
+        for command in ("test", "predict"):
+            root = tmp_path / name / command
+            run(command, "--config", trained, "--ckpt_path", path, "--trainer.default_root_dir", root)
+            (table,) = root.rglob("predictions.csv")
+            found[command, name] = table.read_text()
+    for command in ("test", "predict"):
+        assert found[command, "shared"] == found[command, "checkpoint"]
+    assert (tmp_path / "shared/test/test/model.v1/evaluation.json").is_file()
+    weights, other = shared / "encoder.safetensors", tmp_path / "other.safetensors"
+    own = ["--config", trained, "--model.pretrained", weights, "--data.store", tmp_path / "own.zarr"]
+    run("preload", *own)  # elsewhere, where the same weights have another name
+    run("test", *own, "--ckpt_path", shared, "--trainer.default_root_dir", tmp_path / "own")
+    (table,) = (tmp_path / "own").rglob("predictions.csv")
+    assert table.read_text() == found["test", "checkpoint"]
+
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, other)
+    live = ["--config", trained, "--model.pretrained", other, "--data", "ImageDataModule", "--ckpt_path", best]
+    live += ["--trainer.default_root_dir", tmp_path / "live"]
+    assert "was trained with other weights of test_vit than those loaded now" in fails(capsys, "test", *live)
+    own[3:] = [other, "--data.store", tmp_path / "others.zarr"]
+    run("preload", *own)
+    assert "weights_digest: " in fails(capsys, "test", *own, "--ckpt_path", best)
+
+    told = fails(capsys, "fit", "--config", trained, "--ckpt_path", shared)
+    assert "model.v1 (ckpt_path) is a model to share, without the state of its training" in told
+    assert "has no config.json" in fails(capsys, "test", "--config", trained, "--ckpt_path", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -521,7 +521,7 @@ def test_every_field_can_differ() -> None:
     assert len(changed | {json.dumps(SPECIFICATION.to_dict())}) == len(CHANGES) + 1
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("statistics", "border")])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ("statistics", "border", "weights")])
 def test_each_difference_is_named_with_both_values(name: str) -> None:
     asked = replace(SPECIFICATION, **{name: CHANGES[name]})
     own = "full" if name == "value_range" else repr(getattr(SPECIFICATION, name))
@@ -572,6 +572,14 @@ def test_digests_are_compared_where_both_are_known() -> None:
     unknown, other = replace(SPECIFICATION, weights_digest=""), replace(SPECIFICATION, weights_digest="4567")
     assert SPECIFICATION.differences(unknown) == unknown.differences(SPECIFICATION) == []
     assert SPECIFICATION.differences(other) == ["weights_digest: '0123', asked for '4567'"]
+
+
+def test_weights_are_told_by_their_digest_and_by_their_name_where_one_is_unknown() -> None:
+    renamed = replace(SPECIFICATION, weights="sha256:89ab")
+    assert SPECIFICATION.differences(renamed) == []
+    for unloaded in (replace(renamed, weights_digest=""), renamed):
+        stored = replace(SPECIFICATION, weights_digest="" if unloaded is renamed else SPECIFICATION.weights_digest)
+        assert stored.differences(unloaded) == ["weights: 'random', asked for 'sha256:89ab'"]
 
 
 def test_a_stale_store_names_every_field_and_the_rebuild(make: Callable[..., FeatureStore]) -> None:

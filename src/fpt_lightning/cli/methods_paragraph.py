@@ -12,13 +12,13 @@ import lightning as L
 from fpt_lightning.cli.run_folder import logged_at
 from fpt_lightning.data.manifest import SPLITS, Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
+from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.evaluation.estimates import label, number
 from fpt_lightning.evaluation.report import SplitSummary
 from fpt_lightning.evaluation.scores import Evaluation
 from fpt_lightning.methods import ClassificationModule
 
 _SPLITS = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
-_DIGEST = "sha256:"
 _PACKAGES = {"fpt-lightning": "fpt-lightning", "torch": "PyTorch", "lightning": "Lightning", "timm": "timm"}
 
 
@@ -101,8 +101,8 @@ def _model(module: ClassificationModule, data: ImageDataModule | None) -> str:
     weights = encoder.weights() if specification is None else specification.weights
     size = "" if data is None else f" at {data.resolution[0]} x {data.resolution[1]} pixels"
     learnable = f"{module.learnable_parameters:,} learnable parameters ({100 * module.learnable_ratio:.2f}% of all)"
-    if weights.startswith(_DIGEST):
-        weights = f"SHA-256 {weights.removeprefix(_DIGEST)[:16]}..."
+    if weights.startswith(OF_FILES):
+        weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
     return f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from fpt_lightning.datamodules.base import ManifestDataModule
+from fpt_lightning.deployment.hub import read_folder
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.files import (
     keep_beside,
@@ -159,6 +160,13 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_pickle(Path(path), checkpoint)
+
+
+class SharedModel(TorchCheckpointIO):
+    """Reads a model's folder (``fpt_lightning.deployment.hub``) where Lightning asks for a checkpoint."""
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"pytorch-lightning_version": L.__version__, **read_folder(path)}
 
 
 class SaveRunConfig(SaveConfigCallback):

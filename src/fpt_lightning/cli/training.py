@@ -26,6 +26,7 @@ from fpt_lightning.cli.misuse import in_words
 from fpt_lightning.cli.run_folder import (
     RunLogger,
     SaveRunConfig,
+    SharedModel,
     WholeCheckpoints,
     check_free,
     checkpoint_callbacks,
@@ -39,7 +40,7 @@ from fpt_lightning.datamodules.base import is_first_process
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.preloaded import PreloadedFeatureDataModule
 from fpt_lightning.datamodules.samples import check_processes
-from fpt_lightning.deployment.checkpoints import read_checkpoint
+from fpt_lightning.deployment.checkpoints import read_checkpoint, read_trained
 from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.explanation.writer import ExplanationWriter
@@ -139,8 +140,10 @@ class CommandLine(LightningCLI):
         if fit and given is not False and not config["fast_dev_run"]:
             loggers = [*loggers, RunLogger(root)]
         callbacks = [self.results, PeakMemory()]
+        plugins, path = _as_list(config["plugins"] or []), self._get(self.config_init, "ckpt_path")
+        if not fit and path is not None and Path(path).is_dir():
+            kwargs["plugins"] = [*plugins, SharedModel()]
         if fit:
-            plugins = _as_list(config["plugins"] or [])
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
                 kwargs["plugins"] = [*plugins, WholeCheckpoints()]
             callbacks += [
@@ -171,7 +174,12 @@ class CommandLine(LightningCLI):
             raise CheckpointError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, such as runs/run/best.ckpt."
             )
-        self.checkpoint = None if path is None else read_checkpoint(path)
+        if path is not None and self.subcommand == "fit" and Path(path).is_dir():
+            raise CheckpointError(
+                f"{path} (ckpt_path) is a model to share, without the state of its training: fit goes on from a run's "
+                "last.ckpt."
+            )
+        self.checkpoint = None if path is None else read_trained(path)
         if self.subcommand in ("fit", "validate", "test", "predict"):
             _check_writable(folder)
         if self._writes_run:
@@ -213,7 +221,7 @@ class CommandLine(LightningCLI):
             self.datamodule.rebuild = f"fpt-lightning {options}"
         path = self._get(self.config, "ckpt_path")
         if path is not None:
-            self.results.checkpoint = Path(path).stem
+            self.results.checkpoint = Path(path).name if Path(path).is_dir() else Path(path).stem
         if self.checkpoint is not None and type(epoch := self.checkpoint.get("epoch")) is int:
             self.results.epoch = epoch + 1
 

@@ -18,6 +18,7 @@ import timm
 from fpt_lightning.deployment.checkpoints import as_checkpoint
 from fpt_lightning.deployment.hub import README
 from fpt_lightning.deployment.predictor import NOTICE
+from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, shortage
 from fpt_lightning.evaluation.estimates import label, number
 from fpt_lightning.evaluation.report import SplitSummary
@@ -133,7 +134,7 @@ def shared_card(text: str, module: ClassificationModule, with_encoder: bool) -> 
     weights = "" if module.specification is None else module.specification.weights
     if with_encoder:
         where = "The encoder's weights are in `encoder.safetensors`, under their own licence."
-    elif weights.startswith("sha256:"):
+    elif weights.startswith(OF_FILES):
         where = "The encoder's weights are not here: give their file as `pretrained`."
     else:
         where = "The encoder's weights are not here: timm has them by its name."

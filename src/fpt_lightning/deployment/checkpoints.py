@@ -25,7 +25,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: no such file, or one that cannot be read.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"the checkpoint {path} (ckpt_path) does not exist.")
+        is_what = "is a folder: give a file in it, such as best.ckpt" if Path(path).is_dir() else "does not exist"
+        raise CheckpointError(f"the checkpoint {path} (ckpt_path) {is_what}.")
     try:
         content: Any = load_pickle(path)
     except ValueError as error:
@@ -33,6 +34,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("global_step"), int):
         raise CheckpointError(f"the file {path} (ckpt_path) is not a checkpoint of Lightning: give a run's best.ckpt.")
     return content
+
+
+def read_trained(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, or a model's folder (``fpt_lightning.deployment.hub``), which is one without training.
+
+    Raises:
+        CheckpointError: see ``read_checkpoint`` and ``read_folder``.
+    """
+    return read_folder(path) if Path(path).is_dir() else read_checkpoint(path)
 
 
 def as_checkpoint(module: ClassificationModule) -> dict[str, Any]:
@@ -65,8 +75,7 @@ def load_trained(
             are gone or others.
         EncoderError: weights that are out of reach or do not fit.
     """
-    shared = Path(path).is_dir()
-    checkpoint = read_folder(path) if shared else read_checkpoint(path)
+    checkpoint = read_trained(path)
     methods: dict[str, type[ClassificationModule]] = {method.__name__: method for method in METHODS.values()}
     methods[EnsembleModule.__name__] = EnsembleModule
     about = checkpoint.get(KEY)
@@ -82,7 +91,7 @@ def load_trained(
     if pretrained is not None:
         checkpoint["hyper_parameters"]["pretrained"] = arguments["pretrained"] = pretrained
     weights = arguments.get("pretrained")
-    if shared and weights is None:
+    if weights is None and Path(path).is_dir():
         asked = record.specification
         which = "" if asked is None else f" of {asked.encoder} ({asked.weights})"
         raise CheckpointError(

@@ -15,7 +15,13 @@ from torch import nn
 
 from fpt_lightning.encoder.precision import PRECISIONS
 from fpt_lightning.encoder.selection import CRITERIA, number_of_tokens
-from fpt_lightning.encoder.weight_files import WEIGHT_SUFFIXES, are_weights, existing_weights, weights_file_digest
+from fpt_lightning.encoder.weight_files import (
+    OF_FILES,
+    WEIGHT_SUFFIXES,
+    are_weights,
+    existing_weights,
+    weights_file_digest,
+)
 from fpt_lightning.errors import ConfigurationError, EncoderError, in_one_line
 
 _HUB, _FOLDER = "hf-hub:", "local-dir:"
@@ -252,7 +258,7 @@ class EncoderConfig:
             EncoderError: the weights file is not there.
         """
         if self.weights_path is not None:
-            return "sha256:" + weights_file_digest(existing_weights(self.weights_path))
+            return OF_FILES + weights_file_digest(existing_weights(self.weights_path))
         if self.pretrained is False:
             return "random"
         if is_in_a_repository(self.name):

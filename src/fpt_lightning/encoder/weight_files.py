@@ -14,6 +14,8 @@ from torch import Tensor
 from fpt_lightning.errors import EncoderError, a_few, in_one_line
 from fpt_lightning.files import file_digest, load_pickle
 
+OF_FILES = "sha256:"
+"""How that which identifies weights begins where they are of files: their digest follows."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _INDEX = ".index.json"
 _OF_A_FOLDER = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.encoder.precision import check_precision
+from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.errors import CheckpointError, a_few
 from fpt_lightning.evaluation.cases import Rule
 from fpt_lightning.evaluation.conformal import Nonconformity
@@ -154,9 +155,10 @@ class TrainedModule(L.LightningModule):
             return
         if specification.value_range:  # whatever images it was measured over
             specification = replace(specification, range_of="given")
-        differences = self.specification.differences(
-            specification, ignore=("codec", "precision", "orientations", "format")
-        )
+        ignore = ["codec", "precision", "orientations", "format"]
+        if specification.weights.startswith(OF_FILES) and not specification.weights_digest:
+            ignore.append("weights")  # files may hold the same by another name: ``check_weights``, when they are loaded
+        differences = self.specification.differences(specification, ignore)
         differences = [line for line in differences if not line.startswith(("statistics", "range_of"))]
         if differences:
             raise CheckpointError(
@@ -270,10 +272,12 @@ class TrainedModule(L.LightningModule):
     def _check_belongs(self, method: str, arguments: Mapping[str, Any]) -> None:
         saved = {"method": method, **arguments}
         own = {"method": type(self).__name__, **self.hparams}
+        by_path = any(isinstance(given.get("pretrained"), str) for given in (saved, own))  # told by what the files hold
         differences = [
             f"{name}: {saved.get(name)!r} in the checkpoint, {own.get(name)!r} here"
             for name in ("method", *self.ARCHITECTURE)
-            if (saved.get(name) or None) != (own.get(name) or None)  # an earlier version lacks options, which were off
+            if not (by_path and name == "pretrained")
+            and (saved.get(name) or None) != (own.get(name) or None)  # an earlier version lacks options, which were off
         ]
         if differences:
             raise CheckpointError("the checkpoint does not belong to this model:\n  " + "\n  ".join(differences))

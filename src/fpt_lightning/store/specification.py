@@ -145,13 +145,15 @@ class FeatureSpecification:
 
         Mean and std are compared as numbers where they were given, and by the images they were computed over where
         they are ``auto``, all or a sample of them; the range of 16-bit pictures likewise, where there are such; the
-        weights' digest only where both have one.
+        weights by their digest where both have one, and by name or files else.
         """
         skip = {*ignore, "statistics"} if asked.statistics == "given" else {*ignore, "mean", "std"}
         by_number = {"none": {"value_range", "range_of"}, "full": {"range_of"}, "given": {"range_of"}}
         skip |= by_number.get(asked.range_of, {"value_range"})
         if not (self.weights_digest and asked.weights_digest):
             skip.add("weights_digest")
+        elif self.weights_digest == asked.weights_digest:
+            skip.add("weights")
         if not (self.crop_border and asked.crop_border):
             skip.add("border")
         return [
