@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert evaluation["overall"] == evaluate(pooled).to_dict()["overall"]  # as ``evaluate`` on the file gives them
     report = (root / "report.html").read_text()
     assert "3 folds: mean, standard deviation (sd), lowest, highest." in report
+    told = re.search('<h2>Methods</h2><p class="prose">(.*?)</p>', report)
+    assert told is not None
+    for fact in (
+        "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels. 30 images of the data set images",
+        "were tested, in 3 folds, of which each tests once and the next one validates. Each of the 3 models was",
+        "trained for 2 epochs at most with AdamW (learning rate 0.003, weight decay 0.1, batch size 8 a process,",
+        "precision 32-true, seed 0), and tested after the epoch with the best validation AUC (",
+        "The folds' predictions are pooled. Intervals are 95% percentile intervals of 2,000 bootstrap resamples",
+        "thresholds that were fitted to the other folds' predictions by Youden's index",
+    ):
+        assert fact in told[1].replace("&#x27;", "'"), told[1]
     shown = [f"{np.mean(auc['folds']['values']):.3f}", f"{min(auc['folds']['values']):.3f}"]
     assert all(f"<td>{value}</td>" in report.split("<h2>Folds</h2>")[1] for value in shown)
     assert {path.name for path in (root / "seed0/fold2").iterdir()} > {"best.ckpt", "split.csv", "evaluation.json"}

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import fpt_lightning
+from fpt_lightning.cli.methods_paragraph import folds_paragraph
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
 from fpt_lightning.datamodules.base import is_first_process
@@ -197,6 +198,12 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
         plan.root / "report.html",
         found.predictions,
         found.evaluation,
+        methods=folds_paragraph(
+            load_trained(runs[0].checkpoint)[0],
+            plan.settings,
+            found,
+            [read_checkpoint(run.checkpoint)["epoch"] for run in runs],
+        ),
         folds=(found.caption(), found.rows()),
         cases=None if cases is None else (cases.predictions, cases.evaluation),
         title=f"{name} on {Path(plan.settings['data']['init_args']['root']).name}, {len(plan.folds)} folds",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import lightning as L
 
@@ -14,6 +17,7 @@ from fpt_lightning.data.manifest import SPLITS, Manifest
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.evaluation.estimates import label, number
+from fpt_lightning.evaluation.folds import CrossValidation
 from fpt_lightning.evaluation.report import SplitSummary
 from fpt_lightning.evaluation.scores import Evaluation
 from fpt_lightning.methods import ClassificationModule
@@ -36,18 +40,64 @@ def methods_paragraph(
     """
     data = getattr(trainer, "datamodule", None)
     data = data if isinstance(data, ImageDataModule) else None
-    told = [_model(module, data)]
+    told = [_model(module)]
     if data is not None:
         told.append(_images(data.labelled))
     if epoch is not None:
         told += [_training(trainer, module, data), _choice(trainer, module, checkpoint, epoch)]
-    unit = f"{evaluation.unit}s" if evaluation.groups is None else "groups"
-    told.append(f"Intervals are 95% percentile intervals of {evaluation.resamples:,} bootstrap resamples of {unit}.")
+    told.append(_intervals(evaluation))
     if evaluation.thresholds:
         told.append("Thresholds were fitted to the validation images by Youden's index.")
-    versions = ", ".join(f"{said} {version(name)}" for name, said in _PACKAGES.items())
-    told.append(f"Tested on {datetime.now(UTC):%d %B %Y} with {versions} and Python {platform.python_version()}.")
-    return " ".join(told)
+    return " ".join([*told, _versions()])
+
+
+def folds_paragraph(
+    module: ClassificationModule,
+    settings: Mapping[str, Any],
+    found: CrossValidation,
+    epochs: Sequence[int],
+) -> str:
+    """How the models of a cross-validation were trained and tested, in one paragraph.
+
+    Args:
+        module: one of them, trained.
+        settings: that all of them share, as ``crossval`` takes them.
+        found: what all came to.
+        epochs: from 0, after which each model's best checkpoint was written.
+    """
+    trainer, data = settings["trainer"], settings["data"]["init_args"]
+    evaluation, seeds = found.evaluation, list(found.by_seed)
+    groups = "" if evaluation.groups is None else f" of {evaluation.groups:,} groups"
+    with_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    options = [
+        *_optimiser(module),
+        f"batch size {data['batch_size']} a process",
+        f"augmentation {data['augmentation']}",
+        f"precision {trainer['precision'] or '32-true'}",
+        with_seeds,
+    ]
+    length = f" for {trainer['max_epochs']} epochs at most" if (trainer["max_epochs"] or 0) > 0 else ""
+    told = [
+        _model(module),
+        f"{evaluation.images:,} images{groups} of the data set {Path(data['root']).name} were tested, "
+        + (
+            f"in {found.count} folds, of which each tests once and the next one validates."
+            if found.held_out
+            else f"by the models of {found.count} folds of the other images, of which each validates once."
+        ),
+        f"Each of the {len(epochs)} models was trained{length} with AdamW ({', '.join(options)}), and tested after the "
+        f"epoch with the best validation {label(module.task.MONITOR[0], 0)} ({min(epochs) + 1} to {max(epochs) + 1}, "
+        f"median {median(epochs) + 1:g}).",
+    ]
+    if len(seeds) > 1 or not found.held_out:
+        told.append(f"Scores of {'several seeds' if found.held_out else 'all models'} are averaged.")
+    if found.held_out:
+        told.append("The folds' predictions are pooled.")
+    told.append(_intervals(evaluation))
+    if evaluation.thresholds:
+        of_which = "the other folds' predictions" if found.held_out else "the validation images"
+        told.append(f"Images were decided for by thresholds that were fitted to {of_which} by Youden's index.")
+    return " ".join([*told, _versions()])
 
 
 def kept_apart(manifest: Manifest) -> list[str]:
@@ -95,11 +145,20 @@ def _crossing(found: int, total: int, what: str) -> str:
     return f"{counted} of {total:,} {what} in more than one split{matters}."
 
 
-def _model(module: ClassificationModule, data: ImageDataModule | None) -> str:
-    encoder = module.encoder_config
-    specification = None if data is None else data.specification
-    weights = encoder.weights() if specification is None else specification.weights
-    size = "" if data is None else f" at {data.resolution[0]} x {data.resolution[1]} pixels"
+def _intervals(evaluation: Evaluation) -> str:
+    unit = f"{evaluation.unit}s" if evaluation.groups is None else "groups"
+    return f"Intervals are 95% percentile intervals of {evaluation.resamples:,} bootstrap resamples of {unit}."
+
+
+def _versions() -> str:
+    versions = ", ".join(f"{said} {version(name)}" for name, said in _PACKAGES.items())
+    return f"Tested on {datetime.now(UTC):%d %B %Y} with {versions} and Python {platform.python_version()}."
+
+
+def _model(module: ClassificationModule) -> str:
+    encoder, asked = module.encoder_config, module.specification
+    weights = encoder.weights() if asked is None else asked.weights
+    size = "" if asked is None else f" at {asked.resolution[0]} x {asked.resolution[1]} pixels"
     learnable = f"{module.learnable_parameters:,} learnable parameters ({100 * module.learnable_ratio:.2f}% of all)"
     if weights.startswith(OF_FILES):
         weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
@@ -115,12 +174,16 @@ def _images(manifest: Manifest) -> str:
 
 
 def _training(trainer: L.Trainer, module: ClassificationModule, data: ImageDataModule | None) -> str:
-    settings = [f"learning rate {module.learning_rate:g}", f"weight decay {module.weight_decay:g}"]
+    settings = _optimiser(module)
     if data is not None:
         size = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         settings += [f"batch size {size}", f"augmentation {data.augmentation}"]
     settings += [f"precision {trainer.precision}", f"seed {module._seed}"]
     return f"Training took {trainer.current_epoch} epochs of AdamW ({', '.join(settings)})."
+
+
+def _optimiser(module: ClassificationModule) -> list[str]:
+    return [f"learning rate {module.learning_rate:g}", f"weight decay {module.weight_decay:g}"]
 
 
 def _choice(trainer: L.Trainer, module: ClassificationModule, checkpoint: str, epoch: int) -> str:

@@ -153,6 +153,11 @@ class CrossValidation:
     nonconformity: Nonconformity
     cases: Cases | None = None
 
+    @property
+    def count(self) -> int:
+        """Of the folds."""
+        return len(next(iter(self.folds.values())).values)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None there."""
         metrics = {
@@ -160,7 +165,7 @@ class CrossValidation:
             for name, estimate in self.evaluation.overall.items()
         }
         content = {
-            "folds": len(next(iter(self.folds.values())).values),
+            "folds": self.count,
             "seeds": list(self.by_seed),
             "held_out": self.held_out,
             "thresholds": self.evaluation.thresholds,
@@ -175,9 +180,8 @@ class CrossValidation:
 
     def caption(self) -> str:
         """What the columns of ``rows`` are."""
-        folds, seeds = (len(next(iter(spread.values())).values) for spread in (self.folds, self.seeds))
-        of_seeds = f"; {seeds} seeds: sd" if seeds > 1 else ""
-        return f"{folds} folds: mean, standard deviation (sd), lowest, highest{of_seeds}."
+        of_seeds = f"; {len(self.by_seed)} seeds: sd" if len(self.by_seed) > 1 else ""
+        return f"{self.count} folds: mean, standard deviation (sd), lowest, highest{of_seeds}."
 
     def rows(self) -> list[list[str]]:
         """Heads, and a row a metric, of all together, of the folds and, if there are several, of the seeds."""
