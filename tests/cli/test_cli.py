@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from commands import change, fails, run
 from fpt_lightning import methods
-from fpt_lightning.cli import main, training
+from fpt_lightning.cli import crossval, main, training
+from fpt_lightning.cli.entry import Terminated
 from fpt_lightning.cli.run_folder import checkpoint_callbacks
 from fpt_lightning.cli.series import claimed
 from fpt_lightning.cli.training import CommandLine
@@ -311,12 +313,20 @@ def test_a_shared_model_is_tested_and_predicts_as_its_checkpoint_does(
     assert "has no config.json" in fails(capsys, "test", "--config", trained, "--ckpt_path", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("stopped_by", "status"), [(KeyboardInterrupt(), 130), (SystemExit(1), 130), (SystemExit(143), 143)]
-)
-def test_a_series_that_is_stopped_says_by_what(stopped_by: BaseException, status: int, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as raised, claimed(tmp_path / "crossval.yaml", "{}", []):
-        raise stopped_by
+@pytest.mark.parametrize(("stopped_by", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_series_that_is_stopped_says_by_what(
+    stopped_by: type[BaseException], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        with claimed(tmp_path / "crossval.yaml", "{}", []):
+            try:
+                raise stopped_by
+            except KeyboardInterrupt:  # as Lightning does
+                sys.exit(1)
+
+    monkeypatch.setattr(crossval, "cross_validate", stopped)
+    with pytest.raises(SystemExit) as raised:
+        run("crossval", "--config", tmp_path / "config.yaml")
     assert raised.value.code == status
 
 

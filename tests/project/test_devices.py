@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,25 @@ def test_a_live_encoder_divided_among_processes_trains_as_a_whole_one(tmp_path: 
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_sigterm_of_one_of_two_processes_stops_both(tmp_path: Path) -> None:
+    """Lightning's own handler would wait for the other process, which is at another step."""
+    write_images(tmp_path / "images", {"a": 8, "b": 8, "c": 8})
+    config = configuration(tmp_path / "images", tmp_path, 2)
+    config["trainer"]["max_epochs"] = 10_000
+    path, last = tmp_path / "config.yaml", tmp_path / "run/last.ckpt"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "fpt_lightning", "fit", "--config", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as training:
+        try:
+            deadline = time.monotonic() + 120
+            while not last.is_file() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            training.terminate()
+            said, _ = training.communicate(timeout=60)  # the pipe ends when both have
+        finally:
+            training.kill()
+    assert training.returncode == 143, said[-3000:]
+    assert torch.load(last, weights_only=True)["epoch"] < 10_000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,6 +23,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from fpt_lightning.cli.entry import terminate
 from fpt_lightning.cli.methods_paragraph import kept_apart, methods_paragraph, split_source, split_summaries
 from fpt_lightning.cli.run_folder import logged_at
 from fpt_lightning.data.manifest import Manifest
@@ -57,6 +60,16 @@ class LearnableParameters(L.Callback):
                 f"learnable parameters: {learnable:,}; {100 * pl_module.learnable_ratio:.2f}% of the total "
                 f"{learnable + frozen:,} with the {pl_module.encoder_shape.name}; on {device_name(pl_module.device)}"
             )
+
+
+class Stoppable(L.Callback):
+    """Takes SIGTERM from Lightning, whose own handler waits for all processes, for ever if they are not at one step."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # until Lightning restores what was there before it
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
 class EpochSeconds(L.Callback):

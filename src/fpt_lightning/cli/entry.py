@@ -122,19 +122,34 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops what Ctrl-C stops."""
+
+
+def terminate(*_: object) -> None:
+    """Handle SIGTERM: Lightning's prediction would go on to its end, and its training end as if it were done.
+
+    Raises:
+        Terminated: always.
+    """
+    raise Terminated
+
+
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise: Lightning's prediction would go on to its end, and its training end as if it were done."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-
-    def stop(*_: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    signal.signal(signal.SIGTERM, stop)  # which Lightning calls beside its own
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        reason: BaseException | None = stopped
+        while reason is not None and not isinstance(reason, Terminated):
+            reason = reason.__context__  # Lightning exits where it was interrupted
+        if reason is None:
+            raise
+        raise SystemExit(TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import yaml
 
-from fpt_lightning.cli.entry import TERMINATED
 from fpt_lightning.cli.run_folder import check_free, is_finished, lock_folder
 from fpt_lightning.cli.training import CommandLine
 from fpt_lightning.datamodules.base import is_first_process
@@ -122,10 +121,10 @@ def claimed(path: Path, text: str, runs: Sequence[Run]) -> Iterator[None]:
         if is_first_process():
             write_text(path, text)
         yield
-    except (KeyboardInterrupt, SystemExit) as stopped:  # Lightning makes the second of the first
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         if is_first_process():
             print(_kept(folder, runs), file=sys.stderr)
-        raise SystemExit(TERMINATED if stopped.args == (TERMINATED,) else _STOPPED) from None
+        raise SystemExit(_STOPPED) from None
     finally:
         if lock is not None:
             lock.close()

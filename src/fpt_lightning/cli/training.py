@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter
+from fpt_lightning.cli.callbacks import EpochSeconds, LearnableParameters, PeakMemory, ResultsWriter, Stoppable
 from fpt_lightning.cli.misuse import in_words
 from fpt_lightning.cli.run_folder import (
     RunLogger,
@@ -139,7 +139,7 @@ class CommandLine(LightningCLI):
         loggers: list[Logger] = [] if given in (None, True, False) else given if isinstance(given, list) else [given]
         if fit and given is not False and not config["fast_dev_run"]:
             loggers = [*loggers, RunLogger(root)]
-        callbacks = [self.results, PeakMemory()]
+        callbacks = [Stoppable(), self.results, PeakMemory()]
         plugins, path = _as_list(config["plugins"] or []), self._get(self.config_init, "ckpt_path")
         if not fit and path is not None and Path(path).is_dir():
             kwargs["plugins"] = [*plugins, SharedModel()]
@@ -155,7 +155,7 @@ class CommandLine(LightningCLI):
         else:
             kwargs["enable_checkpointing"] = False
         if self.subcommand in ("preload", "plan", "audit", "explain"):
-            loggers, callbacks = [], []
+            loggers, callbacks = [], [Stoppable()]
         bars = [each for each in _as_list(config["callbacks"] or []) if isinstance(each, ProgressBar)]
         if config["enable_progress_bar"] is not False and self.subcommand not in ("plan", "audit") and not bars:
             callbacks.append(ImageProgress(f"val_{self.model.task.MONITOR[0]}"))
@@ -341,7 +341,7 @@ class CommandLine(LightningCLI):
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
-                callbacks=None if settings["enable_progress_bar"] is False else [ImageProgress()],
+                callbacks=[Stoppable(), *([] if settings["enable_progress_bar"] is False else [ImageProgress()])],
             )
             self.datamodule.preload(self.model, trainer)
 
