@@ -125,11 +125,13 @@ PARTS = {
 ROWS |= PARTS
 FOLDS = 5
 REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
-"""To which the others are held: the first that is there."""
+"""To which the others are held: the first that is there, or the first row."""
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
-"""What the library trains by default, and what is nearest to it: their seeds' predictions are taken together too."""
+"""What the library trains by default, and what is nearest to it."""
+TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned")
+"""Whose seeds' predictions are taken together too."""
 PAIRS = {
     DEFAULT: (RIVAL,),
     "query_tokens_mirrored": (RIVAL,),
@@ -443,7 +445,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     }
     if not seeds:
         return {}
-    for method in (RIVAL, DEFAULT):
+    for method in TOGETHER:
         if len(seeds.get(method, ())) > 1:
             seeds[f"{method}_together"] = [together(seeds[method])]
     first = next(iter(seeds.values()))[0].predictions
@@ -454,7 +456,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     for method, each in seeds.items():
         parts = [resampled(each, weights) for weights in drawn]
         spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
-    reference = next((method for method in REFERENCES if method in seeds), None)
+    reference = next((method for method in REFERENCES if method in seeds), next(iter(seeds)))
     found = {
         method: {
             **_described(protocol, name, method, finished.get(method)),
@@ -489,12 +491,12 @@ def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Re
 
 
 def _estimate(
-    value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, reference: str | None
+    value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, reference: str
 ) -> dict[str, Any]:
     """The metric with its interval, and its difference to the reference, paired."""
     bounds = interval(spread[method][metric])
     found = {"value": float(value[method][metric][0]), "low": bounds["low"], "high": bounds["high"]}
-    if reference is None or method == reference:
+    if method == reference:
         return found
     return {**found, "difference": _difference(value, spread, method, metric, reference)}
 
@@ -573,6 +575,7 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     machine = environment()["machine"]
     place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
     rates, higher, decays = (_listed(numbers) for numbers in (protocol.rates, HIGHER, protocol.decays))
+    seeds = "1 seed" if protocol.seeds == 1 else f"{protocol.seeds} seeds"
     only = "" if len(protocol.folds) == FOLDS else f" (here alone: {_listed(protocol.folds)})"
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
     chosen = (
@@ -589,7 +592,7 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
-        f"each tests once and the next validates{only}; {protocol.seeds} seeds; {protocol.epochs} epochs, of which "
+        f"each tests once and the next validates{only}; {seeds}; {protocol.epochs} epochs, of which "
         f"the best by validation counts; {'; '.join(sorted(search))}; weight decay {decays}. AUC and kappa are of the "
         "pooled predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all "
         "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live "
