@@ -221,7 +221,7 @@ class CommandLine(LightningCLI):
             self.datamodule.rebuild = f"fpt-lightning {options}"
         path = self._get(self.config, "ckpt_path")
         if path is not None:
-            self.results.checkpoint = Path(path).name if Path(path).is_dir() else Path(path).stem
+            self.results.checkpoint = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem
         if self.checkpoint is not None and type(epoch := self.checkpoint.get("epoch")) is int:
             self.results.epoch = epoch + 1
 
