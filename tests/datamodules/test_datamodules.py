@@ -809,6 +809,27 @@ def test_threads_part_all_orientations_of_a_batch(mirrored: Maker, monkeypatch: 
     assert len(readers) > 2
 
 
+def test_a_batch_is_read_from_the_store_at_once(mirrored: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read of a store that is far away takes its time; further orientations, of evaluation alone, are another."""
+    data, names, read_into = (
+        ready(attach(mirrored(decoding_threads=1), test_time_orientations=2)),
+        [],
+        FeatureStore.read_into,
+    )
+
+    def noted(store: FeatureStore, rows: Any, blocks: dict[str, Any]) -> None:
+        names.append("images" in blocks)
+        read_into(store, rows, blocks)
+
+    monkeypatch.setattr(FeatureStore, "read_into", noted)
+    train = data.train_dataloader().dataset
+    train.__getitems__([(0, 0), (0, 1)])
+    assert names == [True]
+    names.clear()
+    data.val_dataloader().dataset.__getitems__([(0, 0)])
+    assert names == [True, False]
+
+
 # Where the store is in memory, and where worker processes start in different ways
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     message = capsys.readouterr().err.split("fpt-lightning: ")[-1]
     assert "Traceback" not in message
     return message
+
+
+def methods_said(report: str) -> str:
+    """The paragraph on methods of a ``report.html``."""
+    found = re.search('<h2>Methods</h2><p class="prose">(.*?)</p>', report)
+    assert found is not None
+    return unescape(found[1])
 
 
 def run(*args: object) -> None:

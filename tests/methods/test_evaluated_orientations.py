@@ -165,4 +165,4 @@ def test_stored_features_and_side_images_are_of_the_same_orientations() -> None:
     assert found["ids"] == ["a", "b"] * 4
     expected = [oriented_pixels(side, orientation)[image] for orientation in range(4) for image in range(2)]
     assert torch.equal(found["side_images"], torch.stack(expected))
-    assert as_stored(batch)["pooled"].tolist() == [0, 1]
+    assert as_stored(batch, 2)["pooled"].tolist() == [0, 1]

@@ -24,6 +24,7 @@ from fpt_lightning.deployment.card import CARD, Outcome, write_card
 from fpt_lightning.deployment.checkpoints import load_trained, read_checkpoint
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.errors import ConfigurationError, DataError, check_at_least
+from fpt_lightning.evaluation.cases import Rule
 from fpt_lightning.evaluation.estimates import Estimate, label
 from fpt_lightning.evaluation.folds import CrossValidation, are_held_out, averaged, cross_validated, pooled
 from fpt_lightning.evaluation.predictions import Predictions
@@ -77,10 +78,13 @@ def cross_validate(args: Sequence[str]) -> None:
             run.validate()
         if is_first_process():
             validation = None if held_out else _validated(runs)
-            with_cases = [run for run in runs if tests[run.fold, run.seed].cases]  # others stay unread
-            records = [TrainingRecord.of(read_checkpoint(run.checkpoint)) for run in with_cases]
-            rules = [record.case_rule for record in records if record.case_rule]
-            _conclude(plan, runs, cross_validated(tests, validation, case_rules=rules))
+            epochs, rules = list[int](), list[Rule]()
+            for run in runs:
+                checkpoint = read_checkpoint(run.checkpoint)
+                epochs.append(checkpoint["epoch"])
+                if tests[run.fold, run.seed].cases and (rule := TrainingRecord.of(checkpoint).case_rule):
+                    rules.append(rule)
+            _conclude(plan, runs, cross_validated(tests, validation, case_rules=rules), epochs)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class _Plan(Configuration):
         self.text = yaml.safe_dump(shared, sort_keys=False)
 
 
-def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None:
+def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation, epochs: Sequence[int]) -> None:
     """Write what all runs came to, and print it."""
     found.predictions.write(plan.root / "predictions.csv")
     for seed, predictions in found.by_seed.items() if len(found.by_seed) > 1 else ():
@@ -198,12 +202,7 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation) -> None
         plan.root / "report.html",
         found.predictions,
         found.evaluation,
-        methods=folds_paragraph(
-            load_trained(runs[0].checkpoint)[0],
-            plan.settings,
-            found,
-            [read_checkpoint(run.checkpoint)["epoch"] for run in runs],
-        ),
+        methods=folds_paragraph(load_trained(runs[0].checkpoint)[0], plan.settings, found, epochs),
         folds=(found.caption(), found.rows()),
         cases=None if cases is None else (cases.predictions, cases.evaluation),
         title=f"{name} on {Path(plan.settings['data']['init_args']['root']).name}, {len(plan.folds)} folds",

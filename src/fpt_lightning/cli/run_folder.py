@@ -155,18 +155,17 @@ class RunLogger(Logger):
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are written under a partial name: a run that is killed keeps its last whole one.
 
-    Lightning moves a temporary file in its place, which is a copy where the temporary folder is on another disk.
+    Lightning moves a temporary file in its place, which is a copy where the temporary folder is on another disk. A
+    model's folder (``fpt_lightning.deployment.hub``) is read as a checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_pickle(Path(path), checkpoint)
 
-
-class SharedModel(TorchCheckpointIO):
-    """Reads a model's folder (``fpt_lightning.deployment.hub``) where Lightning asks for a checkpoint."""
-
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return {"pytorch-lightning_version": L.__version__, **read_folder(path)}
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return {"pytorch-lightning_version": L.__version__, **read_folder(path)}
+        return super().load_checkpoint(path, *args, **options)
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -26,7 +26,6 @@ from fpt_lightning.cli.misuse import in_words
 from fpt_lightning.cli.run_folder import (
     RunLogger,
     SaveRunConfig,
-    SharedModel,
     WholeCheckpoints,
     check_free,
     checkpoint_callbacks,
@@ -140,12 +139,10 @@ class CommandLine(LightningCLI):
         if fit and given is not False and not config["fast_dev_run"]:
             loggers = [*loggers, RunLogger(root)]
         callbacks = [Stoppable(), self.results, PeakMemory()]
-        plugins, path = _as_list(config["plugins"] or []), self._get(self.config_init, "ckpt_path")
-        if not fit and path is not None and Path(path).is_dir():
-            kwargs["plugins"] = [*plugins, SharedModel()]
+        plugins = _as_list(config["plugins"] or [])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         if fit:
-            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                kwargs["plugins"] = [*plugins, WholeCheckpoints()]
             callbacks += [
                 LearnableParameters(),
                 EpochSeconds(),

@@ -236,19 +236,22 @@ class StoredSamples(Samples):
         rows = [
             self.store.rows[sample.id] + self._orientation(key) for sample, key in zip(samples, drawn_for, strict=True)
         ]
-        turned = [row + further for further in range(self.evaluated) for row in rows]
+        turned = [row + further for further in range(1, self.evaluated) for row in rows]
         side_views, device_views = self.side_views, self.device_views
-        stored = self.store.buffers(len(turned), self.arrays)
+        stored = self.store.buffers(count + len(turned), self.arrays)
         copies = {} if side_views is None and device_views is None else self.store.buffers(count, ["images"])
         views = None if side_views is None else side_views.empty(count)
+        of_images = {name: array[:count] for name, array in stored.items()} | copies
+        of_turned = {name: array[count:] for name, array in stored.items()}
 
         def read(rows: Sequence[int], arrays: Mapping[str, NDArray[Any]], part: slice) -> None:
             self.store.read_into(rows[part], {name: array[part] for name, array in arrays.items()})
 
         def fill(part: int) -> None:
-            read(turned, stored, _share(part, parts, len(turned)))
             some = _share(part, parts, count)
-            read(rows, copies, some)
+            read(rows, of_images, some)  # at once, as each read of a store that is far away takes its time
+            if turned:
+                read(turned, of_turned, _share(part, parts, len(turned)))
             if side_views is not None and views is not None:
                 side_views.draw(copies["images"][some], drawn_for[some], views[some])
 

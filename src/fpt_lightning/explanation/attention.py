@@ -24,6 +24,7 @@ from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.estimates import Estimate
 from fpt_lightning.evaluation.resampling import interval, resample
 from fpt_lightning.methods import FPTPlusModule
+from fpt_lightning.methods.base import as_stored
 from fpt_lightning.methods.fusion import Fusion
 from fpt_lightning.methods.side import SideViT
 from fpt_lightning.store.codecs import Features, as_features
@@ -228,6 +229,7 @@ def look(
         draws: likewise.
         fractions: likewise.
     """
+    batch = as_stored(batch, len(scores))
     features = as_features(batch)
     attention = prompt_attention(module.fusion, features)
     side = side_attention(module.side, batch["side_images"], module.fusion(features)).sum(-1).mean((2, 3))

@@ -31,7 +31,7 @@ from fpt_lightning.explanation.pictures import (
 )
 from fpt_lightning.files import without_nan, write_json
 from fpt_lightning.methods import ClassificationModule, FPTPlusModule
-from fpt_lightning.methods.base import as_stored, from_all_processes
+from fpt_lightning.methods.base import from_all_processes
 
 Floats = NDArray[np.float64]
 
@@ -110,7 +110,6 @@ class ExplanationWriter(L.Callback):
         assert isinstance(pl_module, FPTPlusModule)
         scores = outputs["scores"]
         seeds = [crc32(id.encode()) for id in batch["ids"]] if self.deletion else None  # an image has one, everywhere
-        batch = as_stored(batch)
         attention, side, deletion = looking.look(pl_module, batch, scores, seeds)
         shares = _numbers(side)
         curves: Floats = np.empty((len(shares), 0, 0))

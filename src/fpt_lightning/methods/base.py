@@ -76,9 +76,8 @@ def in_orientations(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     return turned | stored
 
 
-def as_stored(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch with the features of its images alone, where a store gave those of other orientations along."""
-    count = len(batch["labels"])
+def as_stored(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A batch of B images with their features alone, where a store gave those of other orientations along."""
     return {name: value[:count] if name in _OF_IMAGES else value for name, value in batch.items()}
 
 

@@ -22,7 +22,6 @@ from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.execution import autocast, sketched
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.methods import ClassificationModule, FPTPlusModule
-from fpt_lightning.methods.base import as_stored
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.codecs import CODECS, Features, check_codec
@@ -180,7 +179,7 @@ def explanation_bytes(module: ClassificationModule, batch: Mapping[str, Any], **
             batch = {**batch, "features": encoded.features, "indices": encoded.indices}
             del encoded
         scores = module.scores(module.evaluated(batch))
-        look(module, as_stored(batch), scores, range(len(scores)), **deletion)
+        look(module, batch, scores, range(len(scores)), **deletion)
     peak: int = live.peak
     return peak
 
