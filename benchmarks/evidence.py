@@ -6,7 +6,8 @@
 ``DIR/labels.csv`` has the columns ``image``, ``grade``, ``maculopathy`` and ``patient`` (fundus photographs with grades
 of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
 the next one validates; learning rate and weight decay are chosen for each fold by its validation images with seed 0,
-and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate. The
+and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate; of
+methods with the encoder inside, which take long, the first fold chooses the rate for all. The
 folds' test predictions are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of
 resamples of patients. The last row takes for each fold and seed the method with the best validation, as
 ``fit --model auto`` does.
@@ -57,8 +58,7 @@ class Entry(NamedTuple):
         model: options of the method.
         data: options of the data.
         store: what distinguishes its store's name, where it needs one of its own.
-        rate: the only learning rate, where none is searched.
-        epochs: of methods with the encoder inside, which take long.
+        rates: learning rates of its own, between which the first fold chooses for all.
     """
 
     method: str
@@ -66,8 +66,7 @@ class Entry(NamedTuple):
     model: Mapping[str, Any] = {}
     data: Mapping[str, Any] = {}
     store: str = ""
-    rate: float | None = None
-    epochs: int | None = None
+    rates: tuple[float, ...] = ()
 
     @property
     def stored(self) -> bool:
@@ -77,7 +76,7 @@ class Entry(NamedTuple):
 
 def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) -> Entry:
     """Query tokens with one setting changed, at one learning rate."""
-    return Entry("query_tokens", label, model, data, store, rate=1e-3)
+    return Entry("query_tokens", label, model, data, store, rates=(1e-3,))
 
 
 def _turned(count: int, name: str, entry: Entry) -> Entry:
@@ -99,11 +98,11 @@ ROWS = {
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
     "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
-    "linear": Entry("linear", "Linear probing, augmented", rate=3e-3, epochs=5),
-    "bitfit": Entry("bitfit", "BitFit", rate=1e-3, epochs=5),
-    "adapter": Entry("adapter", "Adapter", rate=1e-3, epochs=5),
-    "lora": Entry("lora", "LoRA", rate=1e-3, epochs=5),
-    "full": Entry("full", "Full fine-tuning", rate=3e-5, epochs=5),
+    "linear": Entry("linear", "Linear probing, augmented", rates=(1e-3, 3e-3, 1e-2)),
+    "bitfit": Entry("bitfit", "BitFit", rates=(3e-4, 1e-3, 3e-3)),
+    "adapter": Entry("adapter", "Adapter", rates=(3e-4, 1e-3, 3e-3)),
+    "lora": Entry("lora", "LoRA", rates=(3e-4, 1e-3, 3e-3)),
+    "full": Entry("full", "Full fine-tuning", rates=(1e-5, 3e-5, 1e-4)),
 }
 """What is compared, by name."""
 PARTS = {
@@ -123,6 +122,8 @@ PARTS = {
 }
 """What the parts of the method bring: query tokens with one setting changed."""
 ROWS |= PARTS
+INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
+"""Of methods with the encoder inside, which take long: one seed, and this of the trainer."""
 FOLDS = 5
 REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
 """To which the others are held: the first that is there, or the first row."""
@@ -203,7 +204,7 @@ class Study(NamedTuple):
         methods: names of ``ROWS``.
         resolution: of the encoder's images in pixels.
         folds: that are run, of 1 to ``FOLDS``.
-        seeds: of each fold, counted from 0.
+        seeds: of each fold, counted from 0; methods with the encoder inside have one.
     """
 
     tasks: tuple[str, ...]
@@ -213,12 +214,12 @@ class Study(NamedTuple):
     seeds: int = 3
 
 
-_REFERABLE = ("fundus_referable",)
+_REFERABLE, _FUNDUS = ("fundus_referable",), ("fundus_referable", "fundus_maculopathy", "fundus_grade")
 _TURNED = ("query_tokens_mirrored", "fpt_plus_mirrored", "query_tokens_turned", "fpt_plus_turned")
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
     "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),
-    "224": Study((*_REFERABLE, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED), 224),
+    "224": Study((*_FUNDUS, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED, *_INSIDE), 224),
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
@@ -278,8 +279,8 @@ class Protocol:
         if entry.stored:
             data |= {"store": str(self.store(task, method)), "in_memory": True}
         data |= entry.data
-        epochs = entry.epochs or self.epochs
-        trainer = {"accelerator": "auto", "devices": 1, "max_epochs": epochs, "enable_progress_bar": False}
+        trainer = {"accelerator": "auto", "devices": 1, "max_epochs": self.epochs, "enable_progress_bar": False}
+        trainer |= {} if entry.stored else INSIDE
         module = "PreloadedFeatureDataModule" if entry.stored else "ImageDataModule"
         config = {
             "seed_everything": seed,
@@ -337,7 +338,11 @@ class Protocol:
         return index.bytes_per_row * index.orientations
 
     def chosen(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
-        """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished."""
+        """The pair of the best validation with seed 0, of equal ones the first; None where one is not finished.
+
+        Where the method has rates of its own, of the first fold.
+        """
+        fold = self.folds[0] if ROWS[method].rates else fold
         found: dict[tuple[float, float], float] = {}
 
         def best(pairs: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
@@ -348,9 +353,9 @@ class Protocol:
                 found[pair] = each.validation
             return max(found, key=lambda pair: found[pair])
 
-        rate = ROWS[method].rate
-        if rate is not None:
-            return best([(rate, self.decays[0])])
+        rates = ROWS[method].rates
+        if rates:
+            return best((rate, self.decays[0]) for rate in rates)
         chosen = best((rate, self.decays[0]) for rate in self.rates)
         for higher in HIGHER:
             if chosen is not None and chosen[0] == max(rate for rate, _ in found) < higher:
@@ -358,19 +363,17 @@ class Protocol:
         return None if chosen is None else best((chosen[0], decay) for decay in self.decays[1:])
 
     def cells(self, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
-        """Of each seed the records of all folds, with the chosen pairs; None where one is not finished."""
-        seeds: list[list[Record]] = [[] for _ in range(self.seeds)]
+        """Of each seed that is finished the records of all folds, with the chosen pairs; None where none is."""
+        seeds: list[list[Record | None]] = [[] for _ in range(self.seeds if ROWS[method].stored else 1)]
         for fold in self.folds:
             pair = self.chosen(name, method, fold, run)
             if pair is None:
                 return None
-            for seed in range(self.seeds):
-                each = self.record(name, method, fold, pair, seed, run)
-                if each is None:
-                    return None
-                seeds[seed].append(each)
+            for seed, found in enumerate(seeds):
+                found.append(self.record(name, method, fold, pair, seed, run))
             self.records(name, method).forget_tests(f"fold{fold}/", f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/")
-        return seeds
+        finished = [[each for each in found if each is not None] for found in seeds]
+        return [found for found in finished if len(found) == len(self.folds)] or None
 
 
 # Results
@@ -459,7 +462,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     reference = next((method for method in REFERENCES if method in seeds), next(iter(seeds)))
     found = {
         method: {
-            **_described(protocol, name, method, finished.get(method)),
+            **_described(protocol, name, method, finished),
             **{metric: _estimate(value, spread, method, metric, reference) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
         }
@@ -486,7 +489,7 @@ def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Re
     Args:
         methods: each one's records by seed and fold.
     """
-    seeds = zip(*methods, strict=True)
+    seeds = zip(*methods, strict=False)  # as many as all of them have
     return [[max(each, key=lambda one: one.validation) for each in zip(*folds, strict=True)] for folds in seeds]
 
 
@@ -508,10 +511,14 @@ def _difference(
     return {"value": difference, **interval(spread[method][metric] - spread[other][metric])}
 
 
-def _described(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[Record]] | None) -> dict[str, Any]:
+def _described(
+    protocol: Protocol, name: str, method: str, finished: Mapping[str, Sequence[Sequence[Record]]]
+) -> dict[str, Any]:
     """Label, and of what was trained cost and the chosen rates."""
-    if seeds is None:
-        return {"label": f"{ROWS[method.removesuffix('_together')].label}, {protocol.seeds} seeds together"}
+    if method not in finished:
+        trained = method.removesuffix("_together")
+        return {"label": f"{ROWS[trained].label}, {len(finished[trained])} seeds together"}
+    seeds = finished[method]
     rates = [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in seeds[0]]
     cost = _cost(protocol, name, method, seeds) if method in ROWS else {"label": "`--model auto`"}
     return {**cost, "chosen": rates}
@@ -523,7 +530,7 @@ def _cost(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[R
     model = {**config["model"]["init_args"], "pretrained": False}
     module = build_on_meta(lambda: METHODS[ROWS[method].method](**model), (protocol.resolution, protocol.resolution))
     return {
-        "label": ROWS[method].label + (f" ({ROWS[method].epochs} epochs)" if ROWS[method].epochs else ""),
+        "label": ROWS[method].label,
         "learnable_parameters": module.learnable_parameters,
         "learnable_ratio": module.learnable_ratio,
         "memory_mib": max(each.memory_mib for each in found),
@@ -575,25 +582,30 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     machine = environment()["machine"]
     place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
     rates, higher, decays = (_listed(numbers) for numbers in (protocol.rates, HIGHER, protocol.decays))
-    seeds = "1 seed" if protocol.seeds == 1 else f"{protocol.seeds} seeds"
+    seeds = "1 seed" if protocol.seeds == 1 else f"up to {protocol.seeds} seeds"
     only = "" if len(protocol.folds) == FOLDS else f" (here alone: {_listed(protocol.folds)})"
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
     chosen = (
         f"for each fold the learning rate with the best validation of {rates}, and of {higher} while the highest is"
     )
-    search = {
-        f"{chosen} the best"
-        if ROWS[method].rate is None
-        else f"learning rate {ROWS[method].rate:g} of {ROWS[method].label}"
-        for methods in found.values()
-        for method in methods
-        if method in ROWS and method not in PARTS
-    } or {"learning rate 0.001"}
+    methods = {method for rows in found.values() for method in rows if method in ROWS}
+    search = [f"{chosen} the best"] if any(not ROWS[method].rates for method in methods) else []
+    own = {ROWS[method].label: ROWS[method].rates for method in ROWS if method in methods and ROWS[method].rates}
+    if methods <= set(PARTS):
+        own = {"all": next(iter(own.values()))}
+    search += [
+        f"learning rate {_listed(rates)} of {label}" + (", chosen by the first fold" if len(rates) > 1 else "")
+        for label, rates in own.items()
+    ]
+    inside = [ROWS[method].label for method in ROWS if method in methods and not ROWS[method].stored]
+    if inside:
+        settings = f"{INSIDE['max_epochs']} epochs, 1 seed and precision {INSIDE['precision']}"
+        search.append(f"{settings} of {', '.join(inside)}")
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
         f"each tests once and the next validates{only}; {seeds}; {protocol.epochs} epochs, of which "
-        f"the best by validation counts; {'; '.join(sorted(search))}; weight decay {decays}. AUC and kappa are of the "
+        f"the best by validation counts; {'; '.join(search)}; weight decay {decays}. AUC and kappa are of the "
         "pooled predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all "
         "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live "
         f"tensors in training. {place}; other work ran beside it, so seconds are upper bounds."
@@ -635,9 +647,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.write:
             write(protocol, name, {task: results(protocol, task, methods) for task in tasks})
             continue
-        for task in tasks:
-            for method in methods:
-                protocol.cells(task, method, run=True)
+        for seeds in range(1, study.seeds + 1):  # the first seed of all before the second of any
+            for task in tasks:
+                for method in methods:
+                    replace(protocol, seeds=seeds).cells(task, method, run=True)
 
 
 def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]) -> None:

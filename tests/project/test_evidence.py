@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *listed])
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     rows = {
-        "stored_linear": evidence.Entry("stored_linear", "linear", rate=1e-2),
+        "stored_linear": evidence.Entry("stored_linear", "linear", rates=(1e-2,)),
         "fpt_plus": evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32}),
     }
     small = {
@@ -177,6 +178,32 @@ def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
     one, other = ([of_validation(value) for value in values] for values in ((0.7, 0.8), (0.9, 0.8)))
     assert evidence.by_validation([[one], [other]]) == [[other[0], one[1]]]
+    assert evidence.by_validation([[one, other], [other]]) == [[other[0], one[1]]]  # of the seeds that all have
+
+
+def test_the_first_fold_chooses_rates_of_a_methods_own_and_a_table_has_the_finished_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a method with the encoder inside one seed is asked for, of others all, as far as every fold is finished."""
+    asked = []
+
+    def of(self: object, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool) -> Any:
+        asked.append((fold, pair[0], seed))
+        unfinished = method == "default" and (fold, seed) == (2, 1)
+        return None if unfinished else of_validation(pair[0] if fold == 1 else -pair[0])
+
+    monkeypatch.setattr(evidence.Protocol, "record", of)
+    monkeypatch.setattr(evidence.Protocol, "records", lambda *_: SimpleNamespace(forget_tests=lambda *_: None))
+    protocol = replace(PROTOCOL, folds=(1, 2), seeds=3)
+    found = protocol.cells("fundus_referable", "full")
+    assert found is not None
+    assert len(found) == 1
+    assert {(fold, rate) for fold, rate, _ in asked if fold == 2} == {(2, max(evidence.ROWS["full"].rates))}
+    assert len(protocol.cells("fundus_referable", "default") or []) == 2
+    monkeypatch.setattr(evidence.Protocol, "manifest", lambda *_: "m.csv")
+    cell = replace(protocol, roots={"fundus": Path("r")}).cell("fundus_referable", "full", 1, (1e-5, 0.1), 0)
+    trainer = cell.config["trainer"]
+    assert evidence.INSIDE.items() <= trainer.items()
 
 
 def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
