@@ -152,6 +152,7 @@ class Task:
     Attributes:
         data: ``fundus`` or ``chest``.
         title: for people.
+        short: of the title.
         label: of a row of ``labels.csv``; None leaves its image out.
         classes: in their order.
         kind: ``model.task``.
@@ -160,6 +161,7 @@ class Task:
 
     data: str
     title: str
+    short: str
     label: Callable[[Row], str | None]
     classes: tuple[str, ...]
     kind: str = "multiclass"
@@ -178,20 +180,29 @@ TASKS = {
     "fundus_referable": Task(
         "fundus",
         "referable retinopathy (grade 2 or more)",
+        "referable retinopathy",
         lambda row: "yes" if int(row["grade"]) >= 2 else "no",
         ("no", "yes"),
     ),
-    "fundus_maculopathy": Task("fundus", "maculopathy", lambda row: row["maculopathy"], ("0", "1")),
-    "fundus_grade": Task("fundus", "grade of retinopathy, 0 to 4", lambda row: row["grade"], tuple("01234"), "ordinal"),
+    "fundus_maculopathy": Task("fundus", "maculopathy", "maculopathy", lambda row: row["maculopathy"], ("0", "1")),
+    "fundus_grade": Task(
+        "fundus", "grade of retinopathy, 0 to 4", "grade", lambda row: row["grade"], tuple("01234"), "ordinal"
+    ),
     "chest_pneumonia": Task(
         "chest",
         "pneumonia against no finding",
+        "pneumonia",
         lambda row: None if row["label"] == "covid19" else row["label"],
         ("no_finding", "pneumonia"),
         group="patient_id",
     ),
     "chest_all": Task(
-        "chest", "three classes", lambda row: row["label"], ("covid19", "no_finding", "pneumonia"), group="patient_id"
+        "chest",
+        "three classes",
+        "three classes",
+        lambda row: row["label"],
+        ("covid19", "no_finding", "pneumonia"),
+        group="patient_id",
     ),
 }
 

@@ -1,9 +1,9 @@
-"""AUC against cost, and against resolution, drawn from the result files of ``evidence.py``.
+"""AUC against cost and against resolution, drawn from the result files of ``evidence.py``, and the README's table.
 
     python benchmarks/evidence_figures.py
 
-Writes ``docs/evidence_cost.png`` and ``docs/evidence_resolution.png``. The AUC is the mean of the folds' own, with its
-95% interval.
+Writes ``docs/evidence_cost.png``, ``docs/evidence_resolution.png`` and ``benchmarks/results/evidence.md``. The AUC is
+the mean of the folds' own, with its 95% interval.
 """
 
 from __future__ import annotations
@@ -29,24 +29,44 @@ MAIN = 448
 
 
 class Point(NamedTuple):
-    """What a method came to on a task."""
+    """What a method came to on a task, in all folds or in one."""
 
     task: str
     resolution: int
     method: str
     row: Mapping[str, Any]
+    all_folds: bool
 
 
 def points(folder: Path) -> Iterator[Point]:
-    """Of all result files ``evidence_{data}_{resolution}.json``, and of those of single folds."""
+    """Of all result files ``evidence_{data}_{resolution}.json``, and what those of single folds have beyond them."""
     for path in sorted(folder.glob("evidence_*_*.json")):
         match = re.fullmatch(r"evidence_[a-z]+_(\d+)(_fold\d)?", path.stem)  # not of the parts
         if match is None:
             continue
         for task, rows in json.loads(path.read_text())["tasks"].items():
             for method, row in rows.items():
-                if method in ROWS and bool(match[2]) == (not ROWS[method].stored):
-                    yield Point(task, int(match[1]), method, row)
+                if method in ROWS and (not match[2] or not ROWS[method].stored):
+                    yield Point(task, int(match[1]), method, row, not match[2])
+
+
+def summary(found: Sequence[Point]) -> str:
+    """Markdown, a row a method, a column a task at a resolution; empty where nothing was measured."""
+    found = [point for point in found if point.all_folds]
+    columns = [(task, size) for task in TASKS for size in sorted({p.resolution for p in found if p.task == task})]
+    heads = [f"{TASKS[task].short}, {size}" for task, size in columns]
+    lines = [f"| method | learnable, % | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(columns))]
+    for method in ROWS:
+        own = {(point.task, point.resolution): point.row for point in found if point.method == method}
+        if own:
+            row = next(iter(own.values()))
+            cells = [_with_half_width(own[column]["fold_auc"]) if column in own else "" for column in columns]
+            lines.append(f"| {row['label']} | {100 * row['learnable_ratio']:.2g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_half_width(estimate: Mapping[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f} ± {50 * (estimate['high'] - estimate['low']):.1f}"
 
 
 def draw_cost(found: list[Point], path: Path) -> None:
@@ -125,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments
     )
     found = list(points(RESULTS))
+    (RESULTS / "evidence.md").write_text(summary(found))
     draw_cost([point for point in found if point.resolution == MAIN], DOCS / "evidence_cost.png")
     if len({point.resolution for point in found}) > 1:
         draw_resolution(found, DOCS / "evidence_resolution.png")

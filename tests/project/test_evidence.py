@@ -28,7 +28,7 @@ from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
 from records import Record
-from small import SPECIFICATION, write_images
+from small import ROOT, SPECIFICATION, write_images
 
 Main = Callable[..., dict[str, Any]]
 
@@ -207,7 +207,8 @@ def test_the_first_fold_chooses_rates_of_a_methods_own_and_a_table_has_the_finis
 
 
 def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"label": "a", "memory_mib": 3.0, "epoch_seconds": 2.0, "fold_auc": {"value": 0.8, "low": 0.7, "high": 0.9}}
+    auc = {"value": 0.8, "low": 0.7, "high": 0.94}
+    row = {"label": "a", "learnable_ratio": 0.0123, "memory_mib": 3.0, "epoch_seconds": 2.0, "fold_auc": auc}
     for name, method in {"448": "fpt_plus", "224": "fpt_plus", "448_fold1": "lora"}.items():
         content = {"tasks": {"fundus_grade": {method: row, "auto": {}}}}
         (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
@@ -221,6 +222,15 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     evidence_figures.main([])
     for name in ("cost", "resolution"):
         assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
+    assert (tmp_path / "evidence.md").read_text().splitlines() == [
+        "| method | learnable, % | grade, 224 | grade, 448 |",
+        "|---|---:|---:|---:|",
+        "| a | 1.2 | 80.0 ± 12.0 | 80.0 ± 12.0 |",  # without what one fold alone came to
+    ]
+
+
+def test_the_table_of_the_readme_is_that_of_the_result_files() -> None:
+    assert (ROOT / "benchmarks/results/evidence.md").read_text() in (ROOT / "README.md").read_text()
 
 
 def predictions(scores: list[float], ids: str = "abcd") -> Predictions:
