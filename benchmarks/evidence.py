@@ -234,6 +234,7 @@ STUDIES = {
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
+    "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
 }
 """By the end of its files' names."""
 
