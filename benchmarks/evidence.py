@@ -102,7 +102,7 @@ ROWS = {
     "bitfit": Entry("bitfit", "BitFit", rates=(3e-4, 1e-3, 3e-3)),
     "adapter": Entry("adapter", "Adapter", rates=(3e-4, 1e-3, 3e-3)),
     "lora": Entry("lora", "LoRA", rates=(3e-4, 1e-3, 3e-3)),
-    "full": Entry("full", "Full fine-tuning", rates=(1e-5, 3e-5, 1e-4)),
+    "full": Entry("full", "Full fine-tuning", rates=(3e-6, 1e-5, 3e-5)),
 }
 """What is compared, by name."""
 PARTS = {
