@@ -190,6 +190,13 @@ def test_several_labels_in_one_field(tmp_path: Path) -> None:
     refused(tmp_path, "data.label_separator is '|'", "'multilabel'", label_separator="|")
 
 
+def test_several_labels_are_not_taken_for_a_class(tmp_path: Path) -> None:
+    write(tmp_path, [(name, found or "Mass", split) for (name, _, split), found in zip(ROWS, FINDINGS, strict=True)])
+    refused(tmp_path, "1 classes have a |", "Mass|Nodule", "data.label_separator '|'")
+    write(tmp_path, ROWS)
+    refused(tmp_path, "1 classes have a |", "x|y", classes=["a", "b", "c", "x|y"])
+
+
 def test_a_row_for_each_finding(tmp_path: Path) -> None:
     """VinDr and RSNA list each finding in a row of its own."""
     rows = [

@@ -235,6 +235,11 @@ def _with_classes(
 
 def _class_names(labels: Iterable[str], asked: Sequence[str] | None) -> tuple[str, ...]:
     found = set(labels)
+    if several := sorted(name for name in found.union(asked or ()) if "|" in name):
+        raise DataError(
+            f"{len(several)} classes have a | in their names, which stands between several: {a_few(several)}. Where an "
+            "image has several labels, give model.task 'multilabel' and data.label_separator '|'; else rename them."
+        )
     if asked is not None:
         if len(set(asked)) != len(asked) or not found <= set(asked):
             raise DataError(
