@@ -79,10 +79,11 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
     return Entry("query_tokens", label, model, data, store, rates=(1e-3,))
 
 
-def _turned(count: int, name: str, entry: Entry) -> Entry:
+def _turned(count: int, name: str, entry: Entry, zoom: bool = False) -> Entry:
     """With several orientations of every image, in training and in evaluation."""
     label, model = f"{entry.label.removesuffix(', stored')}, {name}", {**entry.model, "test_time_orientations": count}
-    return entry._replace(label=label, model=model, data={"orientations": count}, store=f"-{count}-orientations")
+    data, store = {"orientations": count, **({"zoom": True} if zoom else {})}, f"-{count}-orientations"
+    return entry._replace(label=label, model=model, data=data, store=f"{store}-zoomed" if zoom else store)
 
 
 _HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
@@ -97,6 +98,8 @@ ROWS = {
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
     "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
+    "query_tokens_zoomed": _turned(8, "all orientations, zoomed", _QUERIES, zoom=True),
+    "fpt_plus_zoomed": _turned(8, "all orientations, zoomed", _HEAD, zoom=True),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
     "linear": Entry("linear", "Linear probing, augmented", rates=(1e-3, 3e-3, 1e-2)),
     "bitfit": Entry("bitfit", "BitFit", rates=(3e-4, 1e-3, 3e-3)),
@@ -131,7 +134,7 @@ AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
 """What the library trains by default, and what is nearest to it."""
-TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned")
+TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned", "query_tokens_zoomed", "fpt_plus_zoomed")
 """Whose seeds' predictions are taken together too."""
 PAIRS = {
     DEFAULT: (RIVAL,),
@@ -139,6 +142,8 @@ PAIRS = {
     "query_tokens_turned": (RIVAL,),
     "fpt_plus_mirrored": (DEFAULT, "query_tokens_mirrored"),
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
+    "query_tokens_zoomed": ("query_tokens_turned",),
+    "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
 }
 """Of which the difference is given too."""
 HIGHER = (3e-2, 1e-1)
@@ -226,7 +231,9 @@ class Study(NamedTuple):
 
 
 _REFERABLE, _FUNDUS = ("fundus_referable",), ("fundus_referable", "fundus_maculopathy", "fundus_grade")
-_TURNED = ("query_tokens_mirrored", "fpt_plus_mirrored", "query_tokens_turned", "fpt_plus_turned")
+_TURNED = tuple(
+    f"{method}_{how}" for how in ("mirrored", "turned", "zoomed") for method in ("query_tokens", "fpt_plus")
+)
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
     "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),

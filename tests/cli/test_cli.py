@@ -121,6 +121,8 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
 ) -> None:
     monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
     root = tmp_path / "run"
+    cased += ["--data.orientations", "2", "--data.zoom", "true"]
+    cased += ["--model.test_time_orientations", "2", "--model.label_smoothing", "0.1"]
     run("fit", *cased, "--report_pictures", 2)
     record = torch.load(root / "best.ckpt", weights_only=True)["fpt_lightning"]
     assert record["case_rule"] == "noisy-or"
@@ -139,6 +141,8 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
     told = methods_said(report)
     for fact in (
         "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels",
+        "2 orientations of every image, each but the first of which shows 81 to 95% of each side",
+        "Options of FPTPlusModule that are not its defaults: label_smoothing 0.1, side_resolution 32, test_time_",
         "8 training images of 4 groups, 4 validation images of 2 groups, 8 test images of 4 groups",
         "(split: as given with the data set)",
         "Training took 2 epochs of AdamW (learning rate 0.003",

@@ -78,7 +78,8 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert "3 folds: mean, standard deviation (sd), lowest, highest." in report
     told = methods_said(report)
     for fact in (
-        "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels. 30 images of the data set images",
+        "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels. Options of FPTPlusModule that are",
+        "not its defaults: side_resolution 32. 30 images of the data set images",
         "were tested, in 3 folds, of which each tests once and the next one validates. Each of the 3 models was",
         "trained for 2 epochs at most with AdamW (learning rate 0.003, weight decay 0.1, batch size 8 a process,",
         "precision 32-true, seed 0), and tested after the epoch with the best validation AUC (",

@@ -12,6 +12,8 @@ from fpt_lightning.data.orientations import (
     evaluated_at_once,
     oriented,
     oriented_pixels,
+    zoomed,
+    zoomed_pixels,
 )
 from fpt_lightning.errors import ConfigurationError
 
@@ -50,6 +52,25 @@ def test_tensors_and_images_are_turned_alike() -> None:
         turned = oriented_pixels(pixels, each)[0].permute(1, 2, 0)
         np.testing.assert_array_equal(turned.numpy(), oriented(picture, each))
     assert oriented(picture, 5).shape == (6, 4, 3)
+
+
+def test_zoomed_each_shows_a_part_of_its_own() -> None:
+    picture = np.arange(100 * 200).reshape(100, 200)
+    parts = [zoomed(picture, each) for each in range(8)]
+    assert np.array_equal(parts[0], picture)
+    assert sorted({part.shape for part in parts[1:]}) == [(side, 2 * side) for side in (81, 83, 85, 87, 89, 93, 95)]
+    assert len({int(part[0, 0]) for part in parts[1:]}) == 7
+
+
+def test_zoomed_tensors_show_the_parts_of_images_at_their_size() -> None:
+    down, right = torch.meshgrid(torch.arange(50.0), torch.arange(80.0), indexing="ij")
+    pixels = torch.stack([down, right])[None]
+    assert zoomed_pixels(pixels, 0) is pixels
+    for each in range(1, 8):
+        found, part = zoomed_pixels(pixels, each)[0], zoomed(pixels[0].permute(1, 2, 0).numpy(), each)
+        assert found.shape == (2, 50, 80)
+        for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            np.testing.assert_allclose(found[(slice(None), *corner)], part[corner], atol=0.6)
 
 
 def test_what_there_is_not_is_refused() -> None:

@@ -116,6 +116,13 @@ def test_an_ensemble_as_a_program(format: str, tmp_path: Path) -> None:
     agrees(exported(ensemble, format=format), ensemble, "query_tokens")
 
 
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_zoomed_orientations_as_a_program(format: str, tmp_path: Path) -> None:
+    asked = {"orientations": 4, "zoomed": True}
+    path = checkpoint(tmp_path, "query_tokens", prompts=4, test_time_orientations=4, specification=asked)
+    agrees(exported(path, format=format), path, "query_tokens")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", TASKS)
 def test_every_method_as_onnx(method: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fpt_lightning.data.images import read_image
 from fpt_lightning.data.orientations import oriented, oriented_pixels
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.export import Classifier
-from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.errors import CheckpointError, ConfigurationError
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.base import as_stored, in_orientations
 from small import quiet_trainer, save_trained, tiny_model, write_images
@@ -58,12 +58,12 @@ def test_all_orientations_of_an_image_get_one_answer(
     np.testing.assert_allclose(exported.numpy(), together(pictures).scores, atol=5e-3 if method in SIDE else 1e-4)
 
 
-@pytest.mark.parametrize(("count", "workers"), [(8, 0), (2, 2)])
+@pytest.mark.parametrize(("count", "zoom", "workers"), [(8, False, 0), (8, True, 0), (2, True, 2)])
 def test_a_store_answers_as_the_files_do(
-    count: int, workers: int, tiny_data: MakeData, image_root: Path, tmp_path: Path
+    count: int, zoom: bool, workers: int, tiny_data: MakeData, image_root: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    data = tiny_data(orientations=count, codec="fp32", num_workers=workers)
+    data = tiny_data(orientations=count, zoom=zoom, codec="fp32", num_workers=workers)
     model = tiny_model(test_time_orientations=count, learning_rate=3e-3)
     data.preload(model)
     trainer = quiet_trainer(tmp_path)
@@ -166,3 +166,18 @@ def test_stored_features_and_side_images_are_of_the_same_orientations() -> None:
     expected = [oriented_pixels(side, orientation)[image] for orientation in range(4) for image in range(2)]
     assert torch.equal(found["side_images"], torch.stack(expected))
     assert as_stored(batch, 2)["pooled"].tolist() == [0, 1]
+
+
+def test_images_without_further_orientations_serve_a_model_of_zoomed_ones(
+    tiny_data: MakeData, image_root: Path, tmp_path: Path
+) -> None:
+    data, model = tiny_data(orientations=2, zoom=True), tiny_model()
+    data.preload(model)
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(model, data)
+    trainer.test(model, tiny_data(orientations=2, zoom=True))
+    plain = tiny_data(orientations=2, store=str(tmp_path / "plain.zarr"))
+    plain.preload(model.encoder_config)
+    with pytest.raises(CheckpointError, match="zoomed: True, asked for False"):
+        trainer.test(model, plain)
+    trainer.test(model, ImageDataModule(str(image_root), resolution=64, mean=[0.4], std=[0.2], image_size=48))

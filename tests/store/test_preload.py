@@ -30,12 +30,14 @@ from fpt_lightning import ImageDataModule, PreloadedFeatureDataModule
 from fpt_lightning.data import image_files, images, statistics
 from fpt_lightning.data.image_files import short_digest
 from fpt_lightning.data.images import read_image
+from fpt_lightning.data.orientations import oriented, zoomed
 from fpt_lightning.data.statistics import channel_statistics
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.datamodules import preloaded
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError, DataError, ImageError, StaleStoreError, StoreError
+from fpt_lightning.methods.base import in_orientations
 from fpt_lightning.store import preload
 from fpt_lightning.store.codecs import CODECS
 from fpt_lightning.store.damage import check_present, verify
@@ -787,11 +789,44 @@ def test_a_store_holds_all_orientations(
     assert store.rows[IDS[3]] == 24
 
 
+@pytest.mark.parametrize("zoom", [False, True])
+def test_stored_orientations_are_those_that_images_are_evaluated_in(
+    zoom: bool, tiny_data: MakeData, image_root: Path
+) -> None:
+    """Tokens and copies of a store; zoomed, they differ far more than by rounding."""
+    data = tiny_data(orientations=8, zoom=zoom, codec="fp32")
+    store = data.preload(ENCODER)
+    image = read_image(image_root / IDS[0])
+    pixels = normalise(unit_pixels(image, (64, 64)), [0.4] * 3, [0.2] * 3)
+    of = {each: in_orientations({"images": pixels[None]}, 8, zoomed=each)["images"] for each in (False, True)}
+    encoder = FrozenEncoder(ENCODER, (64, 64))
+    pooled = {each: encoder(images).pooled.numpy() for each, images in of.items()}
+    np.testing.assert_allclose(
+        store.read(range(8), "pooled"), pooled[zoom], atol=2e-3
+    )  # turned, resizing rounds otherwise
+    assert (np.abs(pooled[True] - pooled[False]).max(1) > 1e-2).tolist() == [False] + [True] * 7
+    for orientation, copy in enumerate(store.read(range(8), "images")):
+        view = oriented(image, orientation)
+        np.testing.assert_array_equal(copy, stored_copy(zoomed(view, orientation) if zoom else view, 48))
+
+
+def test_a_store_that_is_not_zoomed_is_stale(tiny_data: MakeData) -> None:
+    tiny_data(orientations=8, zoom=True).preload(ENCODER)
+    with pytest.raises(StaleStoreError, match="zoomed: True, asked for False"):
+        tiny_data(orientations=8).preload(ENCODER)
+
+
+def test_only_further_orientations_are_zoomed(tiny_data: MakeData) -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.zoom is true.* give data\.orientations 2, 4 or 8"):
+        tiny_data(zoom=True)
+
+
 def test_a_store_of_before_there_were_more_is_read(tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
     to_dict = FeatureSpecification.to_dict
 
     def as_before(self: FeatureSpecification) -> dict[str, Any]:
         content = to_dict(self)
+        del content["zoomed"]
         return {**content, "mirrored": content.pop("orientations") == 2}
 
     data = tiny_data(orientations=2)

@@ -43,6 +43,7 @@ CHANGES: dict[str, Any] = {
     "codec": "fp32",
     "precision": "bf16",
     "orientations": 2,
+    "zoomed": True,
     "weights_digest": "4567",
     "interpolation": "bilinear",
     "fit": "letterbox",

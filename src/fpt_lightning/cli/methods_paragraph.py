@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,8 @@ from fpt_lightning.methods import ClassificationModule
 
 _SPLITS = dict(zip(SPLITS, ("training", "validation", "test"), strict=True))
 _PACKAGES = {"fpt-lightning": "fpt-lightning", "torch": "PyTorch", "lightning": "Lightning", "timm": "timm"}
+_NAMED = ("num_classes", "encoder", "pretrained", "learning_rate", "weight_decay")
+"""Options that have sentences of their own."""
 
 
 def methods_paragraph(
@@ -162,7 +165,27 @@ def _model(module: ClassificationModule) -> str:
     learnable = f"{module.learnable_parameters:,} learnable parameters ({100 * module.learnable_ratio:.2f}% of all)"
     if weights.startswith(OF_FILES):
         weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
-    return f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."
+    told = [f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."]
+    if asked is not None and asked.orientations > 1:
+        part = ", each but the first of which shows 81 to 95% of each side of the image" if asked.zoomed else ""
+        told.append(f"Features are of {asked.orientations} orientations of every image{part}.")
+    if changed := _changed(module):
+        told.append(f"Options of {type(module).__name__} that are not its defaults: {', '.join(changed)}.")
+    return " ".join(told)
+
+
+def _changed(module: ClassificationModule) -> list[str]:
+    """Options that are not the default and that no other sentence names."""
+    defaults: dict[str, Any] = {}
+    for each in type(module).__mro__:
+        if issubclass(each, ClassificationModule):  # an option that a method passes on has the default of its base
+            defaults = {name: of.default for name, of in signature(each).parameters.items()} | defaults
+    given = {name: value for name, value in module.hparams.items() if name in defaults and name not in _NAMED}
+    return [f"{name} {value}" for name, value in sorted(given.items()) if _listed(value) != _listed(defaults[name])]
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # YAML has no tuples
 
 
 def _images(manifest: Manifest) -> str:

@@ -1,8 +1,9 @@
 """The eight orientations of an image: its flips and quarter turns, the symmetries of a square.
 
 Orientation 0 is the image, 1 its mirror image, 2 and 3 these two upside down, 4 to 7 all four with rows and columns
-exchanged. The first 1, 2, 4 or 8 lead to one another, so that their mean is the same for each of them. Training on
-several, and the mean of several in evaluation, are not in the paper.
+exchanged. The first 1, 2, 4 or 8 lead to one another, so that their mean is the same for each of them. Zoomed, each
+shows a part of the image alone, of a size and at a place of its own. Training on several, and the mean of several in
+evaluation, are not in the paper.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ if TYPE_CHECKING:  # `store info` starts without PyTorch
 
 COUNTS = (1, 2, 4, 8)
 _MIRRORED, _UPSIDE_DOWN, _EXCHANGED = 1, 2, 4  # bits of an orientation
+_SHOWN = (1.0, 0.93, 0.85, 0.89, 0.81, 0.95, 0.87, 0.83)
+"""Of each orientation, zoomed: the part of height and of width that it shows."""
+_STEPS = (0.7549, 0.5698)
+"""From one to the next, down and to the right, in parts of what is not shown: a sequence that fills a square evenly."""
 
 
 def check_orientations(name: str, count: int, resolution: tuple[int, int] | None = None) -> None:
@@ -52,6 +57,31 @@ def oriented(image: NDArray[Any], orientation: int) -> NDArray[Any]:
     if orientation & _UPSIDE_DOWN:
         image = image[::-1]
     return image[:, ::-1] if orientation & _MIRRORED else image
+
+
+def zoomed(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """What an orientation shows of an image (height, width, ...) in it, zoomed: a view, 81 to 95% of each side."""
+    (top, bottom), (left, right) = _part(image.shape[0], image.shape[1], orientation)
+    return image[top:bottom, left:right]
+
+
+def zoomed_pixels(pixels: Tensor, orientation: int) -> Tensor:
+    """What an orientation shows of images (B, C, height, width) in it, zoomed, at their size; bicubic."""
+    from torch.nn import functional as F
+
+    size = pixels.shape[-2:]
+    (top, bottom), (left, right) = _part(size[0], size[1], orientation)
+    return F.interpolate(pixels[..., top:bottom, left:right], size, mode="bicubic") if orientation else pixels
+
+
+def _part(height: int, width: int, orientation: int) -> list[tuple[int, int]]:
+    """First and last row, and column, that an orientation shows."""
+    part = []
+    for length, step in zip((height, width), _STEPS, strict=True):
+        shown = round(length * _SHOWN[orientation])
+        start = round(step * orientation % 1 * (length - shown))
+        part.append((start, start + shown))
+    return part
 
 
 def oriented_pixels(pixels: Tensor, orientation: int) -> Tensor:

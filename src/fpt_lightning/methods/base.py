@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fpt_lightning.data.manifest import Manifest, Sample
-from fpt_lightning.data.orientations import check_orientations, oriented_pixels
+from fpt_lightning.data.orientations import check_orientations, oriented_pixels, zoomed_pixels
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError, check_at_least
@@ -48,20 +48,21 @@ def samples_of(trainer: L.Trainer) -> tuple[Sample, ...]:
     return () if manifest is None else manifest.samples
 
 
-def in_orientations(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+def in_orientations(batch: Mapping[str, Any], count: int, zoomed: bool = False) -> dict[str, Any]:
     """The inputs (O * B, ...) of O orientations of a ``fpt_lightning.datamodules.samples.Batch`` of B images.
 
-    All images come first, then all in orientation 1, and so on. Images are turned; features are those that a store
-    gave, or are left to be computed of the turned images.
+    All images come first, then all in orientation 1, and so on. Images are turned, and zoomed if wanted; features are
+    those that a store gave, or are left to be computed of the turned images.
 
     Raises:
         ConfigurationError: stored features of another number of orientations.
     """
-    turned: dict[str, Any] = {
-        name: torch.cat([oriented_pixels(batch[name], orientation) for orientation in range(count)])
-        for name in ("images", "side_images")
-        if name in batch
-    }
+
+    def in_each(pixels: Tensor) -> Tensor:
+        turned = [oriented_pixels(pixels, orientation) for orientation in range(count)]
+        return torch.cat([zoomed_pixels(each, i) for i, each in enumerate(turned)] if zoomed else turned)
+
+    turned: dict[str, Any] = {name: in_each(batch[name]) for name in ("images", "side_images") if name in batch}
     if "ids" in batch:
         turned["ids"] = list(batch["ids"]) * count
     if "images" in batch:
@@ -217,7 +218,8 @@ class ClassificationModule(TrainedModule, ABC):
             NonFiniteError: NaN or infinity, as of a training that diverges.
         """
         count = self.test_time_orientations
-        logits: Tensor = self(batch if count == 1 else in_orientations(batch, count)).float()
+        zoomed = self.specification is not None and self.specification.zoomed
+        logits: Tensor = self(batch if count == 1 else in_orientations(batch, count, zoomed)).float()
         if count > 1:
             logits = logits.view(count, -1, *logits.shape[1:]).mean(0)
         if not exporting() and sketching() is None:

@@ -156,6 +156,8 @@ class TrainedModule(L.LightningModule):
         if specification.value_range:  # whatever images it was measured over
             specification = replace(specification, range_of="given")
         ignore = ["codec", "precision", "orientations", "format"]
+        if specification.orientations == 1:
+            ignore.append("zoomed")  # which these images are not, and their further orientations will be
         if specification.weights.startswith(OF_FILES) and not specification.weights_digest:
             ignore.append("weights")  # files may hold the same by another name: ``check_weights``, when they are loaded
         differences = self.specification.differences(specification, ignore)

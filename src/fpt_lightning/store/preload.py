@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.images import OnError, unreadable
 from fpt_lightning.data.manifest import Manifest
-from fpt_lightning.data.orientations import oriented
+from fpt_lightning.data.orientations import oriented, zoomed, zoomed_pixels
 from fpt_lightning.data.pages import file_and_page
 from fpt_lightning.data.prefetch import PrefetchingLoader, items_in_threads, usable_threads
 from fpt_lightning.data.statistics import channel_statistics, deep_pictures, draw_sample, value_range
@@ -444,6 +444,10 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         read = self._read(id, notices if self.local else None)  # else warned of at once
         views = [] if read is None else [oriented(read, orientation) for _, orientation in sources]
         pixels = [normalise(unit_pixels(view, spec.resolution), spec.mean, spec.std) for view in views]
+        if spec.zoomed:
+            shown = [orientation for _, orientation in sources[: len(views)]]
+            views = [zoomed(view, each) for view, each in zip(views, shown, strict=True)]
+            pixels = [zoomed_pixels(image[None], each)[0] for image, each in zip(pixels, shown, strict=True)]
         return _Decoded(rows, id, file, notices, pixels, [stored_copy(view, spec.image_size) for view in views])
 
     def gather(self, decoded: Sequence[_Decoded]) -> _PreloadBatch:

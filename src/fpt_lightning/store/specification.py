@@ -49,6 +49,7 @@ class FeatureSpecification:
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
         orientations: of each sample, one after the other (``fpt_lightning.data.orientations``).
+        zoomed: whether the further ones are zoomed.
         interpolation: how images are resized.
         fit: how images come to the encoder's aspect (``fpt_lightning.data.images.ImageReader``).
         crop_border: whether their dark border is cut off.
@@ -74,6 +75,7 @@ class FeatureSpecification:
     codec: str
     precision: str = "fp32"
     orientations: int = 1
+    zoomed: bool = False
     weights_digest: str = ""
     interpolation: str = INTERPOLATION
     fit: str = "squash"
@@ -184,7 +186,7 @@ def _images(statistics: str) -> str:
     return statistics.partition(_SAMPLE)[0]
 
 
-_EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full"}
+_EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full", "zoomed": False}
 """Of specifications that earlier versions wrote, which lack these."""
 _LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
