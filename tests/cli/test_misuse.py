@@ -15,7 +15,7 @@ from commands import fails
         (["--model.learnin_rate", "1"], "there is no option model.learnin_rate: did you mean model.learning_rate?"),
         (["--model.gradient_checkpoint", "true"], "did you mean model.gradient_checkpointing?"),  # of the method itself
         (["--trainer.max_epochz", "3"], "there is no option trainer.max_epochz: did you mean trainer.max_epochs?"),
-        (["--data.elephants", "1"], "there is no option data.zzz.\n"),
+        (["--data.elephants", "1"], "there is no option data.elephants.\n"),
         (["more"], "there is no option more.\n"),
         (["--model", "FPTPlusModul"], "FPTPlusModul, which is no class that is known: did you mean FPTPlusModule?"),
         (["--data", "ImageDatamodul"], "data is ImageDatamodul, which is no class that is known: did you mean Image"),
