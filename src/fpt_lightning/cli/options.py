@@ -32,7 +32,6 @@ OPTIONS: dict[str, list[Option]] = {
         Option("data.crop_border", "false", "whether dark borders are cut off (fundus, mammograms)"),
         Option("data.codec", "int8", "of stored keys and values: int8, int4, fp16 or fp32"),
         Option("data.orientations", "1", "of each image in the store: 1, 2, 4 or 8 flips and turns"),
-        Option("data.zoom", "false", "whether each of these but the first shows a part of the image alone"),
         Option("data.augmentation", "default", "default, strong or none"),
         Option("data.batch_size", "16", "images of a training step"),
         Option("data.preload_batch_size", "4", "images that the frozen encoder takes at once"),
