@@ -1,9 +1,9 @@
 """The eight orientations of an image: its flips and quarter turns, the symmetries of a square.
 
 Orientation 0 is the image, 1 its mirror image, 2 and 3 these two upside down, 4 to 7 all four with rows and columns
-exchanged. The first 1, 2, 4 or 8 lead to one another, so that their mean is the same for each of them. Zoomed, each
-shows a part of the image alone, of a size and at a place of its own. Training on several, and the mean of several in
-evaluation, are not in the paper.
+exchanged. The first 1, 2, 4 or 8 lead to one another, so that their mean is the same for each of them; zoomed, each
+shows a part of the image alone, of a size and at a place of its own, and their means differ. Training on several, and
+the mean of several in evaluation, are not in the paper.
 """
 
 from __future__ import annotations
