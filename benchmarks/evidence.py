@@ -7,10 +7,9 @@
 of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
 the next one validates; learning rate and weight decay are chosen for each fold by its validation images with seed 0,
 and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate; of
-methods with the encoder inside, which take long, the first fold chooses the rate for all. The
-folds' test predictions are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of
-resamples of patients. The last row takes for each fold and seed the method with the best validation, as
-``fit --model auto`` does.
+methods with the encoder inside, which take long, the first fold chooses the rate for all. The folds' test predictions
+are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of resamples of patients. The
+last row takes for each fold and seed the method with the best validation, as ``fit --model auto`` does.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` or ``--methods`` may run at once. ``{out}/records`` has what the finished cells came to
