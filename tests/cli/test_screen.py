@@ -25,7 +25,8 @@ class Recorded:
 
     made: list[Recorded]
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
+    def __init__(self, label: str, total: int, unit: str = "image", done: int = 0) -> None:
+        self.unit = unit
         self.labels, self.total, self.done, self.told, self.closed = [label], total, done, "", False
         Recorded.made.append(self)
 
@@ -82,7 +83,9 @@ def test_orientations_and_limits_are_counted(
     limited = "limit" in data
     given = ["--trainer.limit_train_batches", 2] if limited else ["--data.orientations", "2"]
     run("fit", "--config", config, *given)
-    assert [bar.total for bar in bars[:2]] == ([30, 32] if limited else [60, 42])
+    assert [(bar.total, bar.unit) for bar in bars[:2]] == (
+        [(30, "image"), (32, "image")] if limited else [(60, "orientation"), (42, "image")]
+    )
     assert all(bar.done == bar.total for bar in bars)
 
 

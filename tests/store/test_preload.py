@@ -113,7 +113,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, image_root: Path) -> Iterator[Counter
         return read_image(path, *asked)
 
     monkeypatch.setattr(images, "read_image", counted)
-    monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 1.0)
+    monkeypatch.setattr(FrozenPass, "_seconds_per_pass", lambda *_: 1.0)
     return counts
 
 
@@ -635,7 +635,7 @@ def test_features_out_of_range_name_the_image(
 def test_the_announcement(tiny_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(preload, "rank_zero_info", lines.append)
-    monkeypatch.setattr(FrozenPass, "_seconds_per_image", lambda *_: 20.0)
+    monkeypatch.setattr(FrozenPass, "_seconds_per_pass", lambda *_: 20.0)
     url = str(tmp_path / "store.zarr")
     store = tiny_data(image_size=256).preload(ENCODER)
     megabytes = 30 * store.bytes_per_row / 1e6
@@ -646,6 +646,18 @@ def test_the_announcement(tiny_data: MakeData, tmp_path: Path, monkeypatch: pyte
     tiny_data(image_size=256).preload(ENCODER)
     assert lines[1].startswith("preload: 2 of 30 images")
     assert "about 40 s" in lines[1]
+
+
+def test_orientations_are_announced_as_parts_of_images(
+    tiny_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(preload, "rank_zero_info", lines.append)
+    monkeypatch.setattr(FrozenPass, "_seconds_per_pass", lambda *_: 10.0)
+    store = tiny_data(orientations=8, image_size=256).preload(ENCODER)
+    size = 8 * store.bytes_per_row / 1e6
+    assert lines[0].startswith("preload: 30 of 30 images in 8 orientations through test_vit")
+    assert f": {30 * size:.0f} MB ({size:.2f} MB an image), about 40 min on" in lines[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

@@ -83,8 +83,10 @@ class ImageProgress(ProgressBar):
         self._close()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        name = "preload" if isinstance(pl_module, FrozenPass) else "predict"
-        self._start_stage(trainer, name, trainer.predict_dataloaders, trainer.num_predict_batches)
+        name, unit = "predict", "image"
+        if isinstance(pl_module, FrozenPass):
+            name, unit = "preload", "orientation" if pl_module.specification.orientations > 1 else "image"
+        self._start_stage(trainer, name, trainer.predict_dataloaders, trainer.num_predict_batches, unit)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -101,13 +103,13 @@ class ImageProgress(ProgressBar):
         """What a module prints goes beside the bar, and not into it."""
         tqdm.write(" ".join(map(str, args)))
 
-    def _start_stage(self, trainer: L.Trainer, name: str, loaders: Any, batches: Any) -> None:
+    def _start_stage(self, trainer: L.Trainer, name: str, loaders: Any, batches: Any, unit: str = "image") -> None:
         total = int(batches[0] if isinstance(batches, list) else batches)
-        self._start(trainer, name, _images(trainer, loaders, total), 0)
+        self._start(trainer, name, _images(trainer, loaders, total), 0, unit)
 
-    def _start(self, trainer: L.Trainer, label: str, total: int, done: int) -> None:
+    def _start(self, trainer: L.Trainer, label: str, total: int, done: int, unit: str = "image") -> None:
         if self._enabled and trainer.is_global_zero and total:
-            self._progress = Progress(label, total, done=done)
+            self._progress = Progress(label, total, unit, done)
 
     def _epoch(self, trainer: L.Trainer) -> str:
         return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"

@@ -344,18 +344,20 @@ class FrozenPass(L.LightningModule):
     def on_predict_start(self) -> None:
         """Say what is about to be done: images, bytes and time."""
         assert self.store is not None
-        missing = self.store.missing_rows([sample.id for sample in self.manifest.samples])
-        spec = self.specification
-        size = self.store.bytes_per_row
-        seconds = self._seconds_per_image() * len(missing) / self.trainer.world_size
+        samples, spec = self.manifest.samples, self.specification
+        missing = self.store.missing_rows([sample.id for sample in samples])
+        images = len({row // spec.orientations for row in missing})
+        size = self.store.bytes_per_row * spec.orientations
+        seconds = self._seconds_per_pass() * len(missing) / self.trainer.world_size
         rank_zero_info(
-            f"preload: {len(missing):,} of {spec.orientations * len(self.manifest.samples):,} images"
+            f"preload: {images:,} of {len(samples):,} images"
             f"{f' in {spec.orientations} orientations' if spec.orientations > 1 else ''} through {spec.encoder} at "
-            f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: {len(missing) * size / 1e6:,.0f} MB "
-            f"({size / 1e6:.2f} MB an image), about {duration(seconds)} on {self.trainer.world_size} device(s)"
+            f"{spec.resolution[0]} x {spec.resolution[1]} into {self.url}: "
+            f"{len(missing) * self.store.bytes_per_row / 1e6:,.0f} MB ({size / 1e6:.2f} MB an image), "
+            f"about {duration(seconds)} on {self.trainer.world_size} device(s)"
         )
 
-    def _seconds_per_image(self) -> float:
+    def _seconds_per_pass(self) -> float:
         for _ in range(2):  # the first run warms up
             start = time.perf_counter()
             self._build()(torch.zeros(1, 3, *self.specification.resolution, device=self.device)).features.cpu()
