@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -78,6 +78,12 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
     return Entry("query_tokens", label, model, data, store, rates=(1e-3,))
 
 
+def _side(resolution: int) -> Entry:
+    """FPT+ by default with side images of so many pixels, at one learning rate."""
+    model = {"side_resolution": resolution, "prompt_head": True}
+    return Entry("fpt_plus", f"FPT+ with a prompt head, side images of {resolution} pixels", model, rates=(1e-3,))
+
+
 def _turned(count: int, name: str, entry: Entry, zoom: bool = False) -> Entry:
     """With several orientations of every image, in training and in evaluation."""
     label, model = f"{entry.label.removesuffix(', stored')}, {name}", {**entry.model, "test_time_orientations": count}
@@ -95,6 +101,8 @@ ROWS = {
     "fpt_plus_prompt_head": _HEAD,
     "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
+    "query_tokens_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _QUERIES, zoom=True),
+    "fpt_plus_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _HEAD, zoom=True),
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
     "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
     "query_tokens_zoomed": _turned(8, "all orientations, zoomed", _QUERIES, zoom=True),
@@ -121,8 +129,13 @@ PARTS = {
     "int4": _part("codec int4", {}, "-int4", codec="int4"),
     "prompts_4": _part("4 prompts", {"prompts": 4}),
     "prompts_64": _part("64 prompts", {"prompts": 64}),
+    "decay_0.01": _part("weight decay 0.01", {"weight_decay": 0.01}),
+    "decay_0.5": _part("weight decay 0.5", {"weight_decay": 0.5}),
+    "side_126": _side(126),
+    "side_70": _side(70),
+    "side_224": _side(224),
 }
-"""What the parts of the method bring: query tokens with one setting changed."""
+"""What the parts of the method bring: query tokens, and FPT+ by its side resolution, with one setting changed."""
 ROWS |= PARTS
 INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
 """Of methods with the encoder inside, which take long: one seed, and this of the trainer."""
@@ -141,10 +154,23 @@ PAIRS = {
     "query_tokens_turned": (RIVAL,),
     "fpt_plus_mirrored": (DEFAULT, "query_tokens_mirrored"),
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
+    "query_tokens_mirrored_zoomed": ("query_tokens_mirrored",),
+    "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
     "query_tokens_zoomed": ("query_tokens_turned",),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
+    "side_70": ("side_126",),
+    "side_224": ("side_126",),
 }
 """Of which the difference is given too."""
+CALIBRATED = {
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "kappa": "kappa",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+}
+"""What is said of calibrated predictions, pooled, and how it is called."""
 HIGHER = (3e-2, 1e-1)
 """Learning rates that are tried one after the other while the highest so far is the best."""
 
@@ -231,7 +257,9 @@ class Study(NamedTuple):
 
 _REFERABLE, _FUNDUS = ("fundus_referable",), ("fundus_referable", "fundus_maculopathy", "fundus_grade")
 _TURNED = tuple(
-    f"{method}_{how}" for how in ("mirrored", "turned", "zoomed") for method in ("query_tokens", "fpt_plus")
+    f"{method}_{how}"
+    for how in ("mirrored", "mirrored_zoomed", "turned", "zoomed")
+    for method in ("query_tokens", "fpt_plus")
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
@@ -239,6 +267,7 @@ STUDIES = {
     "224": Study((*_FUNDUS, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED, *_INSIDE), 224),
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
+    "224_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
     "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
 }
@@ -323,13 +352,13 @@ class Protocol:
         return path
 
     def record(
-        self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool
+        self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool, scores: bool = False
     ) -> Record | None:
-        """What a cell came to; None where it is not finished."""
+        """What a cell came to, with its test scores where they are needed; None where it is not finished."""
         cell, records = self.cell(name, method, fold, pair, seed), self.records(name, method)
         key = f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/seed{seed}"
         found = records.get(key, cell)
-        if found is not None:
+        if found is not None and (found.test or not scores):
             return found
         if run and not cell.finished:
             print(f"running {cell.folder}", flush=True)
@@ -388,7 +417,7 @@ class Protocol:
             if pair is None:
                 return None
             for seed, found in enumerate(seeds):
-                found.append(self.record(name, method, fold, pair, seed, run))
+                found.append(self.record(name, method, fold, pair, seed, run, scores=True))
             self.records(name, method).forget_tests(f"fold{fold}/", f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/")
         finished = [[each for each in found if each is not None] for found in seeds]
         return [found for found in finished if len(found) == len(self.folds)] or None
@@ -456,14 +485,16 @@ def resampled(seeds: Sequence[Pooled], weights: NDArray[np.float64]) -> dict[str
 
 def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
     """What the finished methods of a task come to, by method."""
-    finished = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
+    tried = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
+    finished = {method: [[each.uncalibrated() for each in folds] for folds in cells] for method, cells in tried.items()}
     if set(AUTO) <= set(finished):
         finished["auto"] = by_validation([finished[method] for method in AUTO])
     rows = protocol.labelled(name)
-    seeds = {
-        method: [pool([tested(name, rows, each) for each in folds]) for folds in cells]
-        for method, cells in finished.items()
-    }
+
+    def pooled(cells: Sequence[Sequence[Record]]) -> list[Pooled]:
+        return [pool([tested(name, rows, each) for each in folds]) for folds in cells]
+
+    seeds = {method: pooled(cells) for method, cells in finished.items()}
     if not seeds:
         return {}
     for method in TOGETHER:
@@ -492,6 +523,29 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
             for other in PAIRS[method]
             if other in found
         }
+    for method, cells in tried.items():
+        if all(each.calibration is not None for folds in cells for each in folds):
+            found[method]["calibrated"] = _calibrated(name, value[method], spread[method], pooled(cells), drawn)
+    return found
+
+
+def _calibrated(
+    name: str,
+    before: Mapping[str, NDArray[np.float64]],
+    spread: Mapping[str, NDArray[np.float64]],
+    seeds: Sequence[Pooled],
+    drawn: Sequence[NDArray[np.float64]],
+) -> dict[str, Any]:
+    """Metrics of calibrated predictions, beside what they were before, and the difference."""
+    after = resampled(seeds, np.ones((1, len(seeds[0].folds))))
+    parts = [resampled(seeds, weights) for weights in drawn]
+    found = {}
+    for metric in CALIBRATED:
+        metric = TASKS[name].monitor if metric == "kappa" and TASKS[name].kind == "ordinal" else metric
+        differences = np.concatenate([part[metric] for part in parts]) - spread[metric]
+        value = float(after[metric][0])
+        difference = {"value": value - float(before[metric][0]), **interval(differences)}
+        found[metric] = {"before": float(before[metric][0]), "value": value, "difference": difference}
     return found
 
 
@@ -579,11 +633,29 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    if any("calibrated" in row for row in found.values()):
+        lines += ["", *_calibrations(found)]
     for row in found.values():
         for other, differences in row.get("minus", {}).items():
             told = ", ".join(f"{_shown(differences[metric], '+')} ({called[metric]})" for metric in metrics)
             lines += ["", f"{row['label']} minus {ROWS[other].label}: {told}."]
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
+
+
+def _calibrations(found: Mapping[str, Any]) -> Iterator[str]:
+    """What calibration changes, a row a method."""
+    rows = {row["label"]: row["calibrated"] for row in found.values() if "calibrated" in row}
+    metrics = list(next(iter(rows.values())))
+    heads = [f"{CALIBRATED.get(metric, metric.replace('_', ' '))} x 100" for metric in metrics]
+    yield f"| calibrated | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * len(metrics)
+    for label, row in rows.items():
+        cells = []
+        for metric in metrics:
+            before, after, difference = row[metric]["before"], row[metric]["value"], row[metric]["difference"]
+            bounds = "" if metric == "calibration_error" else f" ({_shown(difference, '+')})"
+            cells.append(f"{100 * before:.1f} to {100 * after:.1f}{bounds}")
+        yield f"| {label} | {' | '.join(cells)} |"
 
 
 def _shown(estimate: Mapping[str, float], sign: str = "") -> str:

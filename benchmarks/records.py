@@ -10,11 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
 
 from cells import Cell, flat
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.files import write_text
+from fpt_lightning.methods.record import calibration_of
 
 PLACES = ("root", "manifest", "store", "pretrained", "default_root_dir")
 """Settings that say where something lies, not what is run."""
@@ -33,6 +38,7 @@ class Record:
         memory_mib: peak of live tensors, or of allocated ones on CUDA.
         stored_bytes: of an image in its store; 0 without one.
         test: rows of the manifest and their scores; empty of cells that no table needs.
+        calibration: by which the scores were calibrated; None where they were not.
     """
 
     config: str
@@ -43,6 +49,17 @@ class Record:
     memory_mib: float
     stored_bytes: int
     test: Mapping[str, Sequence[float]]
+    calibration: Mapping[str, Any] | None = None
+
+    def uncalibrated(self) -> Record:
+        """With scores as the model had them."""
+        if self.calibration is None:
+            return self
+        found, calibration = np.array([*self.test.values()]), calibration_of(self.calibration)
+        assert calibration is not None
+        biases = np.array(calibration.biases or (0.0,))
+        raw = softmax((np.log(found.clip(min=np.finfo(float).tiny)) - biases) * calibration.temperature, axis=1)
+        return replace(self, test=dict(zip(self.test, raw.tolist(), strict=True)), calibration=None)
 
 
 def record(cell: Cell, monitor: str, rows: Mapping[str, int], stored_bytes: int) -> Record:
@@ -57,6 +74,7 @@ def record(cell: Cell, monitor: str, rows: Mapping[str, int], stored_bytes: int)
     result, model = cell.result(), cell.config["model"]["init_args"]
     predictions = Predictions.read(cell.folder / "predictions.csv")
     scores = [[float(f"{score:.8g}") for score in each] for each in predictions.scores]
+    calibrations = json.loads((cell.folder / "evaluation.json").read_text())["best"]["calibrations"]
     return Record(
         digest(cell),
         model["learning_rate"],
@@ -66,6 +84,7 @@ def record(cell: Cell, monitor: str, rows: Mapping[str, int], stored_bytes: int)
         max(result["memory_mib"].values()),
         stored_bytes,
         {str(rows[id]): each for id, each in zip(predictions.ids, scores, strict=True)},
+        calibrations[0] if calibrations else None,
     )
 
 

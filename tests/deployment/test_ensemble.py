@@ -15,6 +15,7 @@ from fpt_lightning.deployment.checkpoints import load_trained, read_checkpoint
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.deployment.export import Classifier
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.ensemble import MOST, EnsembleModule, is_ensemble
 from fpt_lightning.methods.record import KEY
@@ -24,7 +25,7 @@ RESOLUTION = (64, 64)
 
 
 def members(folder: Path, method: str = "fpt_plus", count: int = 3, **settings: Any) -> list[Path]:
-    """Checkpoints of models of one method that differ in their weights and temperatures."""
+    """Checkpoints of models of one method that differ in their weights and calibrations."""
     own = TINY if method in ("fpt", "fpt_plus") else {"encoder": "test_vit"}
     first = save_trained(METHODS[method], folder / "member.ckpt", RESOLUTION, **{**own, **settings})
     content, paths = torch.load(first, weights_only=True), []
@@ -34,7 +35,7 @@ def members(folder: Path, method: str = "fpt_plus", count: int = 3, **settings: 
         for tensor in content["state_dict"].values():
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
         content[KEY] |= {
-            "temperature": 1.0 + i / 2,
+            "calibration": {"temperature": 1.0 + i / 2, "biases": []},
             "seen": {"train": torch.tensor([1, 10 + i]), "val": torch.tensor([20 + i])},
         }
         paths.append(folder / f"member{i}.ckpt")
@@ -52,10 +53,10 @@ def ensemble(folder: Path, method: str = "fpt_plus", **settings: Any) -> tuple[P
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("fpt_plus", {"temperature_scaling": True, "test_time_orientations": 4}),
+        ("fpt_plus", {"test_time_orientations": 4}),
         ("fpt", {"task": "coral"}),
-        ("query_tokens", {"task": "multilabel", "temperature_scaling": True}),
-        ("attentive", {"task": "ordinal"}),
+        ("query_tokens", {"task": "multilabel"}),
+        ("attentive", {"task": "ordinal", "calibrate": False}),
         ("stored_linear", {"task": "regression"}),
     ],
 )
@@ -94,7 +95,8 @@ def test_what_a_checkpoint_of_an_ensemble_holds(tmp_path: Path) -> None:
     content = read_checkpoint(out)
     assert is_ensemble(content)
     assert not is_ensemble(read_checkpoint(paths[0]))
-    assert content["hyper_parameters"]["temperatures"] == [1.0, 1.5, 2.0]
+    given = content["hyper_parameters"]["calibrations"]
+    assert given == [{"temperature": temperature, "biases": ()} for temperature in (1.0, 1.5, 2.0)]
     assert sorted(set(content[KEY]["seen"]["train"].tolist())) == [1, 10, 11, 12]  # none of which may be tested
     assert content[KEY]["seen"]["val"].tolist() == [20, 21, 22]
     (tmp_path / "of_one").mkdir()
@@ -119,7 +121,7 @@ def test_a_trainer_tests_an_ensemble_and_trains_none(tiny_data: Any, tmp_path: P
 
 
 def test_an_ensemble_as_one_function_of_images(tmp_path: Path) -> None:
-    out, paths = ensemble(tmp_path, temperature_scaling=True)
+    out, paths = ensemble(tmp_path)
     images = torch.rand(2, 3, *RESOLUTION)
     with torch.no_grad():
         (found,) = Classifier(*load_trained(out))(images)
@@ -149,20 +151,41 @@ def test_members_that_do_not_belong_together(tmp_path: Path) -> None:
     assert not (tmp_path / "e.ckpt").exists()
 
 
+@pytest.mark.parametrize("scaling", [False, True])
+def test_checkpoints_of_before_there_were_biases_are_read(scaling: bool, tmp_path: Path) -> None:
+    out, paths = ensemble(tmp_path)
+    for path, temperature in ((paths[0], 2.5), (out, 1.0)):
+        content = torch.load(path, weights_only=True)
+        arguments = content["hyper_parameters"]
+        del content[KEY]["calibration"], arguments["calibrate"]
+        content[KEY]["temperature"], arguments["temperature_scaling"] = temperature, scaling
+        if path == out:
+            arguments["temperatures"] = [each["temperature"] for each in arguments.pop("calibrations")]
+        torch.save(content, path)
+        module, _ = load_trained(path)
+        expected = [1.0, 1.5, 2.0] if path == out else [2.5]
+        assert module.calibrations == [Calibration(each) for each in expected]
+        assert module.calibrate is module.hparams["calibrate"] is scaling
+
+
 def test_a_checkpoint_that_asks_for_what_is_no_ensemble(tmp_path: Path) -> None:
     out, _ = ensemble(tmp_path)
     content = torch.load(out, weights_only=True)
     arguments = content["hyper_parameters"]
-    two = [1.0, 1.0]
-    for temperatures, member, error, message in (
+    sound: dict[str, Any] = {"temperature": 1.0, "biases": [0.1, 0.0, -0.1]}
+    two = [sound, sound]
+    refused = r"calibrations is .*: give 1 to 1000, each a temperature above 0 and a bias of each class"
+    wrongs: list[Any] = [{**sound, "temperature": wrong} for wrong in (0.0, "1", float("nan"))]
+    wrongs += [{**sound, "biases": wrong} for wrong in ([0.1], ["a"] * 3, [float("inf")] * 3, None)]
+    for calibrations, member, error, message in (
         *(
-            (wrong, "FPTPlusModule", ConfigurationError, r"temperatures is .*: give 1 to 1000 numbers above 0")
-            for wrong in ([], [0.0], ["1"], [1.0] * (MOST + 1), 3, [float("nan")])
+            (wrong, "FPTPlusModule", ConfigurationError, refused)
+            for wrong in ([], [sound] * (MOST + 1), 3, *([wrong] for wrong in wrongs))
         ),
         (two, "EnsembleModule", ConfigurationError, "member is 'EnsembleModule', which is no method"),
         (two, "FPTPlusModule", CheckpointError, r"its members\.2\..* is .*, by its own hyper_parameters not there"),
     ):
-        arguments |= {"temperatures": temperatures, "member": member}
+        arguments |= {"calibrations": calibrations, "member": member}
         torch.save(content, out)
         with pytest.raises(error, match=message):
             load_trained(out)

@@ -133,7 +133,7 @@ def test_every_method_as_onnx(method: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(set(TASKS.values())))
 def test_every_task_as_onnx(task: str, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, task=task, temperature_scaling=task != "regression")
+    path = checkpoint(tmp_path, task=task)
     agrees(exported(path), path, "fpt_plus")
 
 
@@ -190,7 +190,7 @@ def check_attention(encoder: str | None, folder: Path, **options: Any) -> None:
 def test_the_file_says_how_to_use_it_and_computes_what_the_predictor_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = checkpoint(tmp_path, temperature_scaling=True)
+    path = checkpoint(tmp_path)
     main(["export", "--ckpt_path", str(path), "--out", str(tmp_path / "new" / "model.onnx")])
     assert "not a medical device" in capsys.readouterr().out
     agrees(run_by_onnx(tmp_path / "new" / "model.onnx"), path, "fpt_plus")
@@ -200,7 +200,7 @@ def test_the_file_says_how_to_use_it_and_computes_what_the_predictor_does(
     assert "not a medical device" in said["notice"]
     assert json.loads(said["classes"]) == ["a", "b", "c"]
     assert json.loads(said["thresholds"]) == {"a": 0.3, "b": 0.6}
-    assert json.loads(said["temperature"]) == 1.7
+    assert json.loads(said["calibrations"]) == [{"temperature": 1.7, "biases": [0.4, -0.1, -0.3]}]
     assert json.loads(said["input"])["shape"] == ["batch", 3, 64, 96]
     assert json.loads(said["input"])["fit"] == "letterbox"
     assert json.loads(said["inside"])["mean"] == [0.4, 0.4, 0.4]

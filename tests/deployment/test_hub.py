@@ -53,13 +53,13 @@ def shared(path: Path, out: Path, **options: Any) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of FPT+ on an untrained encoder, whose weights are in it too; nothing below may be changed."""
     place = tmp_path_factory.mktemp("hub")
-    return shared(trained(place, temperature_scaling=True), place / "model", with_encoder=True)
+    return shared(trained(place), place / "model", with_encoder=True)
 
 
 @pytest.mark.parametrize(
     ("method", "settings", "with_encoder"),
     [
-        ("fpt_plus", {"temperature_scaling": True, "test_time_orientations": 2}, False),
+        ("fpt_plus", {"test_time_orientations": 2}, False),
         ("fpt_plus", {"task": "coral"}, True),
         ("lora", {"task": "multilabel"}, True),
         ("stored_linear", {"task": "regression"}, False),
@@ -75,7 +75,7 @@ def test_the_outputs_are_the_same_to_the_last_bit(
     np.testing.assert_array_equal(found.scores, expected.scores)
     assert found.scores.std() > 0
     assert again.table(found, coverage=0.6) == first.table(expected, coverage=0.6)
-    assert (again.specification, again.module.temperature) == (first.specification, first.module.temperature)
+    assert (again.specification, again.module.calibration) == (first.specification, first.module.calibration)
     assert (again.module.thresholds, again.module._seed) == (first.module.thresholds, first.module._seed)
     files = {README, CONFIG, WEIGHTS, *([ENCODER] if with_encoder else [])}
     assert {file.name for file in (tmp_path / "model").iterdir()} == files
@@ -171,14 +171,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (lambda folder: (folder / CONFIG).write_text("{"), "cannot be read as JSON"),
     "nested": (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "cannot be read as JSON"),
     "a list": (lambda folder: (folder / CONFIG).write_text("[]"), "is not the configuration"),
-    "a number that is none": (put(KEY, "temperature", value=float("nan")), "NaN is no number"),
+    "a number that is none": (put(KEY, "calibration", value=float("nan")), "NaN is no number"),
     "huge": (lambda folder: (folder / CONFIG).write_bytes(b" " * (2**26 + 1)), "which no configuration has"),
     "of another library": (put("library_name", value="timm"), "is not the configuration"),
     "of a later version": (put("format", value=2), "has the format 2, this version reads 1"),
     "no record": (put(KEY, value=None), "it lacks hyper_parameters or fpt_lightning"),
     "no digest": (put("weights_digest", value=None), "lacks the digests"),
     "another method": (put(KEY, "method", value="Other"), "was not written by a method of fpt-lightning"),
-    "a temperature": (put(KEY, "temperature", value=-1), "its temperature is -1"),
+    "a temperature": (put(KEY, "calibration", "temperature", value=-1), "its calibration is"),
     "scores": (put(KEY, "nonconformity", value={"": [[2, 1], [1, 1]]}), "its nonconformity is"),
     "a size": (put("hyper_parameters", "prompts", value=10**12), "by its own hyper_parameters"),
     "a resolution": (put(KEY, "specification", "resolution", value=[-64, 64]), "specification's resolution is"),

@@ -19,6 +19,7 @@ from fpt_lightning.data.images import read_image
 from fpt_lightning.encoder.config import EncoderConfig
 from fpt_lightning.encoder.frozen import build_encoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, DataError, ImageError
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.evaluation.decisions import decide
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.files import read_rows
@@ -39,10 +40,10 @@ def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path, caps
         str(image_root), resolution=(64, 96), image_size=48, batch_size=8, fit="letterbox", crop_border=True
     )
     trainer = quiet_trainer(tmp_path / "fit")
-    trainer.fit(tiny_model(temperature_scaling=True, learning_rate=3e-3), data)
+    trainer.fit(tiny_model(learning_rate=3e-3), data)
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
-    model = ["--model", "FPTPlusModule", "--model.num_classes", "3", "--model.temperature_scaling", "true"]
+    model = ["--model", "FPTPlusModule", "--model.num_classes", "3"]
     model += ["--model.encoder", "test_vit", "--model.pretrained", "false"]
     model += ["--model.side_resolution", "32", "--model.prompts", "4"]
     reading = ["--data", "ImageDataModule", "--data.root", str(image_root), "--data.resolution", "[64,96]"]
@@ -57,7 +58,7 @@ def test_the_numbers_are_those_of_predict(image_root: Path, tmp_path: Path, caps
     assert not found.known.any()
     np.testing.assert_allclose(found.scores, expected.scores, atol=2e-6)
     predictor = Predictor(path)
-    assert predictor.module.temperature != 1
+    assert predictor.module.calibration != Calibration()
     rows, table = read_rows(tmp_path / "run/predict/last/predictions.csv", "predictions"), predictor.table(found)
     assert not {"set", "abstains"} & table[0].keys()
     sets = predictor.sets(found, 0.7)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
 
 from fpt_lightning.errors import ConfigurationError, DataError
-from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
+from fpt_lightning.evaluation.calibration import Calibration, calibrated, fit_calibration
 from fpt_lightning.evaluation.comparison import compare
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.measures import measure, net_benefit
@@ -323,7 +324,7 @@ def test_for_machines_and_for_people() -> None:
     assert all(note in " ".join(table.split()) for note in evaluation.notes)
 
 
-# Thresholds and temperature
+# Thresholds and calibration
 
 
 @pytest.mark.parametrize("criterion", ["youden", "f1"])
@@ -348,31 +349,79 @@ def test_a_threshold_lies_midway_and_absent_classes_have_none() -> None:
         fit_thresholds(drawn(2), "best")  # type: ignore[arg-type]
 
 
-def test_the_temperature_that_was_put_in_is_found() -> None:
+def test_the_calibration_that_was_put_in_is_found() -> None:
     rng = np.random.default_rng(0)
     logits = 2 * rng.normal(size=(4000, 3))
     labels = (rng.random((4000, 1)) > softmax(logits, axis=1).cumsum(1)).sum(1)
-    sure = single(labels, softmax(2.5 * logits, axis=1))
-    assert fit_temperature(sure) == pytest.approx(2.5, rel=0.06)
-    cooled = with_temperature(sure, fit_temperature(sure))
+    biases = np.array([0.8, -0.5, -0.3])
+    sure = single(labels, softmax(2.5 * (logits - biases), axis=1))
+    found = fit_calibration(sure)
+    assert found.temperature == pytest.approx(2.5, rel=0.06)
+    assert found.biases == pytest.approx(biases, abs=0.1)
+    cooled = calibrated(sure, found)
     assert sk.log_loss(labels, cooled.scores) < sk.log_loss(labels, sure.scores)
+    assert sk.accuracy_score(labels, cooled.scores.argmax(1)) > sk.accuracy_score(labels, sure.scores.argmax(1)) + 0.02
     assert evaluate(cooled, resamples=2).overall["calibration_error"].value < 0.03
-    np.testing.assert_array_equal(cooled.scores.argmax(1), sure.scores.argmax(1))
     chance = 1 / (1 + np.exp(-logits))
     known = np.where(rng.random(chance.shape) < 0.1, NAN, rng.random(chance.shape) < chance)
-    several_labels = Predictions("multi-label", sure.ids, known, 1 / (1 + np.exp(-logits / 2)), sure.classes)
-    assert fit_temperature(several_labels) == pytest.approx(0.5, rel=0.06)
-    np.testing.assert_allclose(with_temperature(several_labels, 0.5).scores, chance, atol=1e-5)
+    raw = 1 / (1 + np.exp(-(logits - biases) / 2))
+    several_labels = Predictions("multi-label", sure.ids, known, raw, sure.classes)
+    found = fit_calibration(several_labels)
+    assert found.temperature == pytest.approx(0.5, rel=0.06)
+    assert found.biases == pytest.approx(biases, abs=0.12)
+    exact = calibrated(several_labels, Calibration(0.5, tuple(biases)))
+    np.testing.assert_allclose(exact.scores, chance, atol=1e-5)
 
 
-def test_certainty_has_a_temperature_too() -> None:
+def test_of_two_classes_it_is_the_sigmoid_of_platt_with_a_prior() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(2, size=60)
+    logits = 4 * rng.normal(size=60) + labels - 2
+    raw = binary(labels.tolist(), (1 / (1 + np.exp(-logits))).tolist())
+    count = np.bincount(labels)[labels]
+    targets = np.where(labels == 1, (count + 1) / (count + 2), 1 / (count + 2))
+    twice, both = np.tile(logits, 2)[:, None], np.repeat([1, 0], 60)  # each image as a positive and as a negative one
+    scale = np.array([1e3, 0.3 * 2**0.5])  # a free slope; a prior of the difference of two biases
+    platt = LogisticRegression(C=1, fit_intercept=False, tol=1e-8).fit(
+        np.hstack([twice, np.ones_like(twice)]) * scale, both, sample_weight=np.r_[targets, 1 - targets]
+    )
+    expected = platt.predict_proba(np.stack([logits, np.ones(60)], 1) * scale)
+    np.testing.assert_allclose(calibrated(raw, fit_calibration(raw)).scores, expected, atol=2e-3)
+
+
+def test_few_images_do_not_make_a_model_certain() -> None:
+    separated = single([0, 0, 1, 1], [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
+    found = calibrated(separated, fit_calibration(separated)).scores
+    assert found[0, 0] < 0.9
+    of_one_class = single([0, 0, 0], [[0.5, 0.3, 0.2]] * 3)  # of the others there is no image
+    biases = fit_calibration(of_one_class).biases
+    assert np.abs(biases).max() < 3
+    assert sum(biases) == pytest.approx(0, abs=1e-6)
+
+
+def test_weights_keep_what_they_made_frequent() -> None:
+    rng = np.random.default_rng(0)
+    labels = (np.arange(400) % 10 == 0).astype(int)  # one in ten
+    logits = 2 * rng.normal(size=400) + 4 * labels - 2  # of a model that takes both for as frequent
+    balanced = binary(labels.tolist(), (1 / (1 + np.exp(-logits))).tolist())
+    true, kept = fit_calibration(balanced), fit_calibration(balanced, [1, 9])
+    assert calibrated(balanced, true).scores[:, 1].mean() == pytest.approx(0.1, abs=0.03)
+    assert kept.biases[1] - kept.biases[0] == pytest.approx(0, abs=0.5)
+    assert true.biases[1] - true.biases[0] < -1.5
+    several_labels = replace(balanced, kind="multi-label", labels=np.eye(2)[labels])
+    assert fit_calibration(several_labels, [1, 9]).biases[1] > fit_calibration(several_labels).biases[1] + 1.2
+
+
+def test_certainty_is_calibrated_too() -> None:
     wrong = single([0, 1, 1], [[1, 0], [1, 0], [0, 1]])
-    assert 0.05 < fit_temperature(wrong) <= 20
-    assert np.isfinite(with_temperature(wrong, 3.0).scores).all()
+    assert 0.05 <= fit_calibration(wrong).temperature <= 20
+    assert np.isfinite(calibrated(wrong, Calibration(3.0)).scores).all()
     regression = Predictions("regression", ("1",), np.ones(1), np.ones(1))
-    for call in (lambda: with_temperature(wrong, 0), lambda: fit_temperature(regression)):
-        with pytest.raises(ConfigurationError, match="temperature"):
+    for call in (lambda: calibrated(regression, Calibration()), lambda: fit_calibration(regression)):
+        with pytest.raises(ConfigurationError, match="calibration is of probabilities"):
             call()
+    with pytest.raises(ConfigurationError, match="temperature is 0"):
+        Calibration(0)
 
 
 # Comparisons

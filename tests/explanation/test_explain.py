@@ -211,7 +211,7 @@ def test_no_stage_asks_the_device_for_double_precision(task: str, tmp_path: Path
     (tmp_path / "images" / "list.csv").write_text("\n".join(["image,one,other,split", *rows]))
     several = task == "multilabel"
     classes, column = 1 if task == "regression" else 2, ["one", "other"] if several else "one"
-    model = tiny_model(num_classes=classes, task=task, temperature_scaling=task != "regression")
+    model = tiny_model(num_classes=classes, task=task)
     settings: dict[str, Any] = {"resolution": 64, "mean": [0.4], "std": [0.2], "image_size": 48}
     settings |= {"manifest": "list.csv", "label_column": column}
     data = PreloadedFeatureDataModule(str(tmp_path / "images"), str(tmp_path / "store.zarr"), **settings)

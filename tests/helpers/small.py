@@ -14,6 +14,7 @@ from PIL import Image
 
 from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
 from fpt_lightning.encoder.frozen import FrozenEncoder
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.methods import ClassificationModule
 from fpt_lightning.methods.tuning import EncoderModule
 from fpt_lightning.store.specification import FeatureSpecification
@@ -138,7 +139,7 @@ def save_trained(
     randomise_learnable(module)
     module.class_names = () if regression else ("a", "b", "c")
     if not regression:
-        module.thresholds, module.temperature = {"a": 0.3, "b": 0.6}, 1.7
+        module.thresholds, module.calibration = {"a": 0.3, "b": 0.6}, Calibration(1.7, (0.4, -0.1, -0.3))
     config = module.encoder_config
     asked: dict[str, Any] = {
         "encoder": config.name,

@@ -20,7 +20,7 @@ from fpt_lightning import FPTPlusModule, PreloadedFeatureDataModule
 from fpt_lightning.cli import main
 from fpt_lightning.cli.callbacks import ResultsWriter
 from fpt_lightning.errors import CheckpointError, ConfigurationError
-from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
+from fpt_lightning.evaluation.calibration import Calibration, calibrated, fit_calibration
 from fpt_lightning.evaluation.decisions import fit_thresholds
 from fpt_lightning.evaluation.metrics import multilabel_metrics, regression_metrics
 from fpt_lightning.evaluation.predictions import Predictions
@@ -289,9 +289,11 @@ def test_numbers_without_training_labels(tiny_data: DataMaker, image_root: Path,
 # What is fitted to validation images
 
 
-def fitted(data: PreloadedFeatureDataModule, folder: Path, **changes: Any) -> tuple[FPTPlusModule, Path]:
+def fitted(
+    data: PreloadedFeatureDataModule, folder: Path, task: str = "multilabel", **changes: Any
+) -> tuple[FPTPlusModule, Path]:
     """A model after three epochs, and its checkpoint."""
-    model = model_for("multilabel", **changes)
+    model = model_for(task, **changes)
     data.preload(model, quiet_trainer(folder))
     trainer = quiet_trainer(folder, max_epochs=3)
     trainer.fit(model, data)
@@ -338,29 +340,29 @@ def validation_predictions(model: FPTPlusModule, data: PreloadedFeatureDataModul
     return model.predictions(sorted(rows))
 
 
-def test_thresholds_and_temperature_are_those_of_the_validation_images(
+def test_thresholds_and_calibration_are_those_of_the_validation_images(
     tiny_data: DataMaker, image_root: Path, tmp_path: Path
 ) -> None:
     data = data_for("multilabel", tiny_data, image_root)
-    model, path = fitted(data, tmp_path, temperature_scaling=True)
+    model, path = fitted(data, tmp_path)
     predictions = validation_predictions(model, data)
-    assert model.temperature == pytest.approx(fit_temperature(predictions), rel=1e-3)
-    assert model.temperature != 1
-    tempered = with_temperature(predictions, model.temperature)
-    assert model.thresholds == pytest.approx(fit_thresholds(tempered))
+    found = fit_calibration(predictions)
+    assert model.calibration.temperature == pytest.approx(found.temperature, rel=1e-3)
+    assert model.calibration.biases == pytest.approx(found.biases, abs=1e-3)
+    assert model.thresholds == pytest.approx(fit_thresholds(calibrated(predictions, model.calibration)))
     assert model.thresholds != pytest.approx(fit_thresholds(predictions), rel=1e-2)
     assert set(model.thresholds) >= {"red", "green"}
     again = FPTPlusModule.load_from_checkpoint(path, weights_only=True)
-    assert (again.thresholds, again.temperature) == (model.thresholds, model.temperature)
+    assert (again.thresholds, again.calibration) == (model.thresholds, model.calibration)
 
 
-@pytest.mark.parametrize("scaling", [False, True])
-def test_the_temperature_changes_test_and_prediction_where_it_is_wanted(
-    tiny_data: DataMaker, image_root: Path, tmp_path: Path, scaling: bool
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_the_calibration_changes_test_and_prediction_where_it_is_wanted(
+    tiny_data: DataMaker, image_root: Path, tmp_path: Path, calibrate: bool
 ) -> None:
     data = data_for("multilabel", tiny_data, image_root)
-    model, _ = fitted(data, tmp_path, temperature_scaling=scaling)
-    model.temperature = 2.5
+    model, _ = fitted(data, tmp_path, calibrate=calibrate)
+    model.calibration = Calibration(2.5, (0.3, 0.0, -0.2))
     trainer = quiet_trainer(tmp_path, callbacks=[ResultsWriter(tmp_path)])
     trainer.test(model, data, verbose=False)
     found = Predictions.read(tmp_path / "predictions.csv")
@@ -368,26 +370,54 @@ def test_the_temperature_changes_test_and_prediction_where_it_is_wanted(
     batch = next(iter(data.test_dataloader()))
     with torch.no_grad():
         logits = model(batch).double()
+    if calibrate:
+        logits = logits / 2.5 + torch.tensor([0.3, 0.0, -0.2])
     order = [batch["ids"].index(id) for id in found.ids]
-    np.testing.assert_allclose(found.scores, (logits / (2.5 if scaling else 1)).sigmoid()[order], atol=1e-6)
+    np.testing.assert_allclose(found.scores, logits.sigmoid()[order], atol=1e-6)
     live = trainer.predict(model, data.test_dataloader())
     assert live is not None
-    np.testing.assert_allclose(live[0]["scores"], (logits / (2.5 if scaling else 1)).sigmoid(), atol=1e-6)
+    np.testing.assert_allclose(live[0]["scores"], logits.sigmoid(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["multiclass", "coral", "multilabel"])
-def test_a_temperature_does_to_scores_what_it_does_to_predictions(name: str) -> None:
+def test_a_calibration_does_to_scores_what_it_does_to_predictions(name: str) -> None:
     task = make_task(name, 3)
     scores = task.scores(torch.randn(6, task.outputs, generator=generator())).detach()
     labels = np.zeros(6, int) if task.KIND == "single-label" else np.zeros((6, 3))
     predictions = Predictions(task.KIND, tuple("abcdef"), labels, scores.double().numpy(), ("x", "y", "z"))
-    expected = with_temperature(predictions, 1.7).scores
-    np.testing.assert_allclose(task.tempered(scores, 1.7), expected, rtol=1e-5)
+    calibration = Calibration(1.7, (0.2, 0.1, -0.3))
+    expected = calibrated(predictions, calibration).scores
+    np.testing.assert_allclose(task.calibrated(scores, calibration), expected, rtol=1e-5)
 
 
-def test_numbers_have_no_temperature() -> None:
-    with pytest.raises(ConfigurationError, match="temperature_scaling is true, which is for probabilities"):
-        model_for("regression", temperature_scaling=True)
+def test_numbers_are_not_calibrated(tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    model, _ = fitted(data_for("regression", tiny_data, image_root), tmp_path, task="regression")
+    assert not model.calibrate
+    assert model.calibration == Calibration()
+
+
+@pytest.mark.parametrize("task", ["ordinal", "multilabel"])
+def test_validation_is_measured_as_test_is(task: str, tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
+    data = data_for(task, tiny_data, image_root)
+    model, path = fitted(data, tmp_path, task=task)
+    logged = {name: float(value) for name, value in model.trainer.callback_metrics.items() if name.startswith("val_")}
+    raw = validation_predictions(model, data)
+    found = evaluate(calibrated(raw, model.calibration), resamples=2).overall
+    assert logged["val_auc"] == pytest.approx(found["auc"].value, abs=1e-4)
+    if task == "ordinal":
+        assert logged["val_accuracy"] == pytest.approx(found["accuracy"].value, abs=1e-4)
+        assert logged["val_quadratic_kappa"] == pytest.approx(found["quadratic_kappa"].value, abs=1e-4)
+    (again,) = quiet_trainer(tmp_path).validate(model_for(task), data, ckpt_path=str(path), verbose=False)
+    assert {name: again[name] for name in logged} == pytest.approx(logged, abs=1e-4)
+
+
+def test_the_weights_of_training_are_those_of_the_calibration(
+    tiny_data: DataMaker, image_root: Path, tmp_path: Path
+) -> None:
+    data = data_for("multiclass", tiny_data, image_root)
+    model, _ = fitted(data, tmp_path, task="multiclass", class_weights=[1.0, 2.0, 8.0])
+    found = fit_calibration(validation_predictions(model, data), [1.0, 2.0, 8.0])
+    assert model.calibration.biases == pytest.approx(found.biases, abs=1e-3)
 
 
 # Through the command line

@@ -133,10 +133,7 @@ def test_every_method(name: str, tiny_data: DataMaker, tmp_path: Path) -> None:
 def test_every_task(task: str, tiny_data: DataMaker, image_root: Path, tmp_path: Path) -> None:
     data = data_for(task, tiny_data, image_root, orientations=8)
     balanced = {} if task in ("coral", "regression") else {"class_weights": "balanced"}
-    scaled = {} if task == "regression" else {"temperature_scaling": True}
-    model = tiny_model(
-        num_classes=CLASSES[task], task=task, test_time_orientations=8, prompt_head=True, **balanced, **scaled
-    )
+    model = tiny_model(num_classes=CLASSES[task], task=task, test_time_orientations=8, prompt_head=True, **balanced)
     assert not trained(model, data, tmp_path, evaluate=True).names
 
 

@@ -46,7 +46,7 @@ def configuration(root: Path, folder: Path, devices: int, global_batch: int = 8)
         },
         "model": {
             "class_path": "FPTPlusModule",
-            "init_args": {"num_classes": 3, "learning_rate": 3e-3, "dropout": 0.0, "temperature_scaling": True, **TINY},
+            "init_args": {"num_classes": 3, "learning_rate": 3e-3, "dropout": 0.0, **TINY},
         },
         "data": {
             "class_path": "PreloadedFeatureDataModule",
@@ -113,7 +113,9 @@ def test_each_image_counts_once(runs: dict[int, Path]) -> None:
 def test_what_is_fitted_to_validation_is_of_all_its_images(runs: dict[int, Path]) -> None:
     fitted = [torch.load(runs[n] / "last.ckpt", weights_only=True)["fpt_lightning"] for n in (1, 2)]
     assert fitted[1]["thresholds"] == pytest.approx(fitted[0]["thresholds"], abs=1e-3)
-    assert fitted[1]["temperature"] == pytest.approx(fitted[0]["temperature"], rel=1e-2)
+    one, two = (each["calibration"] for each in fitted)
+    assert two["temperature"] == pytest.approx(one["temperature"], rel=1e-2)
+    assert two["biases"] == pytest.approx(one["biases"], abs=1e-2)
 
 
 def test_validation_metrics_are_of_all_its_images(runs: dict[int, Path]) -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ import evidence
 import evidence_figures
 import selected_tokens
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.specification import FeatureShape
@@ -91,10 +92,15 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
     folds = sorted((tmp_path / "out/fundus_grade-64/fpt_plus").glob("fold*/lr0.001-*/seed0/predictions.csv"))
     tested = [row["path"] for path in folds for row in csv.DictReader(path.open(newline=""))]
     assert sorted(tested) == [f"images/{i:03d}.png" for i in range(40)]  # once each
+    own = sorted((tmp_path / "out/fundus_grade-64/stored_linear").glob("fold*/*/seed0/predictions.csv"))
+    given = [row for path in own for row in csv.DictReader(path.open(newline=""))]
+    right = np.mean([row["grade"] == row["most_probable"] for row in given])
+    assert found["stored_linear"]["calibrated"]["accuracy"]["value"] == pytest.approx(right)
 
     table = (tmp_path / "evidence_fundus_64.md").read_text()
     assert "40 images of 20 patients" in table
-    assert table.count("\n| FPT+ |") == 1
+    assert table.count("\n| FPT+ |") == 2  # as trained, and calibrated
+    assert "| calibrated | AUC x 100 | accuracy x 100 |" in table
 
     # Tasks that were run elsewhere stay
     path = tmp_path / "evidence_fundus_64.json"
@@ -115,6 +121,14 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
     run("--methods", "stored_linear", "fpt_plus")
     assert "running" not in capsys.readouterr().out
     assert run("--methods", "stored_linear", "fpt_plus", "--write") == found
+    # A cell whose scores were dropped, and are needed now
+    records = next((tmp_path / "out/records").rglob("stored_linear.json"))
+    kept = json.loads(records.read_text())
+    kept["fold1/lr0.01-wd0.1/seed0"]["test"] = {}
+    records.write_text(json.dumps(kept))
+    run("--methods", "stored_linear")
+    assert "running" in capsys.readouterr().out
+    assert len(json.loads(records.read_text())["fold1/lr0.01-wd0.1/seed0"]["test"]) > 10
     with pytest.raises(ConfigurationError, match=r"stored_linear.json has a record of fold1/.* with other settings"):
         run("--methods", "stored_linear", "--epochs", "2")
 
@@ -147,6 +161,31 @@ def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(
     assert f"fpt_plus_prompt_head minus Query tokens, stored: {100 * minus['value']:+.1f} [" in evidence.table(
         "fundus_referable", found
     )
+
+
+def test_tables_are_of_scores_as_trained_and_say_what_calibration_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that ranks rightly, and finds most images to be of the first class."""
+    ids = [f"{i:02d}.png" for i in range(40)]
+    rows = {id: {"image": id, "label": ("no", "yes")[i // 20], "patient": f"p{i}"} for i, id in enumerate(ids)}
+    raw = np.stack([1 - np.linspace(0.01, 0.6, 40), np.linspace(0.01, 0.6, 40)], 1)
+    ids, labels = tuple(ids), np.arange(40) // 20
+    calibration = fit_calibration(Predictions("single-label", ids, labels, raw, ("no", "yes")))
+    scores = calibrated(Predictions("single-label", ids, labels, raw, ("no", "yes")), calibration).scores
+    cell = replace(
+        of_validation(0.5),
+        test={str(i): each for i, each in enumerate(scores.tolist())},
+        calibration=asdict(calibration),
+    )
+    np.testing.assert_allclose([*cell.uncalibrated().test.values()], raw, rtol=1e-6)
+    monkeypatch.setattr(evidence.Protocol, "cells", lambda self, name, method: [[cell]] * (method == "query_tokens"))
+    monkeypatch.setattr(evidence.Protocol, "labelled", lambda self, name: rows)
+    monkeypatch.setattr(evidence, "_cost", lambda protocol, name, method, seeds: {"label": method})
+    found = evidence.results(PROTOCOL, "fundus_referable", ["query_tokens"], resamples=50)["query_tokens"]["calibrated"]
+    assert found["auc"]["before"] == found["auc"]["value"] == 1
+    assert found["accuracy"]["before"] == pytest.approx((raw.argmax(1) == labels).mean())
+    assert found["accuracy"]["value"] == pytest.approx((scores.argmax(1) == labels).mean())
+    assert found["accuracy"]["difference"]["value"] > 0.2
+    assert found["brier"]["value"] < found["brier"]["before"]
 
 
 def of_validation(value: float) -> Record:
@@ -187,7 +226,16 @@ def test_the_first_fold_chooses_rates_of_a_methods_own_and_a_table_has_the_finis
     """Of a method with the encoder inside one seed is asked for, of others all, as far as every fold is finished."""
     asked = []
 
-    def of(self: object, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool) -> Any:
+    def of(
+        self: object,
+        name: str,
+        method: str,
+        fold: int,
+        pair: tuple[float, float],
+        seed: int,
+        run: bool,
+        scores: bool = False,
+    ) -> Any:
         asked.append((fold, pair[0], seed))
         unfinished = method == "default" and (fold, seed) == (2, 1)
         return None if unfinished else of_validation(pair[0] if fold == 1 else -pair[0])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +34,7 @@ from fpt_lightning.deployment.card import CARD, Outcome, write_card
 from fpt_lightning.encoder.execution import device_name
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import ConfigurationError
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.evaluation.cases import RULES, by_case, evaluate_cases
 from fpt_lightning.evaluation.conformal import DEFAULT_COVERAGE, Sets, shortage
 from fpt_lightning.evaluation.gallery import largest_errors
@@ -277,6 +279,7 @@ class ResultsWriter(L.Callback):
         metrics: what ``metrics.json`` holds, by checkpoint.
         evaluations: of the test images, by checkpoint; ``evaluation.json`` holds them.
         cases: of the cases that they are of, where there are any, likewise.
+        calibrations: by which probabilities were calibrated, likewise; none where they were not.
         told: where they are.
         fitted: the epoch that is tested, from 0, where this trainer fitted it: its validation stands beside the test,
             and a test AUC far from its AUC is pointed out.
@@ -292,6 +295,7 @@ class ResultsWriter(L.Callback):
         self.metrics: dict[str, dict[str, float | None]] = {}
         self.evaluations: dict[str, Evaluation] = {}
         self.cases: dict[str, Evaluation] = {}
+        self.calibrations: dict[str, list[Calibration]] = {}
         self.fitted: int | None = None
         self.pictures = 0
         self.writes = True
@@ -341,6 +345,7 @@ class ResultsWriter(L.Callback):
                 validation_auc=validation_auc,
             )
             self.evaluations[self.checkpoint] = evaluation
+            self.calibrations[self.checkpoint] = pl_module.calibrations if pl_module.calibrate else []
             cases = _evaluated_cases(predictions, pl_module)
             if cases is not None:
                 self.cases[self.checkpoint] = cases
@@ -383,7 +388,7 @@ class ResultsWriter(L.Callback):
     def _content(self, name: str) -> dict[str, Any]:
         """What ``evaluation.json`` holds of a checkpoint."""
         cases = {"cases": self.cases[name].to_dict()} if name in self.cases else {}
-        return self.evaluations[name].to_dict() | cases
+        return self.evaluations[name].to_dict() | cases | {"calibrations": list(map(asdict, self.calibrations[name]))}
 
     def _report(
         self,
@@ -496,7 +501,8 @@ def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:
 def _about(module: ClassificationModule) -> dict[str, str]:
     """What identifies a model and the software that tested it."""
     learnable = f"{module.learnable_parameters:,} ({100 * module.learnable_ratio:.2f}% of all)"
-    fitted = {} if not module.temperature_scaling else {"temperature": f"{module.temperature:.4g}"}
+    alone = module.calibrate and len(module.calibrations) == 1
+    fitted = {"calibration": str(module.calibration)} if alone else {}
     names = ("fpt-lightning", "torch", "lightning", "timm")
     return {
         "method": module.LABEL,

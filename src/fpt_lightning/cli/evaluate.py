@@ -46,7 +46,7 @@ def evaluate(
         validation: predictions of validation images, on which thresholds are fitted (Youden's index), and from which
             prediction sets come.
         thresholds: by class, in place of fitted ones.
-        calibrate: whether a temperature is fitted on the validation images too, and applied.
+        calibrate: whether a temperature and biases are fitted on the validation images too, and applied.
         title: of the report; the name of the predictions file by default.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -96,13 +96,13 @@ def evaluate(
         about["fitted on"] = validation
         if calibrate:
             from fpt_lightning.evaluation.calibration import (
-                fit_temperature,
-                with_temperature,
+                calibrated,
+                fit_calibration,
             )  # SciPy takes half a second
 
-            temperature = fit_temperature(fitting)
-            found, fitting = (with_temperature(each, temperature) for each in (found, fitting))
-            about["temperature"] = f"{temperature:.4g}"
+            calibration = fit_calibration(fitting)
+            found, fitting = (calibrated(each, calibration) for each in (found, fitting))
+            about["calibration"] = str(calibration)
         if found.kind != "regression":
             thresholds = fit_thresholds(fitting) | (thresholds or {})
             validation_auc = scores.evaluate(fitting, resamples=1).overall["auc"].value

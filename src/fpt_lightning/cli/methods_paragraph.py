@@ -48,7 +48,7 @@ def methods_paragraph(
         told.append(_images(data.labelled))
     if epoch is not None:
         told += [_training(trainer, module, data), _choice(trainer, module, checkpoint, epoch)]
-    told.append(_intervals(evaluation))
+    told += [_intervals(evaluation), *_calibration(module)]
     if evaluation.thresholds:
         told.append("Thresholds were fitted to the validation images by Youden's index.")
     return " ".join([*told, _versions()])
@@ -96,7 +96,7 @@ def folds_paragraph(
         told.append(f"Scores of {'several seeds' if found.held_out else 'all models'} are averaged.")
     if found.held_out:
         told.append("The folds' predictions are pooled.")
-    told.append(_intervals(evaluation))
+    told += [_intervals(evaluation), *_calibration(module)]
     if evaluation.thresholds:
         of_which = "the other folds' predictions" if found.held_out else "the validation images"
         told.append(f"Images were decided for by thresholds that were fitted to {of_which} by Youden's index.")
@@ -151,6 +151,12 @@ def _crossing(found: int, total: int, what: str) -> str:
 def _intervals(evaluation: Evaluation) -> str:
     unit = f"{evaluation.unit}s" if evaluation.groups is None else "groups"
     return f"Intervals are 95% percentile intervals of {evaluation.resamples:,} bootstrap resamples of {unit}."
+
+
+def _calibration(module: ClassificationModule) -> list[str]:
+    weighted = " with the class weights of the training" if module.hparams["class_weights"] else ""
+    how = f"a temperature and a bias of each class, fitted to the validation images{weighted}"
+    return [f"Probabilities were calibrated by {how}."] if module.calibrate else []
 
 
 def _versions() -> str:

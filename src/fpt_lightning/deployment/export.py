@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -120,7 +120,7 @@ class Classifier(nn.Module):
             "classes": [] if regression else list(module.output_names),
             "thresholds": module.thresholds,
             "prediction_sets": _sets_about(module),
-            "temperature": module.temperature if module.temperature_scaling else 1.0,
+            "calibrations": [asdict(each) for each in module.calibrations] if module.calibrate else [],
             "input": {
                 "name": "images",
                 "shape": ["batch", 3, *asked.resolution],
@@ -193,7 +193,7 @@ def export(
     With ``--format hub`` it is a folder to share, which ``Predictor.from_pretrained`` reads
     (``fpt_lightning.deployment.hub``); what follows is of files. The model card comes with each.
 
-    The batch may be of any size. Normalisation, the side network's image and the fitted temperature are inside;
+    The batch may be of any size. Normalisation, the side network's image and the calibration are inside;
     decoding, cropping, padding and resizing to the resolution are not, and are described in the file's metadata with
     classes and thresholds. Before it appears, the file's outputs are held against PyTorch's. For research only: this is
     not a medical device.

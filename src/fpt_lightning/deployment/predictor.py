@@ -114,7 +114,7 @@ class Predictor:
                 a frame or page, or arrays (height, width, 3) in RGB or (height, width), uint8 or uint16 at full scale.
 
         Returns:
-            Predictions without labels, in the order given, of probabilities by the fitted temperature. The ids are
+            Predictions without labels, in the order given, of calibrated probabilities. The ids are
             paths: below the folder, as in ``fpt-lightning predict``, or as given; of arrays ``array_0``, by position.
 
         Raises:

@@ -20,7 +20,7 @@ from fpt_lightning.data.orientations import check_orientations, oriented_pixels,
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError, check_at_least
-from fpt_lightning.evaluation.calibration import fit_temperature, with_temperature
+from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
 from fpt_lightning.evaluation.cases import by_case, choose_rule
 from fpt_lightning.evaluation.conformal import Sets, fit_nonconformity, prediction_sets, shortage
 from fpt_lightning.evaluation.decisions import fit_thresholds
@@ -114,8 +114,9 @@ class ClassificationModule(TrainedModule, ABC):
         warmup_epochs: of linear increase from 0.
         class_weights: None, ``balanced`` or one number a class; in a multi-label task, of a class's positive images.
         label_smoothing: of the cross-entropy, in [0, 1).
-        temperature_scaling: whether probabilities in test and prediction are calibrated by a temperature that is fitted
-            to the validation images (``fpt_lightning.evaluation.calibration.fit_temperature``).
+        calibrate: whether probabilities in test and prediction are calibrated by a temperature and a bias of each
+            class, fitted to the validation images (``fpt_lightning.evaluation.calibration``). Not in the paper, and
+            nothing to a regression.
         test_time_orientations: of how many orientations of an image validation, test and prediction take the mean
             logits: 1, 2 (its mirror image too), 4 (upside down too) or 8 (quarter turns too, of square images;
             ``fpt_lightning.data.orientations``); a store must have as many (``data.orientations``). Not in the paper.
@@ -146,7 +147,7 @@ class ClassificationModule(TrainedModule, ABC):
         class_weights: Weights = None,
         label_smoothing: float = 0.0,
         task: TaskName = "multiclass",
-        temperature_scaling: bool = False,
+        calibrate: bool = True,
         test_time_orientations: int = 1,
     ) -> None:
         super().__init__()
@@ -157,12 +158,9 @@ class ClassificationModule(TrainedModule, ABC):
         self.task = make_task(task, num_classes, class_weights, label_smoothing)
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, (betas[0], betas[1])
         self.warmup_epochs = warmup_epochs
-        if temperature_scaling and self.task.KIND == "regression":
-            raise ConfigurationError(
-                "model.temperature_scaling is true, which is for probabilities, not for regression."
-            )
         check_orientations("model.test_time_orientations", test_time_orientations)
-        self.temperature_scaling, self.test_time_orientations = temperature_scaling, test_time_orientations
+        self.calibrate = calibrate and self.task.KIND != "regression"
+        self.test_time_orientations = test_time_orientations
         self._steps = 0  # that the optimiser had taken when the last batch ended
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
@@ -266,10 +264,10 @@ class ClassificationModule(TrainedModule, ABC):
         return self.task.loss(logits, labels)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Probabilities (B, classes), by the fitted temperature but in fit, or numbers (B,), of ``forward``'s fp32."""
+        """Probabilities (B, classes), calibrated but in fit, or numbers (B,), of ``forward``'s fp32."""
         scores = self.task.scores(logits)
         fitting = self.trainer.state.fn == "fit" if self._trainer is not None else False
-        return scores if fitting or not self.temperature_scaling else self.task.tempered(scores, self.temperature)
+        return scores if fitting or not self.calibrate else self.task.calibrated(scores, self.calibration)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test", self.test_metrics, self.test_loss)
@@ -280,20 +278,28 @@ class ClassificationModule(TrainedModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Fit to this epoch's validation images what decides later.
 
-        It is the temperature if wanted, what prediction sets come from, thresholds, and how cases are predicted. All
-        are kept in checkpoints, and of probabilities by the temperature, as in test and prediction.
+        It is the calibration if wanted, what prediction sets come from, thresholds, and how cases are predicted. All
+        are kept in checkpoints, and of calibrated probabilities, as metrics are, in validation too.
         """
+        own, self._validated = self._validated, []
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            predictions = self.predictions(from_all_processes(own), samples_of(self.trainer))
+            if predictions.known.any():
+                self._fit(predictions if not self.calibrate else self._calibrated(predictions, own))
         self._log_evaluation("val", self.val_metrics, self.val_loss)
-        rows = from_all_processes(self._validated)
-        self._validated = []
-        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
-            return
-        predictions = self.predictions(rows, samples_of(self.trainer))
-        if not predictions.known.any():
-            return
-        if self.temperature_scaling:
-            self.temperature = fit_temperature(predictions)
-            predictions = with_temperature(predictions, self.temperature)
+
+    def _calibrated(self, predictions: Predictions, own: Sequence[tuple[str, Any, Any]]) -> Predictions:
+        """Fit the calibration to predictions, by which this process's ones are measured again."""
+        weights: Tensor | None = getattr(self.task, "weights", None)
+        self.calibration = fit_calibration(predictions, None if weights is None else weights.tolist())
+        self.val_metrics.reset()
+        if own:
+            labels, scores = (torch.tensor([row[i] for row in own], device=self.device) for i in (1, 2))
+            self.val_metrics.update(self.task.calibrated(scores, self.calibration), self.task.targets(labels))
+        return calibrated(predictions, self.calibration)
+
+    def _fit(self, predictions: Predictions) -> None:
+        """Fit sets, thresholds and the rule of cases to labelled predictions."""
         self.nonconformity = fit_nonconformity(predictions)
         if self.task.KIND == "regression":
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from inspect import signature
 from typing import Any, cast
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fpt_lightning.errors import CheckpointError, ConfigurationError
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.base import ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
-from fpt_lightning.methods.record import KEY, TrainingRecord
+from fpt_lightning.methods.record import KEY, TrainingRecord, calibration_of
 
 MOST = 1000
 """Members that an ensemble may have: a stranger's checkpoint may ask for any number."""
@@ -34,27 +35,32 @@ class EnsembleModule(FeatureModule):
     Args:
         num_classes: number of classes.
         member: the members' class, such as ``FPTPlusModule``.
-        temperatures: one a member, fitted to its validation images; 1 changes nothing.
+        calibrations: one a member, fitted to its validation images, as plain values
+            (``fpt_lightning.evaluation.calibration.Calibration``).
         **kwargs: the arguments that the members were made with.
 
     Raises:
-        ConfigurationError: another class, no or too many members, or temperatures that are none.
+        ConfigurationError: another class, no or too many members, or calibrations that are none.
     """
 
-    def __init__(self, num_classes: int, member: str, temperatures: list[float], **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, member: str, calibrations: list[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(num_classes, **{name: value for name, value in kwargs.items() if name in _SHARED})
         self.save_hyperparameters()
         method = feature_method(member)
         if method is None:
             raise ConfigurationError(f"member is {member!r}, which is no method on a frozen encoder's features.")
-        if not _are_temperatures(temperatures):
-            raise ConfigurationError(f"temperatures is {temperatures!r:.80}: give 1 to {MOST} numbers above 0.")
-        members = _build(method, temperatures, {"num_classes": num_classes, **kwargs})
+        self._calibrations = _calibrations(calibrations, num_classes)
+        members = _build(method, len(self._calibrations), {"num_classes": num_classes, **kwargs})
         self.members, first = nn.ModuleList(members), members[0]
         self.encoder_config, self.side_resolution = first.encoder_config, first.side_resolution
         self.LABEL = f"{method.LABEL}, mean of {len(members)}"  # type: ignore[misc]
         self.INPUTS = first.INPUTS  # type: ignore[misc]
         self.ARCHITECTURE = (*first.ARCHITECTURE, "member")  # type: ignore[misc]
+
+    @property
+    def calibrations(self) -> list[Calibration]:
+        """Of each member."""
+        return self._calibrations
 
     @classmethod
     def of(
@@ -88,8 +94,8 @@ class EnsembleModule(FeatureModule):
             for name in ("method", "classes", "specification"):
                 _require_same(name, path, getattr(first, name), other, getattr(record, name))
             _require_same("hyper_parameters", path, given[path], other, given[other])
-        temperatures = [record.temperature for record in records.values()]
-        ensemble = cls(member=first.method, temperatures=temperatures, **given[path])
+        calibrations = [asdict(record.calibration) for record in records.values()]
+        ensemble = cls(member=first.method, calibrations=calibrations, **given[path])
         for member, checkpoint in zip(ensemble.members, checkpoints.values(), strict=True):
             cast(FeatureModule, member).on_load_checkpoint(checkpoint)
             member.load_state_dict(checkpoint["state_dict"])
@@ -111,15 +117,15 @@ class EnsembleModule(FeatureModule):
 
         Raises:
             CheckpointError: damaged.
-            ConfigurationError: temperatures that are none.
+            ConfigurationError: calibrations that are none.
         """
         name = type(module).__name__
         if not is_ensemble(checkpoint) or feature_method(name) is not type(module):
             return module
         TrainingRecord.of(checkpoint)
-        temperatures = checkpoint["hyper_parameters"].get("temperatures", [])
+        calibrations = checkpoint["hyper_parameters"].get("calibrations", [])
         own = _arguments({"hyper_parameters": dict(module.hparams)})
-        return cls(member=name, temperatures=temperatures, **own)
+        return cls(member=name, calibrations=calibrations, **own)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits of every member (B, members, ``task.outputs``), of a batch as the members take it.
@@ -133,12 +139,12 @@ class EnsembleModule(FeatureModule):
         return torch.stack([member(batch).float() for member in self.members], 1)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """The mean of the members' probabilities (B, classes), each by its temperature, or of their numbers (B,)."""
+        """The mean of the members' probabilities (B, classes), each calibrated, or of their numbers (B,)."""
         scored = []
-        for i, temperature in enumerate(self.hparams["temperatures"]):
+        for i, calibration in enumerate(self.calibrations):
             task = cast(ClassificationModule, self.members[i]).task
             scores = task.scores(logits[:, i])
-            scored.append(task.tempered(scores, temperature) if self.temperature_scaling else scores)
+            scored.append(task.calibrated(scores, calibration) if self.calibrate else scores)
         return torch.stack(scored).mean(0)
 
     def evaluated_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -169,18 +175,23 @@ def feature_method(name: str) -> type[FeatureModule] | None:
     return found.get(name)
 
 
-def _are_temperatures(given: Any) -> bool:
-    """Whether they are, of what a stranger's checkpoint may hold."""
-    numbers = isinstance(given, list) and all(type(t) in (int, float) and math.isfinite(t) and t > 0 for t in given)
-    return numbers and 1 <= len(given) <= MOST
+def _calibrations(given: Any, classes: int) -> list[Calibration]:
+    """Of what a stranger's checkpoint may hold."""
+    found = [calibration_of(each) for each in given] if isinstance(given, list) else []
+    sound = [each for each in found if each is not None and len(each.biases) in (0, classes)]
+    if len(sound) != len(found) or not 1 <= len(found) <= MOST:
+        raise ConfigurationError(
+            f"calibrations is {given!r:.80}: give 1 to {MOST}, each a temperature above 0 and a bias of each class."
+        )
+    return sound
 
 
-def _build(method: type[FeatureModule], temperatures: Sequence[float], given: dict[str, Any]) -> list[FeatureModule]:
-    """A module for each temperature.
+def _build(method: type[FeatureModule], count: int, given: dict[str, Any]) -> list[FeatureModule]:
+    """Modules of the same arguments.
 
     Here, as a module that is made in another's ``__init__`` would take that one's arguments for its hyperparameters.
     """
-    return [method(**given) for _ in temperatures]
+    return [method(**given) for _ in range(count)]
 
 
 def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

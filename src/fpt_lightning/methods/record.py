@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fpt_lightning.errors import CheckpointError, FPTError, NonFiniteError, a_few
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.evaluation.cases import RULES, Rule
 from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.store.specification import FeatureSpecification
@@ -33,7 +34,7 @@ class TrainingRecord:
         split: digest of the split trained on, where it was drawn.
         seen: digests (N,) of the training and of the validation images and groups, int64.
         thresholds: by class, fitted to the validation images.
-        temperature: fitted likewise; 1 changes nothing.
+        calibration: fitted likewise.
         case_rule: by which the predictions of cases come of their images', chosen on validation; None without cases.
         case_thresholds: by class, fitted to the validation cases.
         nonconformity: of the validation images, from which prediction sets come
@@ -47,7 +48,7 @@ class TrainingRecord:
     split: str = ""
     seen: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
-    temperature: float = 1.0
+    calibration: Calibration = field(default_factory=Calibration)
     case_rule: Rule | None = None
     case_thresholds: dict[str, float] = field(default_factory=dict)
     nonconformity: Nonconformity = field(default_factory=dict)
@@ -71,8 +72,7 @@ class TrainingRecord:
         arguments, tensors = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
         if not isinstance(arguments, dict) or not isinstance(tensors, dict):
             raise _damaged("it has no hyper_parameters, or no state_dict.")
-        if isinstance(arguments.get("test_time_mirroring"), bool):
-            arguments["test_time_orientations"] = 1 + arguments.pop("test_time_mirroring")
+        about = _by_present_names(about, arguments)
         for name, value in tensors.items():
             if not isinstance(value, Tensor) or value.is_sparse or value.is_complex():
                 raise _damaged(f"{name} of its state_dict is {type(value).__name__}, no plain tensor.")
@@ -88,7 +88,35 @@ class TrainingRecord:
         except (FPTError, TypeError, AttributeError) as error:
             raise _damaged(str(error)) from error
         given = {name: about[name] for name in _SOUND if name in about}
-        return cls(**{**given, "classes": tuple(about["classes"])}, specification=specification)
+        given |= {"classes": tuple(about["classes"]), "calibration": calibration_of(about["calibration"])}
+        return cls(**given, specification=specification)
+
+
+def _by_present_names(about: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds; its arguments are changed in place."""
+    if isinstance(arguments.get("test_time_mirroring"), bool):
+        arguments["test_time_orientations"] = 1 + arguments.pop("test_time_mirroring")
+    if "temperature_scaling" in arguments:
+        arguments["calibrate"] = arguments.pop("temperature_scaling")
+    if isinstance(arguments.get("temperatures"), list):
+        arguments["calibrations"] = [_of_temperature(each) for each in arguments.pop("temperatures")]
+    return {"calibration": _of_temperature(about["temperature"]), **about} if "temperature" in about else about
+
+
+def _of_temperature(temperature: Any) -> dict[str, Any]:
+    return {"temperature": temperature, "biases": []}
+
+
+def calibration_of(given: Any) -> Calibration | None:
+    """The calibration that plain values hold; None where it is none."""
+    if not isinstance(given, Mapping) or given.keys() != {"temperature", "biases"}:
+        return None
+    temperature, biases = given["temperature"], given["biases"]
+    if not _is_number(temperature) or temperature <= 0:
+        return None
+    if not isinstance(biases, list | tuple) or not all(map(_is_number, biases)):
+        return None
+    return Calibration(temperature, tuple(biases))
 
 
 def _is_number(value: Any) -> bool:
@@ -117,7 +145,7 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
         and all(isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1 for t in seen.values())
     ),
     "thresholds": lambda by_class: isinstance(by_class, dict) and all(map(_is_number, by_class.values())),
-    "temperature": lambda temperature: _is_number(temperature) and temperature > 0,
+    "calibration": lambda given: calibration_of(given) is not None,
     "case_rule": lambda rule: rule in (None, *RULES),
     "case_thresholds": lambda by_class: isinstance(by_class, dict) and all(map(_is_number, by_class.values())),
     "nonconformity": lambda by_label: isinstance(by_label, dict) and all(map(_is_nonconformity, by_label.values())),

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from fpt_lightning.data.manifest import Kind
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.evaluation.calibration import SMALLEST_PROBABILITY
+from fpt_lightning.evaluation.calibration import SMALLEST_OF_A_LABEL, SMALLEST_PROBABILITY, Calibration
 from fpt_lightning.evaluation.metrics import classification_metrics, multilabel_metrics, regression_metrics
 
 TaskName = Literal["multiclass", "multilabel", "ordinal", "coral", "regression"]
@@ -57,9 +57,9 @@ class Task(nn.Module, ABC):
     def metrics(self, prefix: str) -> MetricCollection:
         """What is measured in validation and test, from scores and ``targets``."""
 
-    def tempered(self, scores: Tensor, temperature: float) -> Tensor:
-        """Probabilities as a temperature changes them (``fpt_lightning.evaluation.calibration.with_temperature``)."""
-        return (scores.clamp(min=SMALLEST_PROBABILITY).log() / temperature).softmax(-1)
+    def calibrated(self, scores: Tensor, calibration: Calibration) -> Tensor:
+        """Probabilities as ``fpt_lightning.evaluation.calibration.calibrated`` changes them."""
+        return _shifted(scores.clamp(min=SMALLEST_PROBABILITY).log(), calibration).softmax(-1)
 
     def targets(self, labels: Tensor) -> Tensor:
         """Labels as the metrics take them."""
@@ -202,8 +202,8 @@ class Multilabel(Task):
     def metrics(self, prefix: str) -> MetricCollection:
         return multilabel_metrics(self.num_classes, prefix)
 
-    def tempered(self, scores: Tensor, temperature: float) -> Tensor:
-        return (scores.logit(SMALLEST_PROBABILITY) / temperature).sigmoid()
+    def calibrated(self, scores: Tensor, calibration: Calibration) -> Tensor:
+        return _shifted(scores.logit(SMALLEST_OF_A_LABEL), calibration).sigmoid()
 
     def targets(self, labels: Tensor) -> Tensor:
         """-1 where unknown."""
@@ -264,6 +264,11 @@ def task_class(name: str) -> type[Task]:
     if name not in classes:
         raise ConfigurationError(f"model.task is {name!r}: choose one of {', '.join(TASKS)}.")
     return classes[name]
+
+
+def _shifted(logits: Tensor, calibration: Calibration) -> Tensor:
+    scaled = logits / calibration.temperature
+    return scaled + scaled.new_tensor(calibration.biases) if calibration.biases else scaled
 
 
 def make_task(name: str, num_classes: int, class_weights: Weights = None, label_smoothing: float = 0.0) -> Task:

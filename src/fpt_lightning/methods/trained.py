@@ -16,6 +16,7 @@ from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.encoder.precision import check_precision
 from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.errors import CheckpointError, a_few
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.evaluation.cases import Rule
 from fpt_lightning.evaluation.conformal import Nonconformity
 from fpt_lightning.methods.record import KEY, TrainingRecord, check_resumable
@@ -33,7 +34,7 @@ class TrainedModule(L.LightningModule):
         class_names: in the order of the outputs; empty for a model that never met a data module of this package.
         specification: of the features trained on, which says what images must be; None likewise.
         thresholds: by class, fitted to the validation images.
-        temperature: fitted likewise; 1 changes nothing.
+        calibration: fitted likewise; at first one that changes nothing.
         case_rule: by which cases are predicted from their images, chosen on validation; None without cases.
         case_thresholds: by class, fitted to the validation cases.
         nonconformity: of the validation images, from which prediction sets come.
@@ -52,7 +53,7 @@ class TrainedModule(L.LightningModule):
         super().__init__()
         self.class_names: tuple[str, ...] = ()
         self.specification: FeatureSpecification | None = None
-        self.temperature, self.thresholds = 1.0, dict[str, float]()
+        self.calibration, self.thresholds = Calibration(), dict[str, float]()
         self.case_rule: Rule | None = None
         self.case_thresholds: dict[str, float] = {}
         self.nonconformity: Nonconformity = {}
@@ -66,6 +67,11 @@ class TrainedModule(L.LightningModule):
     def output_names(self) -> tuple[str, ...]:
         """The classes' names; numbers for a model that never met a data module of this package."""
         return self.class_names or tuple(f"class_{label}" for label in range(self.num_classes))
+
+    @property
+    def calibrations(self) -> list[Calibration]:
+        """Of each model whose probabilities are averaged; of one."""
+        return [self.calibration]
 
     def check_weights(self, digest: str) -> None:
         """Hold the weights of the encoder that was loaded against those that this model was trained with.
@@ -217,7 +223,7 @@ class TrainedModule(L.LightningModule):
             self._split_digest,
             self._seen,
             self.thresholds,
-            self.temperature,
+            self.calibration,
             self.case_rule,
             self.case_thresholds,
             self.nonconformity,
@@ -246,8 +252,13 @@ class TrainedModule(L.LightningModule):
             raise CheckpointError(
                 f"the checkpoint is damaged: its nonconformity is of {a_few(sorted(map(str, record.nonconformity)))}."
             )
+        if len(record.calibration.biases) not in (0, len(self.output_names)):
+            raise CheckpointError(
+                f"the checkpoint is damaged: it has {len(record.calibration.biases)} biases of "
+                f"{len(self.output_names)} classes."
+            )
         self._seed, self._split_digest, self._seen = record.seed, record.split, record.seen
-        self.thresholds, self.temperature = record.thresholds, record.temperature
+        self.thresholds, self.calibration = record.thresholds, record.calibration
         self.case_rule, self.case_thresholds = record.case_rule, record.case_thresholds
         self.nonconformity = record.nonconformity
 
