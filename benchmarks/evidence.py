@@ -84,11 +84,11 @@ def _side(resolution: int) -> Entry:
     return Entry("fpt_plus", f"FPT+ with a prompt head, side images of {resolution} pixels", model, rates=(1e-3,))
 
 
-def _turned(count: int, name: str, entry: Entry, zoom: bool = False) -> Entry:
+def _turned(count: int, name: str, entry: Entry, zoom: float = 1.0) -> Entry:
     """With several orientations of every image, in training and in evaluation."""
     label, model = f"{entry.label.removesuffix(', stored')}, {name}", {**entry.model, "test_time_orientations": count}
-    data, store = {"orientations": count, **({"zoom": True} if zoom else {})}, f"-{count}-orientations"
-    return entry._replace(label=label, model=model, data=data, store=f"{store}-zoomed" if zoom else store)
+    data, store = {"orientations": count, **({"zoom": zoom} if zoom < 1 else {})}, f"-{count}-orientations"
+    return entry._replace(label=label, model=model, data=data, store=f"{store}-zoomed" if zoom < 1 else store)
 
 
 _HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
@@ -101,12 +101,12 @@ ROWS = {
     "fpt_plus_prompt_head": _HEAD,
     "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
-    "query_tokens_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _QUERIES, zoom=True),
-    "fpt_plus_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _HEAD, zoom=True),
+    "query_tokens_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _QUERIES, zoom=0.55),
+    "fpt_plus_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _HEAD, zoom=0.55),
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
     "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
-    "query_tokens_zoomed": _turned(8, "all orientations, zoomed", _QUERIES, zoom=True),
-    "fpt_plus_zoomed": _turned(8, "all orientations, zoomed", _HEAD, zoom=True),
+    "query_tokens_zoomed": _turned(8, "all orientations, zoomed", _QUERIES, zoom=0.55),
+    "fpt_plus_zoomed": _turned(8, "all orientations, zoomed", _HEAD, zoom=0.55),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
     "linear": Entry("linear", "Linear probing, augmented", rates=(1e-3, 3e-3, 1e-2)),
     "bitfit": Entry("bitfit", "BitFit", rates=(3e-4, 1e-3, 3e-3)),

@@ -121,7 +121,7 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
 ) -> None:
     monkeypatch.setattr("fpt_lightning.methods.base.choose_rule", lambda validation: "noisy-or")
     root = tmp_path / "run"
-    cased += ["--data.orientations", "2", "--data.zoom", "true"]
+    cased += ["--data.orientations", "2", "--data.zoom", "0.6"]
     cased += ["--model.test_time_orientations", "2", "--model.label_smoothing", "0.1"]
     run("fit", *cased, "--report_pictures", 2)
     record = torch.load(root / "best.ckpt", weights_only=True)["fpt_lightning"]

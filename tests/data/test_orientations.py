@@ -9,6 +9,7 @@ import torch
 from fpt_lightning.data.orientations import (
     COUNTS,
     check_orientations,
+    check_zoom,
     evaluated_at_once,
     oriented,
     oriented_pixels,
@@ -56,18 +57,19 @@ def test_tensors_and_images_are_turned_alike() -> None:
 
 def test_zoomed_each_shows_a_part_of_its_own() -> None:
     picture = np.arange(100 * 200).reshape(100, 200)
-    parts = [zoomed(picture, each) for each in range(8)]
+    parts = [zoomed(picture, each, 0.6) for each in range(8)]
     assert np.array_equal(parts[0], picture)
-    assert sorted({part.shape for part in parts[1:]}) == [(side, 2 * side) for side in (81, 83, 85, 87, 89, 93, 95)]
+    assert sorted({part.shape for part in parts[1:]}) == [(side, 2 * side) for side in (60, 64, 66, 68, 72, 80, 82)]
     assert len({int(part[0, 0]) for part in parts[1:]}) == 7
+    assert all(zoomed(picture, each, 1.0).shape == (100, 200) for each in range(8))
 
 
 def test_zoomed_tensors_show_the_parts_of_images_at_their_size() -> None:
     down, right = torch.meshgrid(torch.arange(50.0), torch.arange(80.0), indexing="ij")
     pixels = torch.stack([down, right])[None]
-    assert zoomed_pixels(pixels, 0) is pixels
+    assert zoomed_pixels(pixels, 0, 0.6) is zoomed_pixels(pixels, 3, 1.0) is pixels
     for each in range(1, 8):
-        found, part = zoomed_pixels(pixels, each)[0], zoomed(pixels[0].permute(1, 2, 0).numpy(), each)
+        found, part = zoomed_pixels(pixels, each, 0.6)[0], zoomed(pixels[0].permute(1, 2, 0).numpy(), each, 0.6)
         assert found.shape == (2, 50, 80)
         for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
             np.testing.assert_allclose(found[(slice(None), *corner)], part[corner], atol=0.6)
@@ -81,6 +83,15 @@ def test_what_there_is_not_is_refused() -> None:
     check_orientations("data.orientations", 8, (64, 64))
     with pytest.raises(ConfigurationError, match=r"is 8, quarter turns among them, but images have 64 x 96 pixels"):
         check_orientations("data.orientations", 8, (64, 96))
+
+
+def test_parts_that_cannot_be_shown_are_refused() -> None:
+    for zoom in (0.1, 1.5, -1, float("nan")):
+        with pytest.raises(ConfigurationError, match=r"data\.zoom is .*: give the smallest part of each side"):
+            check_zoom("data.zoom", zoom, 8)
+    with pytest.raises(ConfigurationError, match=r"data\.zoom is 0\.6, .* give data\.orientations 2, 4 or 8"):
+        check_zoom("data.zoom", 0.6, 1)
+    check_zoom("data.zoom", 1.0, 1)
 
 
 def test_an_evaluated_batch_has_no_more_features_than_a_training_step() -> None:

@@ -118,7 +118,7 @@ def test_an_ensemble_as_a_program(format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_zoomed_orientations_as_a_program(format: str, tmp_path: Path) -> None:
-    asked = {"orientations": 4, "zoomed": True}
+    asked = {"orientations": 4, "zoom": 0.6}
     path = checkpoint(tmp_path, "query_tokens", prompts=4, test_time_orientations=4, specification=asked)
     agrees(exported(path, format=format), path, "query_tokens")
 

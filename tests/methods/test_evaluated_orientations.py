@@ -58,9 +58,9 @@ def test_all_orientations_of_an_image_get_one_answer(
     np.testing.assert_allclose(exported.numpy(), together(pictures).scores, atol=5e-3 if method in SIDE else 1e-4)
 
 
-@pytest.mark.parametrize(("count", "zoom", "workers"), [(8, False, 0), (8, True, 0), (2, True, 2)])
+@pytest.mark.parametrize(("count", "zoom", "workers"), [(8, 1.0, 0), (8, 0.6, 0), (2, 0.6, 2)])
 def test_a_store_answers_as_the_files_do(
-    count: int, zoom: bool, workers: int, tiny_data: MakeData, image_root: Path, tmp_path: Path
+    count: int, zoom: float, workers: int, tiny_data: MakeData, image_root: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     data = tiny_data(orientations=count, zoom=zoom, codec="fp32", num_workers=workers)
@@ -171,13 +171,13 @@ def test_stored_features_and_side_images_are_of_the_same_orientations() -> None:
 def test_images_without_further_orientations_serve_a_model_of_zoomed_ones(
     tiny_data: MakeData, image_root: Path, tmp_path: Path
 ) -> None:
-    data, model = tiny_data(orientations=2, zoom=True), tiny_model()
+    data, model = tiny_data(orientations=2, zoom=0.8), tiny_model()
     data.preload(model)
     trainer = quiet_trainer(tmp_path)
     trainer.fit(model, data)
-    trainer.test(model, tiny_data(orientations=2, zoom=True))
+    trainer.test(model, tiny_data(orientations=2, zoom=0.8))
     plain = tiny_data(orientations=2, store=str(tmp_path / "plain.zarr"))
     plain.preload(model.encoder_config)
-    with pytest.raises(CheckpointError, match="zoomed: True, asked for False"):
+    with pytest.raises(CheckpointError, match=r"zoom: 0\.8, asked for 1\.0"):
         trainer.test(model, plain)
     trainer.test(model, ImageDataModule(str(image_root), resolution=64, mean=[0.4], std=[0.2], image_size=48))

@@ -801,36 +801,36 @@ def test_a_store_holds_all_orientations(
     assert store.rows[IDS[3]] == 24
 
 
-@pytest.mark.parametrize("zoom", [False, True])
+@pytest.mark.parametrize("zoom", [1.0, 0.6])
 def test_stored_orientations_are_those_that_images_are_evaluated_in(
-    zoom: bool, tiny_data: MakeData, image_root: Path
+    zoom: float, tiny_data: MakeData, image_root: Path
 ) -> None:
     """Tokens and copies of a store; zoomed, they differ far more than by rounding."""
     data = tiny_data(orientations=8, zoom=zoom, codec="fp32")
     store = data.preload(ENCODER)
     image = read_image(image_root / IDS[0])
     pixels = normalise(unit_pixels(image, (64, 64)), [0.4] * 3, [0.2] * 3)
-    of = {each: in_orientations({"images": pixels[None]}, 8, zoomed=each)["images"] for each in (False, True)}
+    of = {each: in_orientations({"images": pixels[None]}, 8, each)["images"] for each in (1.0, 0.6)}
     encoder = FrozenEncoder(ENCODER, (64, 64))
     pooled = {each: encoder(images).pooled.numpy() for each, images in of.items()}
     np.testing.assert_allclose(
         store.read(range(8), "pooled"), pooled[zoom], atol=2e-3
     )  # turned, resizing rounds otherwise
-    assert (np.abs(pooled[True] - pooled[False]).max(1) > 1e-2).tolist() == [False] + [True] * 7
+    assert (np.abs(pooled[0.6] - pooled[1.0]).max(1) > 1e-2).tolist() == [False] + [True] * 7
     for orientation, copy in enumerate(store.read(range(8), "images")):
         view = oriented(image, orientation)
-        np.testing.assert_array_equal(copy, stored_copy(zoomed(view, orientation) if zoom else view, 48))
+        np.testing.assert_array_equal(copy, stored_copy(zoomed(view, orientation, zoom), 48))
 
 
 def test_a_store_that_is_not_zoomed_is_stale(tiny_data: MakeData) -> None:
-    tiny_data(orientations=8, zoom=True).preload(ENCODER)
-    with pytest.raises(StaleStoreError, match="zoomed: True, asked for False"):
+    tiny_data(orientations=8, zoom=0.6).preload(ENCODER)
+    with pytest.raises(StaleStoreError, match=r"zoom: 0\.6, asked for 1\.0"):
         tiny_data(orientations=8).preload(ENCODER)
 
 
 def test_only_further_orientations_are_zoomed(tiny_data: MakeData) -> None:
-    with pytest.raises(ConfigurationError, match=r"data\.zoom is true.* give data\.orientations 2, 4 or 8"):
-        tiny_data(zoom=True)
+    with pytest.raises(ConfigurationError, match=r"data\.zoom is 0\.6.* give data\.orientations 2, 4 or 8"):
+        tiny_data(zoom=0.6)
 
 
 def test_a_store_of_before_there_were_more_is_read(tiny_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -838,7 +838,7 @@ def test_a_store_of_before_there_were_more_is_read(tiny_data: MakeData, monkeypa
 
     def as_before(self: FeatureSpecification) -> dict[str, Any]:
         content = to_dict(self)
-        del content["zoomed"]
+        del content["zoom"]
         return {**content, "mirrored": content.pop("orientations") == 2}
 
     data = tiny_data(orientations=2)

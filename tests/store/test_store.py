@@ -43,7 +43,7 @@ CHANGES: dict[str, Any] = {
     "codec": "fp32",
     "precision": "bf16",
     "orientations": 2,
-    "zoomed": True,
+    "zoom": 0.6,
     "weights_digest": "4567",
     "interpolation": "bilinear",
     "fit": "letterbox",

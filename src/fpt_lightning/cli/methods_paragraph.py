@@ -173,7 +173,8 @@ def _model(module: ClassificationModule) -> str:
         weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
     told = [f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."]
     if asked is not None and asked.orientations > 1:
-        part = ", each but the first of which shows 81 to 95% of each side of the image" if asked.zoomed else ""
+        shown = f"{asked.zoom:.0%} to {0.55 + 0.45 * asked.zoom:.0%}"
+        part = f", each but the first of which shows {shown} of each side of the image" if asked.zoom < 1 else ""
         told.append(f"Features are of {asked.orientations} orientations of every image{part}.")
     if changed := _changed(module):
         told.append(f"Options of {type(module).__name__} that are not its defaults: {', '.join(changed)}.")

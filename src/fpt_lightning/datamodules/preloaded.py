@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fpt_lightning.data.device_views import DeviceViews
 from fpt_lightning.data.image_files import ImageFiles
 from fpt_lightning.data.manifest import Manifest, Sample
-from fpt_lightning.data.orientations import check_orientations
+from fpt_lightning.data.orientations import check_orientations, check_zoom
 from fpt_lightning.datamodules.images import ImageDataModule, over_images
 from fpt_lightning.datamodules.samples import STORED, Samples, StoredSamples, Views
 from fpt_lightning.encoder.config import EncoderConfig, check_resolution
@@ -41,9 +41,9 @@ class PreloadedFeatureDataModule(ImageDataModule):
             (quarter turns too, of square images). Augmented training draws one of them, for tokens and side image
             alike, where it else mirrors side images alone (paper, section 3.3). As many times the bytes and the frozen
             pass.
-        zoom: whether each further orientation shows 81 to 95% of each side of the image, so that the model meets, and
-            in evaluation takes the mean of, several scales and places (``fpt_lightning.data.orientations``). Not in the
-            paper.
+        zoom: the smallest part of each side of the image that a further orientation shows, such as 0.55; each shows
+            another part, so that the model meets, and in evaluation takes the mean of, several scales and places
+            (``fpt_lightning.data.orientations``). Not in the paper.
         cache: folder on a fast local disk for copies of what training reads of a store that is far away; without one,
             every epoch reads it from there.
         in_memory: whether the store is read once, as a whole, into memory that worker processes share. Each training
@@ -63,7 +63,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         store: str,
         codec: Literal["int8", "int4", "fp16", "fp32"] = "int8",
         orientations: Literal[1, 2, 4, 8] = 1,
-        zoom: bool = False,
+        zoom: float = 1.0,
         cache: str | None = None,
         in_memory: bool = False,
         augment_on: Literal["loader", "device"] = "loader",
@@ -73,10 +73,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
         super().__init__(root, **kwargs)
         check_codec(codec)
         check_orientations("data.orientations", orientations)
-        if zoom and orientations == 1:
-            raise ConfigurationError(
-                "data.zoom is true, which is of further orientations: give data.orientations 2, 4 or 8."
-            )
+        check_zoom("data.zoom", zoom, orientations)
         self.url, self.codec, self.orientations, self.zoom = resolve(store), codec, orientations, zoom
         self.cache, self.in_memory = cache, in_memory
         if augment_on not in ("loader", "device"):
@@ -235,7 +232,7 @@ class PreloadedFeatureDataModule(ImageDataModule):
 
     def _of_store(self, encoder: EncoderConfig) -> FeatureSpecification:
         check_orientations("data.orientations", self.orientations, self.resolution)
-        return replace(self.asked(encoder), codec=self.codec, orientations=self.orientations, zoomed=self.zoom)
+        return replace(self.asked(encoder), codec=self.codec, orientations=self.orientations, zoom=self.zoom)
 
     @staticmethod
     def uses_store(model: Any) -> bool:

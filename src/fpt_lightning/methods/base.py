@@ -48,10 +48,10 @@ def samples_of(trainer: L.Trainer) -> tuple[Sample, ...]:
     return () if manifest is None else manifest.samples
 
 
-def in_orientations(batch: Mapping[str, Any], count: int, zoomed: bool = False) -> dict[str, Any]:
+def in_orientations(batch: Mapping[str, Any], count: int, zoom: float = 1.0) -> dict[str, Any]:
     """The inputs (O * B, ...) of O orientations of a ``fpt_lightning.datamodules.samples.Batch`` of B images.
 
-    All images come first, then all in orientation 1, and so on. Images are turned, and zoomed if wanted; features are
+    All images come first, then all in orientation 1, and so on. Images are turned, and zoomed; features are
     those that a store gave, or are left to be computed of the turned images.
 
     Raises:
@@ -59,8 +59,7 @@ def in_orientations(batch: Mapping[str, Any], count: int, zoomed: bool = False) 
     """
 
     def in_each(pixels: Tensor) -> Tensor:
-        turned = [oriented_pixels(pixels, orientation) for orientation in range(count)]
-        return torch.cat([zoomed_pixels(each, i) for i, each in enumerate(turned)] if zoomed else turned)
+        return torch.cat([zoomed_pixels(oriented_pixels(pixels, each), each, zoom) for each in range(count)])
 
     turned: dict[str, Any] = {name: in_each(batch[name]) for name in ("images", "side_images") if name in batch}
     if "ids" in batch:
@@ -216,8 +215,8 @@ class ClassificationModule(TrainedModule, ABC):
             NonFiniteError: NaN or infinity, as of a training that diverges.
         """
         count = self.test_time_orientations
-        zoomed = self.specification is not None and self.specification.zoomed
-        logits: Tensor = self(batch if count == 1 else in_orientations(batch, count, zoomed)).float()
+        zoom = 1.0 if self.specification is None else self.specification.zoom
+        logits: Tensor = self(batch if count == 1 else in_orientations(batch, count, zoom)).float()
         if count > 1:
             logits = logits.view(count, -1, *logits.shape[1:]).mean(0)
         if not exporting() and sketching() is None:

@@ -163,7 +163,7 @@ class TrainedModule(L.LightningModule):
             specification = replace(specification, range_of="given")
         ignore = ["codec", "precision", "orientations", "format"]
         if specification.orientations == 1:
-            ignore.append("zoomed")  # which these images are not, and their further orientations will be
+            ignore.append("zoom")  # which these images are not, and their further orientations will be
         if specification.weights.startswith(OF_FILES) and not specification.weights_digest:
             ignore.append("weights")  # files may hold the same by another name: ``check_weights``, when they are loaded
         differences = self.specification.differences(specification, ignore)

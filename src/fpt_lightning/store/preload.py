@@ -446,10 +446,9 @@ class _PreloadImages(Dataset[_PreloadBatch]):
         read = self._read(id, notices if self.local else None)  # else warned of at once
         views = [] if read is None else [oriented(read, orientation) for _, orientation in sources]
         pixels = [normalise(unit_pixels(view, spec.resolution), spec.mean, spec.std) for view in views]
-        if spec.zoomed:
-            shown = [orientation for _, orientation in sources[: len(views)]]
-            views = [zoomed(view, each) for view, each in zip(views, shown, strict=True)]
-            pixels = [zoomed_pixels(image[None], each)[0] for image, each in zip(pixels, shown, strict=True)]
+        shown = [orientation for _, orientation in sources[: len(views)]]
+        views = [zoomed(view, each, spec.zoom) for view, each in zip(views, shown, strict=True)]
+        pixels = [zoomed_pixels(image[None], each, spec.zoom)[0] for image, each in zip(pixels, shown, strict=True)]
         return _Decoded(rows, id, file, notices, pixels, [stored_copy(view, spec.image_size) for view in views])
 
     def gather(self, decoded: Sequence[_Decoded]) -> _PreloadBatch:

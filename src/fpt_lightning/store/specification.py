@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from fpt_lightning.data.images import FULL_RANGE, INTERPOLATION, Fit, ImageReader
-from fpt_lightning.data.orientations import COUNTS
+from fpt_lightning.data.orientations import COUNTS, SMALLEST_PART
 from fpt_lightning.errors import StoreError
 
 FORMAT = 5  # of the store's layout and of what the numbers in it mean
@@ -49,7 +49,7 @@ class FeatureSpecification:
         codec: a row of ``fpt_lightning.store.codecs.CODECS``.
         precision: of the frozen pass.
         orientations: of each sample, one after the other (``fpt_lightning.data.orientations``).
-        zoomed: whether the further ones are zoomed.
+        zoom: the smallest part of each side that the further ones show.
         interpolation: how images are resized.
         fit: how images come to the encoder's aspect (``fpt_lightning.data.images.ImageReader``).
         crop_border: whether their dark border is cut off.
@@ -75,7 +75,7 @@ class FeatureSpecification:
     codec: str
     precision: str = "fp32"
     orientations: int = 1
-    zoomed: bool = False
+    zoom: float = 1.0
     weights_digest: str = ""
     interpolation: str = INTERPOLATION
     fit: str = "squash"
@@ -96,6 +96,8 @@ class FeatureSpecification:
         content = {**_EARLIER, **content}
         if isinstance(content.get("mirrored"), bool):  # before there were more of them
             content["orientations"] = 1 + content.pop("mirrored")
+        if content.pop("zoomed", False):
+            raise StoreError("the specification is zoomed as by an earlier version: make the store anew.")
         names = {field.name for field in fields(cls)}
         if set(content) != names:
             raise StoreError(f"the specification has the fields {sorted(content)} where {sorted(names)} are expected.")
@@ -119,6 +121,7 @@ class FeatureSpecification:
             "resolution": min(self.resolution) > 0,
             "image_size": self.image_size > 0,
             "orientations": self.orientations in COUNTS,
+            "zoom": SMALLEST_PART <= self.zoom <= 1,
             "mean": len(self.mean) == len(self.std) and all(math.isfinite(number) for number in numbers),
             "std": all(number > 0 for number in self.std),
             "value_range": not self.value_range
@@ -186,7 +189,7 @@ def _images(statistics: str) -> str:
     return statistics.partition(_SAMPLE)[0]
 
 
-_EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full", "zoomed": False}
+_EARLIER = {"border": 1, "window": "header", "value_range": [], "range_of": "full", "zoom": 1.0}
 """Of specifications that earlier versions wrote, which lack these."""
 _LISTS = {field.name for field in fields(FeatureSpecification) if str(field.type).startswith("tuple")}
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
