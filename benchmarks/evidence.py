@@ -502,50 +502,57 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
             seeds[f"{method}_together"] = [together(seeds[method])]
     first = next(iter(seeds.values()))[0].predictions
     drawn = list(resampled_weights(first, resamples, 0))
-    ones = np.ones((1, len(first.ids)))
-    value = {method: resampled(each, ones) for method, each in seeds.items()}
-    spread: dict[str, dict[str, NDArray[np.float64]]] = {}
+    value, spread = {}, {}
     for method, each in seeds.items():
-        parts = [resampled(each, weights) for weights in drawn]
-        spread[method] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+        value[method], spread[method] = _resampled_values(each, drawn)
     reference = next((method for method in REFERENCES if method in seeds), next(iter(seeds)))
     found = {
         method: {
             **_described(protocol, name, method, finished),
             **{metric: _estimate(value, spread, method, metric, reference) for metric in TASKS[name].metrics},
-            "auc_of_seeds": [float(resampled([each], ones)["auc"][0]) for each in seeds[method]],
+            "auc_of_seeds": [float(_values([each])["auc"][0]) for each in seeds[method]],
         }
         for method in seeds
     }
+    told: dict[str, Any] = {}  # calibrated, as ``value`` and ``spread`` are not
+    spreads: dict[str, Any] = {}
+    for method, cells in tried.items():
+        if all(each.calibration is not None for folds in cells for each in folds):
+            told[method], spreads[method] = _resampled_values(pooled(cells), drawn)
+            found[method]["calibrated"] = _changes(
+                name, (value[method], spread[method]), (told[method], spreads[method])
+            )
     for method in found.keys() & PAIRS.keys():
         found[method]["minus"] = {
             other: {metric: _difference(value, spread, method, metric, other) for metric in TASKS[name].metrics}
+            | ({"calibrated": _difference(told, spreads, method, "auc", other)} if {method, other} <= set(told) else {})
             for other in PAIRS[method]
             if other in found
         }
-    for method, cells in tried.items():
-        if all(each.calibration is not None for folds in cells for each in folds):
-            found[method]["calibrated"] = _calibrated(name, value[method], spread[method], pooled(cells), drawn)
     return found
 
 
-def _calibrated(
-    name: str,
-    before: Mapping[str, NDArray[np.float64]],
-    spread: Mapping[str, NDArray[np.float64]],
-    seeds: Sequence[Pooled],
-    drawn: Sequence[NDArray[np.float64]],
-) -> dict[str, Any]:
-    """Metrics of calibrated predictions, beside what they were before, and the difference."""
-    after = resampled(seeds, np.ones((1, len(seeds[0].folds))))
+def _resampled_values(
+    seeds: Sequence[Pooled], drawn: Sequence[NDArray[np.float64]]
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    """Each metric of all images (1,), and of resamples (R,)."""
     parts = [resampled(seeds, weights) for weights in drawn]
+    spread = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+    return _values(seeds), spread
+
+
+def _values(seeds: Sequence[Pooled]) -> dict[str, NDArray[np.float64]]:
+    return resampled(seeds, np.ones((1, len(seeds[0].folds))))
+
+
+def _changes(name: str, before: tuple[Any, Any], after: tuple[Any, Any]) -> dict[str, Any]:
+    """Metrics of calibrated predictions, beside what they were before, and the difference."""
     found = {}
     for metric in CALIBRATED:
         metric = TASKS[name].monitor if metric == "kappa" and TASKS[name].kind == "ordinal" else metric
-        differences = np.concatenate([part[metric] for part in parts]) - spread[metric]
-        value = float(after[metric][0])
-        difference = {"value": value - float(before[metric][0]), **interval(differences)}
-        found[metric] = {"before": float(before[metric][0]), "value": value, "difference": difference}
+        old, new = float(before[0][metric][0]), float(after[0][metric][0])
+        difference = {"value": new - old, **interval(after[1][metric] - before[1][metric])}
+        found[metric] = {"before": old, "value": new, "difference": difference}
     return found
 
 
@@ -617,6 +624,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     task = TASKS[name]
     metrics = task.metrics
     called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "quadratic_kappa": "quadratic kappa x 100"}
+    called["calibrated"] = "AUC x 100, calibrated"
     other = next((ROWS[name].label for name in REFERENCES if name in found and name in ROWS), "the first row")
     other = "the first row" if "default" in found else other
     heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus {other} [95%]" for m in metrics)]
@@ -637,7 +645,11 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         lines += ["", *_calibrations(found)]
     for row in found.values():
         for other, differences in row.get("minus", {}).items():
-            told = ", ".join(f"{_shown(differences[metric], '+')} ({called[metric]})" for metric in metrics)
+            told = ", ".join(
+                f"{_shown(differences[metric], '+')} ({called[metric]})"
+                for metric in (*metrics, "calibrated")
+                if metric in differences
+            )
             lines += ["", f"{row['label']} minus {ROWS[other].label}: {told}."]
     return "\n".join([f"### {task.title[0].upper()}{task.title[1:]}", "", *lines])
 
@@ -697,7 +709,9 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
         f"each tests once and the next validates{only}; {seeds}; {protocol.epochs} epochs, of which "
         f"the best by validation counts; {'; '.join(search)}; weight decay {decays}. AUC and kappa are of the "
         "pooled predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all "
-        "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. MiB of live "
+        "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. The scores "
+        "are those of the models as trained; below a table is what calibration changes, which is fitted to each "
+        "fold's validation images, and is the default (`model.calibrate`). MiB of live "
         f"tensors in training. {place}; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
