@@ -85,6 +85,7 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
         "precision 32-true, seed 0), and tested after the epoch with the best validation AUC (",
         "The folds' predictions are pooled. Intervals are 95% percentile intervals of 2,000 bootstrap resamples",
         "thresholds that were fitted to the other folds' predictions by Youden's index",
+        "Probabilities were calibrated by a temperature and a bias of each class, fitted to the validation images.",
     ):
         assert fact in told, told
     shown = [f"{np.mean(auc['folds']['values']):.3f}", f"{min(auc['folds']['values']):.3f}"]

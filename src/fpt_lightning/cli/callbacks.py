@@ -501,7 +501,7 @@ def _peaks(trainer: L.Trainer, history: Path) -> dict[str, float]:
 def _about(module: ClassificationModule) -> dict[str, str]:
     """What identifies a model and the software that tested it."""
     learnable = f"{module.learnable_parameters:,} ({100 * module.learnable_ratio:.2f}% of all)"
-    alone = module.calibrate and len(module.calibrations) == 1
+    alone = module.is_calibrated and len(module.calibrations) == 1
     fitted = {"calibration": str(module.calibration)} if alone else {}
     names = ("fpt-lightning", "torch", "lightning", "timm")
     return {

@@ -156,7 +156,7 @@ def _intervals(evaluation: Evaluation) -> str:
 def _calibration(module: ClassificationModule) -> list[str]:
     weighted = " with the class weights of the training" if module.hparams["class_weights"] else ""
     how = f"a temperature and a bias of each class, fitted to the validation images{weighted}"
-    return [f"Probabilities were calibrated by {how}."] if module.calibrate else []
+    return [f"Probabilities were calibrated by {how}."] if module.is_calibrated else []
 
 
 def _versions() -> str:

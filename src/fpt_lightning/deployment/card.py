@@ -191,7 +191,7 @@ def _model_rows(module: ClassificationModule, test: Outcome | None) -> Iterator[
     tested = "" if test is None or test.epoch is None else f"epoch {test.epoch}; "
     seed = "" if module._seed is None else f"; seed {module._seed}"
     yield ["training", f"{tested}learning rate {arguments['learning_rate']:g}{seed}"]
-    if module.calibrate:
+    if module.is_calibrated:
         found = str(module.calibration) if len(module.calibrations) == 1 else "of each member"
         yield ["calibration", f"{found}; fitted to validation"]
     names = ("fpt-lightning", "torch", "timm")
@@ -245,7 +245,7 @@ def _limits(module: ClassificationModule, test: Outcome | None) -> Iterator[str]
         yield "Subgroups, such as of sex, age or site, were not scored here: `fpt-lightning evaluate --by` does."
         if test.evaluation.groups is None:
             yield "No patients are known: images of one may be in training and test, and intervals take them as many."
-    if module.task.KIND != "regression" and not module.calibrate:
+    if module.task.KIND != "regression" and not module.is_calibrated:
         yield "Probabilities were not calibrated."
     if why := shortage(module.nonconformity, DEFAULT_COVERAGE):
         yield f"No prediction sets for {DEFAULT_COVERAGE:.0%}: {why}."

@@ -20,7 +20,7 @@ from fpt_lightning.data.orientations import check_orientations, oriented_pixels,
 from fpt_lightning.encoder.config import EncoderConfig, EncoderShape
 from fpt_lightning.encoder.execution import exporting, sketching
 from fpt_lightning.errors import CheckpointError, ConfigurationError, NonFiniteError, check_at_least
-from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
+from fpt_lightning.evaluation.calibration import Calibration, calibrated, fit_calibration
 from fpt_lightning.evaluation.cases import by_case, choose_rule
 from fpt_lightning.evaluation.conformal import Sets, fit_nonconformity, prediction_sets, shortage
 from fpt_lightning.evaluation.decisions import fit_thresholds
@@ -307,6 +307,11 @@ class ClassificationModule(TrainedModule, ABC):
             self.case_rule = choose_rule(predictions)
             cases = by_case(predictions, self.case_rule)
             self.case_thresholds = fit_thresholds(cases) if cases.known.any() else {}
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether test and prediction give probabilities by what was fitted to validation images."""
+        return self.calibrate and any(each != Calibration() for each in self.calibrations)
 
     def check_coverage(self, coverage: float) -> None:
         """Refuse a coverage that this model has no prediction sets of.
