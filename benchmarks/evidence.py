@@ -409,11 +409,21 @@ class Protocol:
                 chosen = best([(higher, self.decays[0])])
         return None if chosen is None else best((chosen[0], decay) for decay in self.decays[1:])
 
+    def _settled(self, name: str, method: str, fold: int, run: bool) -> tuple[float, float] | None:
+        """The chosen pair, which may be another once a cell was run again for its scores, on another machine."""
+        pair = self.chosen(name, method, fold, run)
+        while pair is not None and run:
+            self.record(name, method, fold, pair, 0, run, scores=True)
+            if (again := self.chosen(name, method, fold, run)) == pair:
+                break
+            pair = again
+        return pair
+
     def cells(self, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
         """Of each seed that is finished the records of all folds, with the chosen pairs; None where none is."""
         seeds: list[list[Record | None]] = [[] for _ in range(self.seeds if ROWS[method].stored else 1)]
         for fold in self.folds:
-            pair = self.chosen(name, method, fold, run)
+            pair = self._settled(name, method, fold, run)
             if pair is None:
                 return None
             for seed, found in enumerate(seeds):

@@ -214,6 +214,21 @@ def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
     assert PROTOCOL.chosen("fundus_referable", "fpt_plus", 1, run=False) == chosen  # nothing else is asked for
 
 
+def test_a_rate_whose_cell_is_run_again_may_lose_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, asked = {1e-3: 0.8, 1e-2: 0.79, 3e-2: 0.1}, []
+
+    def again(self: object, name: str, method: str, fold: int, pair: Any, *_: Any, scores: bool = False) -> Record:
+        if scores:
+            asked.append(pair[0])
+            values[1e-3] = 0.7  # as another machine has it
+        return of_validation(values[pair[0]])
+
+    monkeypatch.setattr(evidence.Protocol, "record", again)
+    protocol = replace(PROTOCOL, decays=(0.1,))
+    assert protocol._settled("fundus_referable", "fpt_plus", 1, run=True) == (1e-2, 0.1)
+    assert asked == [1e-3, 1e-2]
+
+
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
     one, other = ([of_validation(value) for value in values] for values in ((0.7, 0.8), (0.9, 0.8)))
     assert evidence.by_validation([[one], [other]]) == [[other[0], one[1]]]
