@@ -355,9 +355,8 @@ class Protocol:
         self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int, run: bool, scores: bool = False
     ) -> Record | None:
         """What a cell came to, with its test scores where they are needed; None where it is not finished."""
-        cell, records = self.cell(name, method, fold, pair, seed), self.records(name, method)
-        key = f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/seed{seed}"
-        found = records.get(key, cell)
+        cell, key = self.cell(name, method, fold, pair, seed), f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/seed{seed}"
+        found = self.records(name, method).get(key, cell)
         if found is not None and (found.test or not scores):
             return found
         if run and not cell.finished:
@@ -367,7 +366,8 @@ class Protocol:
         if not cell.finished:
             return None
         rows = {id: row for row, id in enumerate(self.labelled(name))}
-        return records.add(key, record(cell, TASKS[name].monitor, rows, self._stored_bytes(name, method)))
+        new = record(cell, TASKS[name].monitor, rows, self._stored_bytes(name, method))
+        return self.records(name, method).add(key, new)  # to what others have added meanwhile
 
     def records(self, name: str, method: str) -> Records:
         return Records(self.out / "records" / f"{name}-{self.resolution}" / f"{method}.json")

@@ -99,6 +99,7 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
         "crop_border": True,
         "fit": "letterbox",
         "orientations": 8,
+        "zoom": 0.55,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }

@@ -249,7 +249,8 @@ def _orientations(found: Inspection) -> list[Line]:
     why = (
         f"{count:,} images are few, and {found.topic} show the same turned; the frozen pass takes as many times as long"
     )
-    return [Line("orientations", 8, why)]
+    closer = Line("zoom", 0.55, "parts of an image, closer, are worth as much again; tried on such photographs alone")
+    return [Line("orientations", 8, why), *([closer] if found.topic == "fundus photographs" else [])]
 
 
 def _framing(found: Inspection) -> list[Line]:
