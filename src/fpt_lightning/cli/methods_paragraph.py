@@ -15,6 +15,7 @@ import lightning as L
 
 from fpt_lightning.cli.run_folder import logged_at
 from fpt_lightning.data.manifest import SPLITS, Manifest
+from fpt_lightning.data.orientations import parts_shown
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.encoder.weight_files import OF_FILES
 from fpt_lightning.evaluation.estimates import label, number
@@ -173,7 +174,7 @@ def _model(module: ClassificationModule) -> str:
         weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
     told = [f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."]
     if asked is not None and asked.orientations > 1:
-        shown = f"{asked.zoom:.0%} to {0.55 + 0.45 * asked.zoom:.0%}"
+        shown = " to ".join(f"{part:.0%}" for part in parts_shown(asked.zoom))
         part = f", each but the first of which shows {shown} of each side of the image" if asked.zoom < 1 else ""
         told.append(f"Features are of {asked.orientations} orientations of every image{part}.")
     if changed := _changed(module):

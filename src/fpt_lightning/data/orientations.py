@@ -82,10 +82,20 @@ def oriented(image: NDArray[Any], orientation: int) -> NDArray[Any]:
     return image[:, ::-1] if orientation & _MIRRORED else image
 
 
+def parts_shown(zoom: float) -> tuple[float, float]:
+    """The smallest and the largest part of each side that the further ones of eight orientations show."""
+    parts = [_shown(orientation, zoom) for orientation in range(1, len(_CLOSER))]
+    return min(parts), max(parts)
+
+
+def _shown(orientation: int, zoom: float) -> float:
+    return 1 - (1 - zoom) * _CLOSER[orientation]
+
+
 def zoomed(image: NDArray[Any], orientation: int, zoom: float) -> NDArray[Any]:
     """What an orientation shows of an image (height, width, ...) in it: a view.
 
-    The first shows the whole image, each further one from ``zoom`` to ``0.55 + 0.45 * zoom`` of each side.
+    The first shows the whole image, the further ones parts of it (``parts_shown``).
     """
     (top, bottom), (left, right) = _part(image.shape[0], image.shape[1], orientation, zoom)
     return image[top:bottom, left:right]
@@ -109,7 +119,7 @@ def _part(height: int, width: int, orientation: int, zoom: float) -> list[tuple[
     """First and last row, and column, that an orientation shows."""
     part = []
     for length, step in zip((height, width), _STEPS, strict=True):
-        shown = round(length * (1 - (1 - zoom) * _CLOSER[orientation]))
+        shown = round(length * _shown(orientation, zoom))
         start = round(step * orientation % 1 * (length - shown))
         part.append((start, start + shown))
     return part

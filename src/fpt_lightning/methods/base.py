@@ -198,10 +198,14 @@ class ClassificationModule(TrainedModule, ABC):
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, "val", self.val_metrics, self.val_loss)
+        found = self._evaluate(batch, self.val_loss)
+        self._validated += zip(batch["ids"], found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        return found
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self._evaluate(batch, "test", self.test_metrics, self.test_loss)
+        found = self._evaluate(batch, self.test_loss)
+        self.test_metrics.update(found["scores"], self.task.targets(found["labels"]))
+        return found
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """``ids`` (B), ``labels`` as in the batch, and ``scores``: probabilities (B, classes) or numbers (B,), fp32."""
@@ -242,14 +246,10 @@ class ClassificationModule(TrainedModule, ABC):
             "its training diverged, or the file is damaged. Use an earlier checkpoint."
         )
 
-    def _evaluate(self, batch: Mapping[str, Any], stage: str, metrics: Any, loss: MeanMetric) -> dict[str, Any]:
+    def _evaluate(self, batch: Mapping[str, Any], loss: MeanMetric) -> dict[str, Any]:
         logits, labels = self.evaluated(batch), self.own_labels(batch["labels"])
-        scores = self.scores(logits)
-        if stage == "val":
-            self._validated += zip(batch["ids"], labels.tolist(), scores.tolist(), strict=True)
-        metrics.update(scores, self.task.targets(labels))
         loss.update(self.evaluated_loss(logits, labels), len(labels))
-        return {"ids": batch["ids"], "labels": labels, "scores": scores}
+        return {"ids": batch["ids"], "labels": labels, "scores": self.scores(logits)}
 
     def _log_evaluation(self, stage: str, metrics: Any, loss: MeanMetric) -> None:
         """Once an epoch: with few images at once, logging would take longer than they."""
@@ -284,21 +284,20 @@ class ClassificationModule(TrainedModule, ABC):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             predictions = self.predictions(from_all_processes(own), samples_of(self.trainer))
             if predictions.known.any():
-                self._fit(predictions if not self.calibrate else self._calibrated(predictions, own))
+                self._fit(predictions)
+        if own:  # at once, as only now it is known by which calibration
+            labels, scores = (torch.tensor([row[i] for row in own], device=self.device) for i in (1, 2))
+            if self.trainer.state.fn == "fit" and self.is_calibrated:
+                scores = self.task.calibrated(scores, self.calibration)
+            self.val_metrics.update(scores, self.task.targets(labels))
         self._log_evaluation("val", self.val_metrics, self.val_loss)
 
-    def _calibrated(self, predictions: Predictions, own: Sequence[tuple[str, Any, Any]]) -> Predictions:
-        """Fit the calibration to predictions, by which this process's ones are measured again."""
-        weights: Tensor | None = getattr(self.task, "weights", None)
-        self.calibration = fit_calibration(predictions, None if weights is None else weights.tolist())
-        self.val_metrics.reset()
-        if own:
-            labels, scores = (torch.tensor([row[i] for row in own], device=self.device) for i in (1, 2))
-            self.val_metrics.update(self.task.calibrated(scores, self.calibration), self.task.targets(labels))
-        return calibrated(predictions, self.calibration)
-
     def _fit(self, predictions: Predictions) -> None:
-        """Fit sets, thresholds and the rule of cases to labelled predictions."""
+        """Fit calibration, sets, thresholds and the rule of cases to labelled predictions."""
+        if self.calibrate:
+            weights: Tensor | None = getattr(self.task, "weights", None)
+            self.calibration = fit_calibration(predictions, None if weights is None else weights.tolist())
+            predictions = calibrated(predictions, self.calibration)
         self.nonconformity = fit_nonconformity(predictions)
         if self.task.KIND == "regression":
             return
