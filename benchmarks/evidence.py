@@ -264,7 +264,7 @@ _TURNED = tuple(
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
     "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),
-    "224": Study((*_FUNDUS, "chest_pneumonia"), ("fpt_plus", *AUTO, *_TURNED, *_INSIDE), 224),
+    "224": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED, *_INSIDE), 224),
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "224_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),

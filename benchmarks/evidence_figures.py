@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,33 +20,44 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from environment import DOCS, RESULTS
-from evidence import ROWS, TASKS
+from evidence import FOLDS, PARTS, ROWS, STUDIES, TASKS
 
 COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
-MAIN = 448
-"""Pixels of the first figure."""
+COMPARED = ("448", "224_fold1")
+"""Studies of the first figure: the stored methods in all folds, and all methods in one."""
 
 
 class Point(NamedTuple):
-    """What a method came to on a task, in all folds or in one."""
+    """What a method came to on a task.
+
+    Attributes:
+        task: by name.
+        study: the end of the result file's name.
+        method: by name.
+        row: of the result file.
+    """
 
     task: str
-    resolution: int
+    study: str
     method: str
     row: Mapping[str, Any]
-    all_folds: bool
+
+    @property
+    def resolution(self) -> int:
+        """Of the encoder's images in pixels."""
+        return STUDIES[self.study].resolution
+
+    @property
+    def all_folds(self) -> bool:
+        return len(STUDIES[self.study].folds) == FOLDS
 
 
 def points(folder: Path) -> Iterator[Point]:
-    """Of all result files ``evidence_{data}_{resolution}.json``, and what those of single folds have beyond them."""
-    for path in sorted(folder.glob("evidence_*_*.json")):
-        match = re.fullmatch(r"evidence_[a-z]+_(\d+)(_fold\d)?", path.stem)  # not of the parts
-        if match is None:
-            continue
-        for task, rows in json.loads(path.read_text())["tasks"].items():
-            for method, row in rows.items():
-                if method in ROWS and (not match[2] or not ROWS[method].stored):
-                    yield Point(task, int(match[1]), method, row, not match[2])
+    """Of all result files ``evidence_{data}_{study}.json`` but those of the method's parts."""
+    for study in STUDIES:
+        for path in sorted(folder.glob(f"evidence_*_{study}.json")):
+            for task, rows in json.loads(path.read_text())["tasks"].items():
+                yield from (Point(task, study, name, rows[name]) for name in rows if name in ROWS and name not in PARTS)
 
 
 def summary(found: Sequence[Point]) -> str:
@@ -70,19 +80,23 @@ def _with_half_width(estimate: Mapping[str, float]) -> str:
 
 
 def draw_cost(found: list[Point], path: Path) -> None:
-    """A row a task: AUC against memory and against time, a point a method."""
-    tasks = [name for name in TASKS if any(point.task == name for point in found)]
-    figure = Figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), len(COSTS), squeeze=False, sharey="row", sharex="col")
-    for name, row in zip(tasks, panels, strict=True):
+    """A row a task of a study: AUC against memory and against time, a point a method."""
+    rows = [
+        (study, name) for study in COMPARED for name in TASKS if any((p.study, p.task) == (study, name) for p in found)
+    ]
+    figure = Figure(figsize=(11, 3.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(COSTS), squeeze=False, sharey="row", sharex="col")
+    for (study, name), row in zip(rows, panels, strict=True):
+        own = [point for point in found if (point.study, point.task) == (study, name)]
         for axes, (cost, label) in zip(row, COSTS.items(), strict=True):
-            for point in (point for point in found if point.task == name):
+            for point in own:
                 _error_bar(axes, point.row[cost], point)
             axes.set(xscale="log", xlabel=label)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.grid(alpha=0.3)
         row[0].set_ylabel("AUC x 100")
-        row[0].set_title(TASKS[name].title, loc="left", fontsize=10)
+        of = f"{own[0].resolution} pixels" + ("" if own[0].all_folds else ", one fold")
+        row[0].set_title(f"{TASKS[name].title}, {of}", loc="left", fontsize=10)
     figure.legend(*_unique(panels.ravel()), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Date": None})
 
@@ -146,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     found = list(points(RESULTS))
     (RESULTS / "evidence.md").write_text(summary(found))
-    draw_cost([point for point in found if point.resolution == MAIN], DOCS / "evidence_cost.png")
+    draw_cost(found, DOCS / "evidence_cost.png")
+    found = [point for point in found if point.all_folds]
     if len({point.resolution for point in found}) > 1:
         draw_resolution(found, DOCS / "evidence_resolution.png")
 

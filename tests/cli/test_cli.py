@@ -141,7 +141,7 @@ def test_cases_are_tested_and_predicted_by_the_rule_of_validation(
     told = methods_said(report)
     for fact in (
         "was trained on the encoder test_vit (weights: random) at 64 x 64 pixels",
-        "2 orientations of every image, each but the first of which shows 60% to 82% of each side",
+        "2 orientations of every image, each but the first of which shows 80% of each side",
         "Probabilities were calibrated by a temperature and a bias of each class, fitted to the validation images.",
         "Options of FPTPlusModule that are not its defaults: label_smoothing 0.1, side_resolution 32, test_time_",
         "8 training images of 4 groups, 4 validation images of 2 groups, 8 test images of 4 groups",

@@ -13,6 +13,7 @@ from fpt_lightning.data.orientations import (
     evaluated_at_once,
     oriented,
     oriented_pixels,
+    parts_shown,
     zoomed,
     zoomed_pixels,
 )
@@ -73,6 +74,13 @@ def test_zoomed_tensors_show_the_parts_of_images_at_their_size() -> None:
         assert found.shape == (2, 50, 80)
         for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
             np.testing.assert_allclose(found[(slice(None), *corner)], part[corner], atol=0.6)
+
+
+def test_parts_are_those_of_the_orientations_that_there_are() -> None:
+    assert parts_shown(2, 0.6) == pytest.approx([0.8])
+    assert parts_shown(4, 0.6) == pytest.approx([0.64, 0.72, 0.8])
+    parts = parts_shown(8, 0.6)
+    assert (len(parts), parts[0], parts[-1]) == (7, pytest.approx(0.6), pytest.approx(0.82))
 
 
 def test_what_there_is_not_is_refused() -> None:

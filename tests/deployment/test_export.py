@@ -22,6 +22,7 @@ from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.deployment.ensemble import write_ensemble
 from fpt_lightning.deployment.export import Classifier, export
 from fpt_lightning.errors import CheckpointError, ConfigurationError, ExportError
+from fpt_lightning.evaluation.calibration import Calibration
 from fpt_lightning.methods import METHODS
 from reference import FAMILIES, small
 from small import SHALLOW, save_trained
@@ -226,6 +227,13 @@ def test_a_program_is_told_how_to_make_prediction_sets(tmp_path: Path) -> None:
     said = Classifier(module, specification).about()["prediction_sets"]
     assert said["largest"] == {"0.8": 0.0, "0.9": 0.4}  # the 8th and the 9th of nine
     assert said["rule"].startswith("the most probable grade, and each where it or one further away")
+
+
+def test_a_program_is_told_of_no_calibration_where_none_was_fitted(tmp_path: Path) -> None:
+    module, specification = load_trained(checkpoint(tmp_path, "linear"))
+    assert len(Classifier(module, specification).about()["calibrations"]) == 1
+    module.calibration = Calibration()
+    assert Classifier(module, specification).about()["calibrations"] == []
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ class ResultsWriter(L.Callback):
                 validation_auc=validation_auc,
             )
             self.evaluations[self.checkpoint] = evaluation
-            self.calibrations[self.checkpoint] = pl_module.calibrations if pl_module.calibrate else []
+            self.calibrations[self.checkpoint] = pl_module.calibrations if pl_module.is_calibrated else []
             cases = _evaluated_cases(predictions, pl_module)
             if cases is not None:
                 self.cases[self.checkpoint] = cases

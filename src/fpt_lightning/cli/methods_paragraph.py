@@ -174,7 +174,8 @@ def _model(module: ClassificationModule) -> str:
         weights = f"SHA-256 {weights.removeprefix(OF_FILES)[:16]}..."
     told = [f"{module.LABEL}, with {learnable}, was trained on the encoder {encoder.name} (weights: {weights}){size}."]
     if asked is not None and asked.orientations > 1:
-        shown = " to ".join(f"{part:.0%}" for part in parts_shown(asked.zoom))
+        parts = [f"{part:.0%}" for part in parts_shown(asked.orientations, asked.zoom)]
+        shown = " to ".join(dict.fromkeys((parts[0], parts[-1])))
         part = f", each but the first of which shows {shown} of each side of the image" if asked.zoom < 1 else ""
         told.append(f"Features are of {asked.orientations} orientations of every image{part}.")
     if changed := _changed(module):

@@ -82,10 +82,9 @@ def oriented(image: NDArray[Any], orientation: int) -> NDArray[Any]:
     return image[:, ::-1] if orientation & _MIRRORED else image
 
 
-def parts_shown(zoom: float) -> tuple[float, float]:
-    """The smallest and the largest part of each side that the further ones of eight orientations show."""
-    parts = [_shown(orientation, zoom) for orientation in range(1, len(_CLOSER))]
-    return min(parts), max(parts)
+def parts_shown(orientations: int, zoom: float) -> list[float]:
+    """What parts of each side the further ones of several orientations show, ascending."""
+    return sorted(_shown(orientation, zoom) for orientation in range(1, orientations))
 
 
 def _shown(orientation: int, zoom: float) -> float:

@@ -120,7 +120,7 @@ class Classifier(nn.Module):
             "classes": [] if regression else list(module.output_names),
             "thresholds": module.thresholds,
             "prediction_sets": _sets_about(module),
-            "calibrations": [asdict(each) for each in module.calibrations] if module.calibrate else [],
+            "calibrations": [asdict(each) for each in module.calibrations] if module.is_calibrated else [],
             "input": {
                 "name": "images",
                 "shape": ["batch", 3, *asked.resolution],
