@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,11 @@ class Cell:
     folder: Path
     config: dict[str, Any]
     preloads: bool
+
+    def at(self, folder: Path) -> Cell:
+        """The same run in another folder."""
+        trainer = {**self.config["trainer"], "default_root_dir": str(folder)}
+        return replace(self, folder=folder, config={**self.config, "trainer": trainer})
 
     @property
     def finished(self) -> bool:

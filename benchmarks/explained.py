@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import Cell
 from environment import RESULTS, write_result
 from evidence import ROWS, Protocol
 from fpt_lightning import cli
@@ -26,9 +25,8 @@ METHODS = ("fpt_plus", "fpt_plus_prompt_head")
 
 def explained(protocol: Protocol, method: str, images: int) -> dict[str, Any]:
     """Fit one cell, explain its test images, and what both came to."""
-    config = protocol.cell(TASK, method, FOLD, PAIR, SEED).config
     folder = protocol.out / "explained" / method
-    cell = Cell(folder, {**config, "trainer": {**config["trainer"], "default_root_dir": str(folder)}}, preloads=True)
+    cell = protocol.cell(TASK, method, FOLD, PAIR, SEED).at(folder)
     cell.check()
     cell.run(keep_checkpoints=True)
     pictures = folder / "pictures"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("few_figures")
 Say = Callable[..., str]
 TINY = """
 trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
-model: {init_args: {encoder: test_vit, pretrained: false, side_resolution: 32}}
+model: {init_args: {encoder: test_vit, pretrained: false}}
 data: {init_args: {resolution: 64, image_size: 48, batch_size: 8}}
 """
 
@@ -103,7 +103,9 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
-    assert "RETFound (CC BY-NC 4.0" in Path("my.yaml").read_text()
+    text = Path("my.yaml").read_text()
+    assert "class_path: QueryTokensModule # FPT+ without its side network" in text
+    assert "RETFound (CC BY-NC 4.0" in text
     assert "test_quadratic_kappa" in fitted()
     assert "my.yaml is there already: give another --out" in fails(capsys, "init", "eyes")
 

@@ -17,7 +17,7 @@ from fpt_lightning.encoder.config import encoder_shape, nearest_side
 from fpt_lightning.encoder.weights import encoder_of_weights
 from fpt_lightning.errors import ConfigurationError, a_few
 from fpt_lightning.files import write_rows, write_text
-from fpt_lightning.methods import FPTPlusModule
+from fpt_lightning.methods import QueryTokensModule
 from fpt_lightning.planning.planner import CONTEXT_BYTES, STAGES, Setting, parse_memory
 
 SIDES = (224, 384, 512, 768, 1024)
@@ -86,7 +86,7 @@ def init(data: str, out: str = "my.yaml", gpu_memory: str | None = None, weights
         write_rows(table, _patient_rows(found))
     try:
         checked = PreloadedFeatureDataModule(**settings["data"])
-        checked.check("fit", FPTPlusModule(**settings["model"]))
+        checked.check("fit", QueryTokensModule(**settings["model"]))
     except Exception:
         if table is not None:
             table.unlink()
@@ -230,7 +230,7 @@ def _resolution(found: Inspection, model: Mapping[str, Any], memory: int | None)
     for side in reversed(fits):
         nearest = nearest_side(side, patch)
         for at_once in (4, 1):
-            setting = Setting(FPTPlusModule, model, (nearest, nearest), preload_batch_size=at_once, device="cuda")
+            setting = Setting(QueryTokensModule, model, (nearest, nearest), preload_batch_size=at_once, device="cuda")
             needed = max(peak(setting) for peak in STAGES.values())
             if needed <= memory - CONTEXT_BYTES:
                 why = f"{of_images}; every stage fits, {needed / 2**20:,.0f} MiB at most"
@@ -349,9 +349,9 @@ def _told(found: Inspection, notes: Sequence[str]) -> str:
 
 
 def _yaml(found: Inspection, path: Path, sections: Mapping[str, Sequence[Line]]) -> str:
-    classes = {"model": "FPTPlusModule", "data": "PreloadedFeatureDataModule"}
+    classes = {"model": "QueryTokensModule", "data": "PreloadedFeatureDataModule"}
     why = {
-        "model": "FPT+; fit --model auto compares it with probes",
+        "model": "FPT+ without its side network, which added nothing (docs/evidence.md); fit --model auto tries both",
         "data": "each image is encoded once, into a store",
     }
     lines = [

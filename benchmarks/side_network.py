@@ -1,0 +1,134 @@
+"""What the side network adds to the prompts with real weights: FPT+ with a prompt head, tested without either part.
+
+    python benchmarks/side_network.py --weights FILE.safetensors --fundus DIR --chest DIR --out runs/evidence
+
+Cells of ``evidence.py`` (five folds, seed 0, learning rate 1e-3), which share its stores. Each trained model is tested
+as it is, without the logits of its side network, and without those of its prompt head. Goes on where it was stopped;
+writes ``results/side_network.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cells import Cell
+from environment import RESULTS, write_result
+from evidence import FOLDS, ROWS, TASKS, Pooled, Protocol, pool, resampled
+from fpt_lightning import cli
+from fpt_lightning.evaluation.predictions import Predictions
+from fpt_lightning.evaluation.resampling import interval, resampled_weights
+
+RESOLUTION, PAIR, SEED = 224, (1e-3, 0.1), 0
+TRAINED = (
+    ("fundus_referable", "fpt_plus_prompt_head"),
+    ("fundus_referable", "fpt_plus_zoomed"),
+    ("chest_pneumonia", "fpt_plus_prompt_head"),
+)
+"""Tasks and rows of ``evidence.py``."""
+PARTS = {"whole": (), "without the side network": ("side.head",), "without the prompt head": ("prompt_head",)}
+"""What each model is tested as, and the heads whose logits are left out."""
+
+
+def tested(cell: Cell, heads: Sequence[str]) -> Predictions:
+    """Test predictions of a trained cell without the logits of some of its heads."""
+    if not heads:
+        return Predictions.read(cell.folder / "predictions.csv")
+    folder = cell.folder / f"without_{heads[0]}"
+    found = folder / "test" / "best" / "predictions.csv"
+    if not found.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        checkpoint = torch.load(cell.folder / "best.ckpt", map_location="cpu", weights_only=True)
+        for head in heads:
+            for kind in ("weight", "bias"):
+                checkpoint["state_dict"][f"{head}.{kind}"].zero_()
+        torch.save(checkpoint, folder / "best.ckpt")
+        arguments = ["--config", str(cell.folder / "cell.yaml"), "--ckpt_path", str(folder / "best.ckpt")]
+        cli.main(["test", *arguments, "--trainer.default_root_dir", str(folder)])
+    return Predictions.read(found)
+
+
+def measured(protocol: Protocol, task: str, method: str) -> dict[str, Any]:
+    """The mean of the folds' AUC of each part, with intervals, and the norms of the heads' weights."""
+    folds: dict[str, list[Predictions]] = {part: [] for part in PARTS}
+    norms: dict[str, list[float]] = {"side.head": [], "prompt_head": []}
+    for fold in protocol.folds:
+        folder = protocol.out / "side_network" / f"{task}-{method}" / f"fold{fold}"
+        cell = protocol.cell(task, method, fold, PAIR, SEED).at(folder)
+        cell.check()
+        cell.run(keep_checkpoints=True)
+        for part, heads in PARTS.items():
+            folds[part].append(tested(cell, heads))
+        weights = torch.load(cell.folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+        for head, found in norms.items():
+            found.append(float(weights[f"{head}.weight"].norm()))
+    pooled = {part: pool(found) for part, found in folds.items()}
+    return {"label": ROWS[method].label, "auc": _aucs(pooled), "norms": norms}
+
+
+def _aucs(pooled: Mapping[str, Pooled]) -> dict[str, Any]:
+    whole = next(iter(pooled.values()))
+    ones, drawn = np.ones((1, len(whole.folds))), list(resampled_weights(whole.predictions, 2000, 0))
+
+    def auc(part: Pooled, weights: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        return np.concatenate([resampled([part], each)["fold_auc"] for each in weights])
+
+    def estimate(values: NDArray[np.float64], spread: NDArray[np.float64]) -> dict[str, Any]:
+        return {"value": float(values[0]), **interval(spread)}
+
+    values = {name: auc(part, [ones]) for name, part in pooled.items()}
+    spread = {name: auc(part, drawn) for name, part in pooled.items()}
+    found = {name: estimate(values[name], spread[name]) for name in pooled}
+    for name in list(pooled)[1:]:
+        found[name]["difference"] = estimate(values[name] - values["whole"], spread[name] - spread["whole"])
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown, a row a task and a method."""
+    heads = ["task", "method", "AUC x 100 [95%]", *(f"{part} [95%]" for part in list(PARTS)[1:])]
+    heads += ["side network's head, norm", "prompt head, norm"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for task, rows in found.items():
+        for row in rows.values():
+            whole, *others = row["auc"].values()
+            cells = [TASKS[task].title, row["label"], _shown(whole)]
+            cells += [f"{_shown(each)}, {_shown(each['difference'], '+', 2)}" for each in others]
+            cells += [f"{min(norms):.2g} to {max(norms):.2g}" for norms in row["norms"].values()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(estimate: Mapping[str, float], sign: str = "", digits: int = 1) -> str:
+    value, low, high = (f"{100 * estimate[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("weights", "fundus", "chest", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help="as of evidence.py")
+    args = parser.parse_args(arguments)
+    roots = {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()}
+    folds = tuple(range(1, FOLDS + 1))
+    places = args.weights.absolute(), roots, args.out.absolute()
+    protocol = Protocol(*places, RESOLUTION, folds, 1, 20, PAIR[:1], PAIR[1:])
+    found: dict[str, dict[str, Any]] = {}
+    for task, method in TRAINED:
+        found.setdefault(task, {})[method] = measured(protocol, task, method)
+    path = write_result("side_network", {"resolution": RESOLUTION, "learning_rate": PAIR[0], "tasks": found})
+    (RESULTS / "side_network.md").write_text(table(found))
+    print(f"results are in {path}, and .md beside it")
+
+
+if __name__ == "__main__":
+    main()
