@@ -26,7 +26,7 @@ from fpt_lightning import cli
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, resampled_weights
 
-RESOLUTION, PAIR, SEED = 224, (1e-3, 0.1), 0
+RESOLUTION, PAIR, SEED, EPOCHS = 224, (1e-3, 0.1), 0, 20
 TRAINED = (
     ("fundus_referable", "fpt_plus_prompt_head"),
     ("fundus_referable", "fpt_plus_zoomed"),
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     roots = {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()}
     folds = tuple(range(1, FOLDS + 1))
     places = args.weights.absolute(), roots, args.out.absolute()
-    protocol = Protocol(*places, RESOLUTION, folds, 1, 20, PAIR[:1], PAIR[1:])
+    protocol = Protocol(*places, RESOLUTION, folds, 1, EPOCHS, PAIR[:1], PAIR[1:])
     found: dict[str, dict[str, Any]] = {}
     for task, method in TRAINED:
         found.setdefault(task, {})[method] = measured(protocol, task, method)

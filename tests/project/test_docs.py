@@ -99,7 +99,9 @@ def small(content: Any) -> Any:
         return content
     made = {key: SMALL.get(key, small(value)) for key, value in content.items()}
     if "encoder" in content:
-        made |= {"pretrained": False, "side_resolution": 32}
+        made |= {"pretrained": False}
+    if content.get("class_path") in ("FPTModule", "FPTPlusModule"):
+        made["init_args"] |= {"side_resolution": 32}
     if "root" in content:
         made |= {"image_size": 48, "batch_size": 8}
     if "default_root_dir" in content:

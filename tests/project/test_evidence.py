@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 import evidence
 import evidence_figures
 import selected_tokens
+import side_network
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
 from fpt_lightning.evaluation.predictions import Predictions
@@ -267,6 +268,35 @@ def test_the_first_fold_chooses_rates_of_a_methods_own_and_a_table_has_the_finis
     cell = replace(protocol, roots={"fundus": Path("r")}).cell("fundus_referable", "full", 1, (1e-5, 0.1), 0)
     trainer = cell.config["trainer"]
     assert evidence.INSIDE.items() <= trainer.items()
+
+
+@pytest.mark.usefixtures("few_figures", "run")
+def test_models_are_tested_without_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = ("fundus_referable", "with_head")
+    entry = evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32, "prompt_head": True})
+    for module in (evidence, side_network):
+        monkeypatch.setitem(module.ROWS, "with_head", entry)
+    for name, value in {"RESOLUTION": 64, "FOLDS": 3, "TRAINED": (trained,), "RESULTS": tmp_path, "EPOCHS": 1}.items():
+        monkeypatch.setattr(side_network, name, value)
+    places = {"weights": "weights.safetensors", "fundus": "fundus", "chest": "fundus", "out": "out"}
+    arguments = [part for name, place in places.items() for part in (f"--{name}", str(tmp_path / place))]
+    side_network.main(arguments)
+    found = json.loads((tmp_path / "side_network.json").read_text())["tasks"]["fundus_referable"]["with_head"]
+    folder = tmp_path / "out/side_network/fundus_referable-with_head"
+    whole, alone, side = (
+        np.concatenate(
+            [Predictions.read(folder / f"fold{fold}" / place / "predictions.csv").scores for fold in (1, 2, 3)]
+        )
+        for place in ("", "without_side.head/test/best", "without_prompt_head/test/best")
+    )
+    assert np.abs(whole - side).max() > np.abs(whole - alone).max() > 0  # as the side network's head starts from zero
+    assert max(found["norms"]["side.head"]) < min(found["norms"]["prompt_head"])
+    values = found["auc"]["whole"]["value"], found["auc"]["without the prompt head"]["value"]
+    assert found["auc"]["without the prompt head"]["difference"]["value"] == pytest.approx(values[1] - values[0])
+    before = (tmp_path / "side_network.md").read_text()
+    assert before.count("\n") == 3
+    side_network.main(arguments)  # from what is there
+    assert (tmp_path / "side_network.md").read_text() == before
 
 
 def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
