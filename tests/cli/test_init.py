@@ -83,7 +83,7 @@ def test_a_table_of_graded_photographs(workplace: Path, capsys: pytest.CaptureFi
         "class_weights": "balanced",
         "encoder": "vit_base_patch14_reg4_dinov2.lvd142m",
         "pretrained": True,
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "test_time_orientations": 8,
     }
     assert found["data"] == {

@@ -117,7 +117,11 @@ def choose(
         ConfigurationError: nothing fits the memory.
         EncoderError: weights that fit no encoder that is known.
     """
-    model = [*_task(found), *_encoder(found, weights), Line("learning_rate", 5e-4, "of the shipped examples")]
+    model = [
+        *_task(found),
+        *_encoder(found, weights),
+        Line("learning_rate", 1e-3, "the best of four, or near it, on each task that was tried (docs/evidence.md)"),
+    ]
     if turned := _orientations(found):
         model.append(Line("test_time_orientations", turned[0].value, "validation, test and prediction take the mean"))
     arguments = {line.name: line.value for line in model}
