@@ -156,7 +156,7 @@ PAIRS = {
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
     "query_tokens_mirrored_zoomed": ("query_tokens_mirrored",),
     "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
-    "query_tokens_zoomed": ("query_tokens_turned",),
+    "query_tokens_zoomed": ("query_tokens_turned", RIVAL),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
     "side_70": ("side_126",),
     "side_224": ("side_126",),

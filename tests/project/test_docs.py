@@ -115,6 +115,8 @@ def small_words(words: list[str]) -> list[str]:
         name = word.rpartition(".")[2]
         if word.startswith("--") and name in CHANGED_OPTIONS and not words[i + 1].startswith(("swin", "vit_mine")):
             made[i + 1] = str(SMALL[name])
+    if "auto" in made:  # FPT+ among others, of which a configuration may say nothing
+        made += ["--model.side_resolution", "32"]
     return made
 
 
