@@ -255,7 +255,7 @@ class Study(NamedTuple):
     seeds: int = 3
 
 
-_REFERABLE, _FUNDUS = ("fundus_referable",), ("fundus_referable", "fundus_maculopathy", "fundus_grade")
+_REFERABLE = ("fundus_referable",)
 _TURNED = tuple(
     f"{method}_{how}"
     for how in ("mirrored", "mirrored_zoomed", "turned", "zoomed")
@@ -644,7 +644,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         cells = [row["label"], f"{100 * row['learnable_ratio']:.3g}" if "learnable_ratio" in row else ""]
         for metric in metrics:
             estimate = row[metric]
-            cells += [_shown(estimate), _shown(estimate["difference"], "+") if "difference" in estimate else ""]
+            cells += [shown(estimate), shown(estimate["difference"], "+") if "difference" in estimate else ""]
         cells.append(", ".join(f"{100 * value:.1f}" for value in row["auc_of_seeds"]))
         if "memory_mib" in row:
             cells += [f"{row['memory_mib']:.1f}", f"{row['epoch_seconds']:.2g}", f"{row['stored_bytes'] / 1e6:.2f}"]
@@ -656,7 +656,7 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     for row in found.values():
         for other, differences in row.get("minus", {}).items():
             told = ", ".join(
-                f"{_shown(differences[metric], '+')} ({called[metric]})"
+                f"{shown(differences[metric], '+')} ({called[metric]})"
                 for metric in (*metrics, "calibrated")
                 if metric in differences
             )
@@ -675,13 +675,14 @@ def _calibrations(found: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for metric in metrics:
             before, after, difference = row[metric]["before"], row[metric]["value"], row[metric]["difference"]
-            bounds = "" if metric == "calibration_error" else f" ({_shown(difference, '+')})"
+            bounds = "" if metric == "calibration_error" else f" ({shown(difference, '+')})"
             cells.append(f"{100 * before:.1f} to {100 * after:.1f}{bounds}")
         yield f"| {label} | {' | '.join(cells)} |"
 
 
-def _shown(estimate: Mapping[str, float], sign: str = "") -> str:
-    value, low, high = (f"{100 * estimate[key]:{sign}.1f}" for key in ("value", "low", "high"))
+def shown(estimate: Mapping[str, float], sign: str = "", digits: int = 1) -> str:
+    """A value with its interval, x 100."""
+    value, low, high = (f"{100 * estimate[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cells import Cell
 from environment import RESULTS, write_result
-from evidence import FOLDS, ROWS, TASKS, Pooled, Protocol, pool, resampled
+from evidence import FOLDS, ROWS, TASKS, Pooled, Protocol, pool, resampled, shown
 from fpt_lightning import cli
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, resampled_weights
@@ -94,22 +94,17 @@ def _aucs(pooled: Mapping[str, Pooled]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Markdown, a row a task and a method."""
-    heads = ["task", "method", "AUC x 100 [95%]", *(f"{part} [95%]" for part in list(PARTS)[1:])]
+    heads = ["task", "method", "AUC x 100 [95%]", *(f"{part} [95%], minus whole [95%]" for part in list(PARTS)[1:])]
     heads += ["side network's head, norm", "prompt head, norm"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for task, rows in found.items():
         for row in rows.values():
             whole, *others = row["auc"].values()
-            cells = [TASKS[task].title, row["label"], _shown(whole)]
-            cells += [f"{_shown(each)}, {_shown(each['difference'], '+', 2)}" for each in others]
+            cells = [TASKS[task].title, row["label"], shown(whole)]
+            cells += [f"{shown(each)}, {shown(each['difference'], '+', 2)}" for each in others]
             cells += [f"{min(norms):.2g} to {max(norms):.2g}" for norms in row["norms"].values()]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _shown(estimate: Mapping[str, float], sign: str = "", digits: int = 1) -> str:
-    value, low, high = (f"{100 * estimate[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,7 +26,8 @@ class FPTPlusModule(FeatureModule):
         dropout: after the shared out-projector.
         prompt_head: whether a linear head reads the fused prompts of all layers too, as in ``QueryTokensModule``. Its
             logits are added to those of the side network, whose own head then starts from zero, so that training starts
-            from the prompts alone. Not in the paper: false is FPT+ as published.
+            from the prompts alone; with real weights the side network took no part in the end either
+            (``docs/evidence.md``). Not in the paper: false is FPT+ as published.
         gradient_checkpointing: whether the side network's blocks are computed again in the backward pass: less memory
             for more time. On a GPU the stored tokens are widened in as small pieces as on a CPU, likewise.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
