@@ -514,12 +514,12 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     drawn = list(resampled_weights(first, resamples, 0))
     value, spread = {}, {}
     for method, each in seeds.items():
-        value[method], spread[method] = _resampled_values(each, drawn)
+        value[method], spread[method] = resampled_values(each, drawn)
     reference = next((method for method in REFERENCES if method in seeds), next(iter(seeds)))
     found = {
         method: {
             **_described(protocol, name, method, finished),
-            **{metric: _estimate(value, spread, method, metric, reference) for metric in TASKS[name].metrics},
+            **{metric: estimated(value, spread, method, metric, reference) for metric in TASKS[name].metrics},
             "auc_of_seeds": [float(_values([each])["auc"][0]) for each in seeds[method]],
         }
         for method in seeds
@@ -528,7 +528,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     spreads: dict[str, Any] = {}
     for method, cells in tried.items():
         if all(each.calibration is not None for folds in cells for each in folds):
-            told[method], spreads[method] = _resampled_values(pooled(cells), drawn)
+            told[method], spreads[method] = resampled_values(pooled(cells), drawn)
             found[method]["calibrated"] = _changes(
                 name, (value[method], spread[method]), (told[method], spreads[method])
             )
@@ -542,7 +542,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     return found
 
 
-def _resampled_values(
+def resampled_values(
     seeds: Sequence[Pooled], drawn: Sequence[NDArray[np.float64]]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
     """Each metric of all images (1,), and of resamples (R,)."""
@@ -582,7 +582,7 @@ def by_validation(methods: Sequence[Sequence[Sequence[Record]]]) -> list[list[Re
     return [[max(each, key=lambda one: one.validation) for each in zip(*folds, strict=True)] for folds in seeds]
 
 
-def _estimate(
+def estimated(
     value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, reference: str
 ) -> dict[str, Any]:
     """The metric with its interval, and its difference to the reference, paired."""
@@ -729,13 +729,25 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     return "\n\n".join([text, *tables]) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_places(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark with cells of this one, which needs what ``places`` takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help=f"of {ENCODER}, as a file")
     parser.add_argument("--fundus", type=Path, required=True, help="folder of the fundus photographs")
     parser.add_argument("--chest", type=Path, required=True, help="folder of the chest X-rays")
     parser.add_argument("--out", type=Path, required=True, help="folder of everything that is run")
+    return parser
+
+
+def places(args: argparse.Namespace) -> tuple[Path, dict[str, Path], Path]:
+    """Weights, roots and out of a ``Protocol``."""
+    roots = {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()}
+    return args.weights.absolute(), roots, args.out.absolute()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    parser = parser_of_places(__doc__)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="only these of a study")
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), help="only these of a study")
@@ -747,9 +759,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.studies:
         study = STUDIES[name]
         protocol = Protocol(
-            args.weights.absolute(),
-            {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()},
-            args.out.absolute(),
+            *places(args),
             study.resolution,
             study.folds,
             study.seeds,

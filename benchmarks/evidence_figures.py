@@ -62,7 +62,6 @@ def points(folder: Path) -> Iterator[Point]:
 
 def summary(found: Sequence[Point]) -> str:
     """Markdown, a row a method, a column a task at a resolution; empty where nothing was measured."""
-    found = [point for point in found if point.all_folds]
     columns = [(task, size) for task in TASKS for size in sorted({p.resolution for p in found if p.task == task})]
     heads = [f"{TASKS[task].short}, {size}" for task, size in columns]
     lines = [f"| method | learnable, % | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(columns))]
@@ -159,11 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments
     )
     found = list(points(RESULTS))
-    (RESULTS / "evidence.md").write_text(summary(found))
     draw_cost(found, DOCS / "evidence_cost.png")
-    found = [point for point in found if point.all_folds]
-    if len({point.resolution for point in found}) > 1:
-        draw_resolution(found, DOCS / "evidence_resolution.png")
+    in_all_folds = [point for point in found if point.all_folds]
+    (RESULTS / "evidence.md").write_text(summary(in_all_folds))
+    if len({point.resolution for point in in_all_folds}) > 1:
+        draw_resolution(in_all_folds, DOCS / "evidence_resolution.png")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ store, each followed by ``fpt-lightning explain``. Writes ``results/explained.js
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from environment import RESULTS, write_result
-from evidence import ROWS, Protocol
+from evidence import ROWS, Protocol, parser_of_places, places
 from fpt_lightning import cli
 
 TASK, FOLD, PAIR, SEED = "fundus_referable", 1, (1e-3, 0.1), 0
@@ -63,13 +61,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("weights", "fundus", "chest", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help="as of evidence.py")
+    parser = parser_of_places(__doc__)
     parser.add_argument("--images", type=int, default=8, help="how many are drawn")
     args = parser.parse_args(arguments)
-    roots = {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()}
-    protocol = Protocol(args.weights.absolute(), roots, args.out.absolute(), 448, (FOLD,), 1, 20, PAIR[:1], PAIR[1:])
+    protocol = Protocol(*places(args), 448, (FOLD,), 1, 20, PAIR[:1], PAIR[1:])
     found = [explained(protocol, method, args.images) for method in METHODS]
     path = write_result("explained", {"resolution": 448, "fold": FOLD, "learning_rate": PAIR[0], "methods": found})
     (RESULTS / "explained.md").write_text(table(found))

@@ -9,22 +9,30 @@ writes ``results/side_network.json`` and ``.md``.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cells import Cell
 from environment import RESULTS, write_result
-from evidence import FOLDS, ROWS, TASKS, Pooled, Protocol, pool, resampled, shown
+from evidence import (
+    FOLDS,
+    ROWS,
+    TASKS,
+    Pooled,
+    Protocol,
+    estimated,
+    parser_of_places,
+    places,
+    pool,
+    resampled_values,
+    shown,
+)
 from fpt_lightning import cli
 from fpt_lightning.evaluation.predictions import Predictions
-from fpt_lightning.evaluation.resampling import interval, resampled_weights
+from fpt_lightning.evaluation.resampling import resampled_weights
 
 RESOLUTION, PAIR, SEED, EPOCHS = 224, (1e-3, 0.1), 0, 20
 TRAINED = (
@@ -33,23 +41,22 @@ TRAINED = (
     ("chest_pneumonia", "fpt_plus_prompt_head"),
 )
 """Tasks and rows of ``evidence.py``."""
-PARTS = {"whole": (), "without the side network": ("side.head",), "without the prompt head": ("prompt_head",)}
-"""What each model is tested as, and the heads whose logits are left out."""
+WITHOUT = {"whole": None, "without the side network": "side.head", "without the prompt head": "prompt_head"}
+"""What each model is tested as, and the head whose logits are left out."""
 
 
-def tested(cell: Cell, heads: Sequence[str]) -> Predictions:
-    """Test predictions of a trained cell without the logits of some of its heads."""
-    if not heads:
+def tested(cell: Cell, head: str | None) -> Predictions:
+    """Test predictions of a trained cell, without the logits of one of its heads."""
+    if head is None:
         return Predictions.read(cell.folder / "predictions.csv")
-    folder = cell.folder / f"without_{heads[0]}"
+    folder = cell.folder / f"without_{head}"
     found = folder / "test" / "best" / "predictions.csv"
     if not found.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         checkpoint = torch.load(cell.folder / "best.ckpt", map_location="cpu", weights_only=True)
-        for head in heads:
-            for kind in ("weight", "bias"):
-                checkpoint["state_dict"][f"{head}.{kind}"].zero_()
+        for kind in ("weight", "bias"):
+            checkpoint["state_dict"][f"{head}.{kind}"].zero_()
         torch.save(checkpoint, folder / "best.ckpt")
         arguments = ["--config", str(cell.folder / "cell.yaml"), "--ckpt_path", str(folder / "best.ckpt")]
         cli.main(["test", *arguments, "--trainer.default_root_dir", str(folder)])
@@ -58,15 +65,15 @@ def tested(cell: Cell, heads: Sequence[str]) -> Predictions:
 
 def measured(protocol: Protocol, task: str, method: str) -> dict[str, Any]:
     """The mean of the folds' AUC of each part, with intervals, and the norms of the heads' weights."""
-    folds: dict[str, list[Predictions]] = {part: [] for part in PARTS}
-    norms: dict[str, list[float]] = {"side.head": [], "prompt_head": []}
+    folds: dict[str, list[Predictions]] = {part: [] for part in WITHOUT}
+    norms: dict[str, list[float]] = {head: [] for head in WITHOUT.values() if head is not None}
     for fold in protocol.folds:
         folder = protocol.out / "side_network" / f"{task}-{method}" / f"fold{fold}"
         cell = protocol.cell(task, method, fold, PAIR, SEED).at(folder)
         cell.check()
         cell.run(keep_checkpoints=True)
-        for part, heads in PARTS.items():
-            folds[part].append(tested(cell, heads))
+        for part, head in WITHOUT.items():
+            folds[part].append(tested(cell, head))
         weights = torch.load(cell.folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
         for head, found in norms.items():
             found.append(float(weights[f"{head}.weight"].norm()))
@@ -75,26 +82,16 @@ def measured(protocol: Protocol, task: str, method: str) -> dict[str, Any]:
 
 
 def _aucs(pooled: Mapping[str, Pooled]) -> dict[str, Any]:
-    whole = next(iter(pooled.values()))
-    ones, drawn = np.ones((1, len(whole.folds))), list(resampled_weights(whole.predictions, 2000, 0))
-
-    def auc(part: Pooled, weights: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        return np.concatenate([resampled([part], each)["fold_auc"] for each in weights])
-
-    def estimate(values: NDArray[np.float64], spread: NDArray[np.float64]) -> dict[str, Any]:
-        return {"value": float(values[0]), **interval(spread)}
-
-    values = {name: auc(part, [ones]) for name, part in pooled.items()}
-    spread = {name: auc(part, drawn) for name, part in pooled.items()}
-    found = {name: estimate(values[name], spread[name]) for name in pooled}
-    for name in list(pooled)[1:]:
-        found[name]["difference"] = estimate(values[name] - values["whole"], spread[name] - spread["whole"])
-    return found
+    drawn = list(resampled_weights(pooled["whole"].predictions, 2000, 0))
+    value, spread = {}, {}
+    for part, own in pooled.items():
+        value[part], spread[part] = resampled_values([own], drawn)
+    return {part: estimated(value, spread, part, "fold_auc", "whole") for part in pooled}
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Markdown, a row a task and a method."""
-    heads = ["task", "method", "AUC x 100 [95%]", *(f"{part} [95%], minus whole [95%]" for part in list(PARTS)[1:])]
+    heads = ["task", "method", "AUC x 100 [95%]", *(f"{part} [95%], minus whole [95%]" for part in list(WITHOUT)[1:])]
     heads += ["side network's head, norm", "prompt head, norm"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for task, rows in found.items():
@@ -109,14 +106,9 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("weights", "fundus", "chest", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help="as of evidence.py")
-    args = parser.parse_args(arguments)
-    roots = {"fundus": args.fundus.absolute(), "chest": args.chest.absolute()}
+    args = parser_of_places(__doc__).parse_args(arguments)
     folds = tuple(range(1, FOLDS + 1))
-    places = args.weights.absolute(), roots, args.out.absolute()
-    protocol = Protocol(*places, RESOLUTION, folds, 1, EPOCHS, PAIR[:1], PAIR[1:])
+    protocol = Protocol(*places(args), RESOLUTION, folds, 1, EPOCHS, PAIR[:1], PAIR[1:])
     found: dict[str, dict[str, Any]] = {}
     for task, method in TRAINED:
         found.setdefault(task, {})[method] = measured(protocol, task, method)
