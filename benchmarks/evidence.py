@@ -32,13 +32,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from candidates import CANDIDATES
 from cells import Cell
 from environment import RESULTS, environment, write_result
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampled_weights
 from fpt_lightning.files import Row, read_rows, write_rows
-from fpt_lightning.methods import METHODS
+from fpt_lightning.methods import METHODS, ClassificationModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.index import StoreIndex
@@ -46,18 +47,20 @@ from records import Record, Records, record
 
 ENCODER, MEAN, STD = "vit_small_patch14_dinov2", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIDE = {"side_resolution": 126}  # a multiple of the patch size
+MODULES: dict[str, type[ClassificationModule]] = {**METHODS, **CANDIDATES}
 
 
 class Entry(NamedTuple):
     """A row of the tables.
 
     Attributes:
-        method: by short name.
+        method: by short name, of the library or of ``candidates.py``.
         label: for people.
         model: options of the method.
         data: options of the data.
         store: what distinguishes its store's name, where it needs one of its own.
         rates: learning rates of its own, between which the first fold chooses for all.
+        epochs: of its own, where it needs others.
     """
 
     method: str
@@ -66,16 +69,21 @@ class Entry(NamedTuple):
     data: Mapping[str, Any] = {}
     store: str = ""
     rates: tuple[float, ...] = ()
+    epochs: int | None = None
 
     @property
     def stored(self) -> bool:
         """Whether the method learns from a store."""
-        return issubclass(METHODS[self.method], FeatureModule)
+        return issubclass(MODULES[self.method], FeatureModule)
 
 
 def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) -> Entry:
     """Query tokens with one setting changed, at one learning rate."""
     return Entry("query_tokens", label, model, data, store, rates=(1e-3,))
+
+
+def _tried(method: str, label: str) -> Entry:
+    return Entry(method, label, rates=(1e-3,))
 
 
 def _side(resolution: int) -> Entry:
@@ -136,11 +144,31 @@ PARTS = {
     "side_224": _side(224),
 }
 """What the parts of the method bring: query tokens, and FPT+ by its side resolution, with one setting changed."""
-ROWS |= PARTS
+TRIED = {
+    "dropout_0": _part("no dropout, in place of 0.5", {"dropout": 0.0}),
+    "dropout_0.2": _part("dropout 0.2", {"dropout": 0.2}),
+    "reduction_2": _part("fused prompts of half the encoder's width, in place of an eighth", {"reduction": 2}),
+    "reduction_32": _part("fused prompts of a 32nd of its width", {"reduction": 32}),
+    "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
+    "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
+    "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
+    "own_rate": _tried("own_rate", "prompts at ten times the learning rate"),
+    "from_keys": _tried("from_keys", "prompts that start as k-means centres of the keys"),
+    "mixup": _tried("mixup", "mixup of the fused prompts"),
+    "layers_normalised": _tried("layers_normalised", "a LayerNorm of each layer's fused prompts"),
+    "with_pooled": _tried("with_pooled", "with a linear probe's logits of the pooled feature"),
+}
+"""What the field does with prompts and small heads: query tokens with one thing changed or added."""
+TRIED_ZOOMED = {
+    f"{name}_zoomed": _turned(8, "all orientations, zoomed", entry, 0.55)
+    for name, entry in {"default": PARTS["default"], "prompts_64": PARTS["prompts_64"], **TRIED}.items()
+}
+"""The same on zoomed orientations."""
+ROWS |= PARTS | TRIED | TRIED_ZOOMED
 INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
 """Of methods with the encoder inside, which take long: one seed, and this of the trainer."""
 FOLDS = 5
-REFERENCES = ("fpt_plus", "fpt_plus_prompt_head", "default")
+REFERENCES = ("fpt_plus", "fpt_plus_prompt_head")
 """To which the others are held: the first that is there, or the first row."""
 AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 """Among which ``fit --model auto`` chooses."""
@@ -270,6 +298,8 @@ STUDIES = {
     "224_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
     "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
+    "224_tried": Study(("fundus_referable", "chest_pneumonia"), ("default", *TRIED), 224),
+    "224_tried_zoomed": Study(_REFERABLE, tuple(TRIED_ZOOMED), 224),
 }
 """By the end of its files' names."""
 
@@ -328,11 +358,13 @@ class Protocol:
         data |= entry.data
         trainer = {"accelerator": "auto", "devices": 1, "max_epochs": self.epochs, "enable_progress_bar": False}
         trainer |= {} if entry.stored else INSIDE
+        trainer |= {} if entry.epochs is None else {"max_epochs": entry.epochs}
         module = "PreloadedFeatureDataModule" if entry.stored else "ImageDataModule"
+        place = "candidates" if entry.method in CANDIDATES else "fpt_lightning.methods"
         config = {
             "seed_everything": seed,
             "trainer": {**trainer, "default_root_dir": str(folder / f"seed{seed}")},
-            "model": {"class_path": f"fpt_lightning.methods.{METHODS[entry.method].__name__}", "init_args": model},
+            "model": {"class_path": f"{place}.{MODULES[entry.method].__name__}", "init_args": model},
             "data": {"class_path": module, "init_args": data},
         }
         return Cell(folder / f"seed{seed}", config, preloads=entry.stored)
@@ -617,7 +649,7 @@ def _cost(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[R
     found = [each for folds in seeds for each in folds]
     config = protocol.cell(name, method, 1, (found[0].learning_rate, found[0].weight_decay), 0).config
     model = {**config["model"]["init_args"], "pretrained": False}
-    module = build_on_meta(lambda: METHODS[ROWS[method].method](**model), (protocol.resolution, protocol.resolution))
+    module = build_on_meta(lambda: MODULES[ROWS[method].method](**model), (protocol.resolution, protocol.resolution))
     return {
         "label": ROWS[method].label,
         "learnable_parameters": module.learnable_parameters,
@@ -636,7 +668,6 @@ def table(name: str, found: Mapping[str, Any]) -> str:
     called = {"auc": "AUC x 100", "fold_auc": "mean of the folds' AUC", "quadratic_kappa": "quadratic kappa x 100"}
     called["calibrated"] = "AUC x 100, calibrated"
     other = next((ROWS[name].label for name in REFERENCES if name in found and name in ROWS), "the first row")
-    other = "the first row" if "default" in found else other
     heads = ["method", "learnable, %", *(f"{called[m]} [95%] | minus {other} [95%]" for m in metrics)]
     heads += ["AUC of each seed", "MiB", "s/epoch", "MB stored an image"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1 + len(metrics))]
@@ -704,7 +735,7 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     methods = {method for rows in found.values() for method in rows if method in ROWS}
     search = [f"{chosen} the best"] if any(not ROWS[method].rates for method in methods) else []
     own = {ROWS[method].label: ROWS[method].rates for method in ROWS if method in methods and ROWS[method].rates}
-    if methods <= set(PARTS):
+    if methods <= {*PARTS, *TRIED, *TRIED_ZOOMED}:
         own = {"all": next(iter(own.values()))}
     search += [
         f"learning rate {_listed(rates)} of {label}" + (", chosen by the first fold" if len(rates) > 1 else "")
