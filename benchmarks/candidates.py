@@ -16,16 +16,7 @@ KEYS, ROUNDS = 2048, 20
 
 
 class PromptsAtOwnRate(QueryTokensModule):
-    """Prompts that learn ten times as fast as the rest: they start near zero.
-
-    Args:
-        num_classes: number of classes.
-        **kwargs: see ``QueryTokensModule``.
-    """
-
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    """Prompts that learn ten times as fast as the rest: they start near zero."""
 
     def configure_optimizers(self) -> Any:
         """As for every method, but in two groups."""
@@ -42,16 +33,7 @@ class PromptsAtOwnRate(QueryTokensModule):
 
 
 class PromptsFromKeys(QueryTokensModule):
-    """Prompts that start as centres of the training images' keys, by k-means in each head.
-
-    Args:
-        num_classes: number of classes.
-        **kwargs: see ``QueryTokensModule``.
-    """
-
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    """Prompts that start as centres of the training images' keys, by k-means in each head."""
 
     def on_train_start(self) -> None:
         """See the class; a run that goes on has its prompts."""
@@ -78,16 +60,7 @@ def centres(points: Tensor, count: int) -> Tensor:
 
 
 class MixedPrompts(QueryTokensModule):
-    """Mixup (arXiv:1710.09412) of the fused prompts of two images and of their losses, Beta(0.4, 0.4).
-
-    Args:
-        num_classes: number of classes.
-        **kwargs: see ``QueryTokensModule``.
-    """
-
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    """Mixup (arXiv:1710.09412) of the fused prompts of two images and of their losses, Beta(0.4, 0.4)."""
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """See the class."""
@@ -99,16 +72,7 @@ class MixedPrompts(QueryTokensModule):
 
 
 class LayersNormalised(QueryTokensModule):
-    """A LayerNorm of each layer's fused prompts before the head, which normalises all together.
-
-    Args:
-        num_classes: number of classes.
-        **kwargs: see ``QueryTokensModule``.
-    """
-
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    """A LayerNorm of each layer's fused prompts before the head, which normalises all together."""
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes)."""
@@ -118,18 +82,12 @@ class LayersNormalised(QueryTokensModule):
 
 
 class WithPooledFeature(QueryTokensModule):
-    """With the logits of a linear probe on the stored pooled feature added.
-
-    Args:
-        num_classes: number of classes.
-        **kwargs: see ``QueryTokensModule``.
-    """
+    """With the logits of a linear probe on the stored pooled feature added."""
 
     INPUTS: ClassVar[frozenset[str]] = frozenset({"features", "pooled"})
 
     def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         self.pooled_head = initialise_head(nn.Linear(self.encoder_shape.width, self.task.outputs))
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:

@@ -25,7 +25,6 @@ class SideNetworkAlone(FPTPlusModule):
 
     def __init__(self, num_classes: int, prompt_head: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
-        self.save_hyperparameters()
         del self.fusion
 
     @property
@@ -56,7 +55,6 @@ class MLPTransfer(FPTPlusModule):
 
     def __init__(self, num_classes: int, prompt_head: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
-        self.save_hyperparameters()
         del self.fusion
         width = self.side.norm.normalized_shape[0]
         self.transfer = nn.Sequential(nn.Linear(self.encoder_shape.width, width), nn.GELU(), nn.Linear(width, width))

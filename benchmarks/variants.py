@@ -57,8 +57,12 @@ class Setting:
         return shared_arguments(method, self.method, self.arguments)
 
     def default(self, name: str) -> float:
-        """The YAML's learning rate or weight decay, or else that of every method."""
-        return float(self.arguments.get(name, inspect.signature(ClassificationModule).parameters[name].default))
+        """The YAML's learning rate or weight decay, or else that of its method."""
+        if name in self.arguments:
+            return float(self.arguments[name])
+        method = getattr(methods, self.method)
+        found = (inspect.signature(each.__init__).parameters.get(name) for each in method.__mro__)
+        return float(next(parameter.default for parameter in found if parameter is not None))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_a_card_says_what_is_known(tmp_path: Path) -> None:
         "| encoder | test_vit, frozen; weights random, digest ",
         "| licence of the encoder's weights | none needed: untrained |",
         "| images | 64 x 96 pixels, letterbox |",
-        "| training | epoch 7; learning rate 0.0002 |",
+        "| training | epoch 7; learning rate 0.001 |",
         "| calibration | temperature 1.7, biases +0.4, -0.1, -0.3; fitted to validation |",
         "| patients | 50 | 30 |",
         "| AUC | 0.",

@@ -12,17 +12,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule
+from fpt_lightning import FPTPlusModule, ImageDataModule, PreloadedFeatureDataModule, methods
 from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder.frozen import FrozenEncoder
 from fpt_lightning.errors import CheckpointError, ConfigurationError, EncoderError
 from fpt_lightning.methods import FPTModule, QueryTokensModule
-from small import TINY, quiet_trainer, tiny_model, write_images
+from small import ROOT, TINY, quiet_trainer, tiny_model, write_images
 
 DataMaker = Callable[..., PreloadedFeatureDataModule]
 
@@ -82,6 +83,21 @@ def test_learnable_parameters_are_the_papers(prompts: int, expected: int) -> Non
     assert module.encoder_shape.parameters == 86_859_496
     paper = {4: 0.96, 8: 0.99, 16: 1.03, 32: 1.11, 64: 1.28, 128: 1.61}  # table 4
     assert round(100 * module.learnable_ratio, 2) == paper[prompts]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_have_their_methods_own_learning_rate(path: Path) -> None:
+    model = yaml.safe_load(path.read_text())["model"]
+    module = getattr(methods, model["class_path"])(3, encoder="test_vit", pretrained=False)
+    assert model["init_args"].get("learning_rate", module.learning_rate) == module.learning_rate
+    assert module.hparams["learning_rate"] == module.learning_rate
+
+
+def test_a_checkpoint_of_a_subclass_says_what_it_was_made_with() -> None:
+    """What was given, and what was found in its place."""
+    module = FPTModule(3, encoder="test_vit", pretrained=False, side_resolution=None, warmup_epochs=2)
+    assert module.hparams["side_resolution"] == 224
+    assert (module.hparams["prompt_head"], module.hparams["warmup_epochs"]) == (False, 2)
 
 
 # The prompts' own head

@@ -21,6 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 import evidence
 import evidence_figures
+import evidence_rates
 import selected_tokens
 import side_network
 from fpt_lightning.errors import ConfigurationError
@@ -330,6 +331,35 @@ def predictions(scores: list[float], ids: str = "abcd") -> Predictions:
     """Of two negatives and two positives."""
     table = np.column_stack([1 - np.array(scores), scores])
     return Predictions("single-label", tuple(ids), np.array([0, 0, 1, 1]), table, ("no", "yes"))
+
+
+def test_a_methods_own_learning_rate_is_the_best_that_was_tried_or_near_it() -> None:
+    """It loses at most a point of validation AUC in the mean over tasks."""
+    found: dict[tuple[type, float], list[dict[str, float]]] = {}
+    for row in json.loads((ROOT / "benchmarks" / "results" / "evidence_rates.json").read_text())["rows"]:
+        method = evidence.MODULES[evidence.ROWS[row["method"]].method]
+        if row["metric"] != "auc":
+            continue
+        found.setdefault((method, evidence_rates.default(method)), []).append(row["validation"])
+    assert len(found) > 5
+    for (method, default), rows in found.items():
+        lost = [max(row.values()) - row[str(default)] for row in rows]
+        assert sum(lost) / len(lost) < 0.01, (method, lost)
+
+
+def test_the_rates_of_all_folds_count() -> None:
+    def cell(rate: float, value: float, decay: float = 0.1) -> dict[str, float]:
+        return {"learning_rate": rate, "weight_decay": decay, "validation": value}
+
+    records = {
+        "fold1/a/seed0": cell(1e-3, 0.6),
+        "fold2/a/seed0": cell(1e-3, 0.8),
+        "fold1/b/seed0": cell(1e-2, 0.9),
+        "fold1/a/seed1": cell(1e-3, 0.1),
+        "fold1/c/seed0": cell(1e-3, 0.2, decay=0.5),
+    }
+    assert evidence_rates.validation(records, "fold") == {1e-3: pytest.approx(0.7)}
+    assert evidence_rates.validation(records, "fold1/") == {1e-3: 0.6, 1e-2: 0.9}
 
 
 def test_a_metric_is_the_mean_over_the_seeds() -> None:

@@ -47,7 +47,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("model.num_classes", "null", "or labels of multilabel; null: those of the data"),
         Option("model.task", "multiclass", "multiclass, multilabel, ordinal, coral or regression"),
         Option("model.class_weights", "null", "balanced weighs classes by their rarity"),
-        Option("model.learning_rate", "2.0e-4", "highest, of a cosine with warm-up"),
+        Option("model.learning_rate", "1.0e-3", "highest, of a cosine; other methods have their own"),
         Option("model.weight_decay", "0.1", "of AdamW"),
         Option("model.side_resolution", "null", "of the side network's images, in pixels; null: about 128"),
         Option("model.gradient_checkpointing", "false", "less memory for more time"),

@@ -27,7 +27,6 @@ class AdapterModule(EncoderTuningModule):
 
     def __init__(self, num_classes: int | None = None, reduction: int = 8, scale: float = 0.1, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         self.bottleneck = self.encoder_shape.width // reduction if reduction > 0 else 0
         if self.bottleneck == 0:
             raise ConfigurationError(f"reduction is {reduction}: give 1 to {self.encoder_shape.width}.")

@@ -107,7 +107,8 @@ class ClassificationModule(TrainedModule, ABC):
             (``fpt_lightning.methods.tasks``).
         encoder: a plain ViT of timm, by name, or ``hf-hub:owner/repository`` or ``local-dir:folder`` of timm.
         pretrained: True for the published weights, False for a fixed random initialisation, or a local file or folder.
-        learning_rate: the highest.
+        learning_rate: the highest. Each method's default was the best of those tried on real images, or near it
+            (``benchmarks/results/evidence_rates.md``).
         weight_decay: of AdamW, on all learnable parameters.
         betas: of AdamW.
         warmup_epochs: of linear increase from 0.
@@ -139,7 +140,7 @@ class ClassificationModule(TrainedModule, ABC):
         num_classes: int | None = None,
         encoder: str = "vit_base_patch16_224.augreg_in21k",
         pretrained: bool | str = True,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_epochs: int = 0,

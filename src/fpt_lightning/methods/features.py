@@ -59,7 +59,6 @@ class FeatureModule(ClassificationModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         name = self.hparams["encoder"]
         if layers is None and self.ALL_LAYERS:
             layers = list(range(encoder_shape(name).depth))

@@ -62,7 +62,6 @@ class FPTPlusModule(FeatureModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         shape = self.encoder_shape
         if side_resolution is None:
             side_resolution = nearest_side(self.SIDE_RESOLUTION, shape.patch_size)
@@ -126,4 +125,3 @@ class FPTModule(FPTPlusModule):
 
     def __init__(self, num_classes: int | None = None, prompt_head: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, prompt_head=prompt_head, **kwargs)
-        self.save_hyperparameters()

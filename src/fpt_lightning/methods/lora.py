@@ -35,7 +35,6 @@ class LoRAModule(EncoderTuningModule):
 
     def __init__(self, num_classes: int | None = None, rank: int = 16, alpha: float = 16.0, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         _check_peft()
         if rank < 1:
             raise ConfigurationError(f"rank is {rank}: give at least 1.")
@@ -84,7 +83,6 @@ class AdaLoRAModule(EncoderTuningModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         _check_peft()
         if not 1 <= rank < initial_rank:
             raise ConfigurationError(f"rank is {rank}, initial_rank {initial_rank}: give 1 <= rank < initial_rank.")

@@ -19,15 +19,15 @@ class StoredLinearProbingModule(FeatureModule):
 
     Args:
         num_classes: number of classes.
+        learning_rate: the highest; other methods' would leave the head half learned.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
     """
 
     LABEL = "Linear probing, stored"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"pooled"})
 
-    def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    def __init__(self, num_classes: int | None = None, learning_rate: float = 1e-2, **kwargs: Any) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
         width = self.encoder_shape.width
         self.norm = nn.LayerNorm(width, elementwise_affine=False)  # the head's weights would repeat an affine one
         self.head = initialise_head(nn.Linear(width, self.task.outputs))
@@ -47,6 +47,7 @@ class AttentiveProbingModule(FeatureModule):
     Args:
         num_classes: number of classes.
         queries: of each head, each for ``head_dim / queries`` channels.
+        learning_rate: the highest; other methods' would leave the queries half learned.
         **kwargs: see ``FeatureModule`` and ``ClassificationModule``.
 
     Raises:
@@ -56,9 +57,10 @@ class AttentiveProbingModule(FeatureModule):
     LABEL = "Attentive probing, stored"
     ARCHITECTURE: ClassVar[tuple[str, ...]] = (*FeatureModule.ARCHITECTURE, "queries")
 
-    def __init__(self, num_classes: int | None = None, queries: int = 4, **kwargs: Any) -> None:
-        super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
+    def __init__(
+        self, num_classes: int | None = None, queries: int = 4, learning_rate: float = 1e-2, **kwargs: Any
+    ) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
         shape = self.encoder_shape
         if queries < 1 or shape.head_dim % queries:
             raise ConfigurationError(
@@ -102,7 +104,6 @@ class QueryTokensModule(FeatureModule):
         self, num_classes: int | None = None, reduction: int = 8, prompts: int = 16, dropout: float = 0.5, **kwargs: Any
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         shape, depth = self.encoder_shape, len(self.encoder_config.tapped_layers)
         if reduction < 1 or shape.width % reduction:
             raise ConfigurationError(f"reduction is {reduction}: give a divisor of the encoder's width {shape.width}.")

@@ -34,7 +34,6 @@ class PromptTuningModule(EncoderTuningModule):
 
     def __init__(self, num_classes: int | None = None, prompts: int = 16, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         if prompts < 1:
             raise ConfigurationError(f"prompts is {prompts}: give at least 1.")
         self.prompts = prompts

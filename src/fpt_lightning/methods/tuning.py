@@ -45,7 +45,6 @@ class EncoderModule(ClassificationModule):
 
     def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         self.encoder_config = EncoderConfig(name=self.hparams["encoder"], pretrained=self.hparams["pretrained"])
         self.vit: Any = None
         self.resolution: tuple[int, int] | None = None
@@ -162,9 +161,18 @@ def _heads(vit: Any) -> Iterator[nn.Linear]:
 
 
 class LinearProbingModule(EncoderModule):
-    """Linear probing: the head alone learns, so nothing of the encoder is kept for a backward pass."""
+    """Linear probing: the head alone learns, so nothing of the encoder is kept for a backward pass.
+
+    Args:
+        num_classes: number of classes.
+        learning_rate: the highest; higher than of methods with more to learn.
+        **kwargs: see ``ClassificationModule``.
+    """
 
     LABEL = "Linear probing"
+
+    def __init__(self, num_classes: int | None = None, learning_rate: float = 3e-3, **kwargs: Any) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
 
     def adapt(self, vit: Any) -> None:
         """Nothing but the head."""
@@ -185,15 +193,23 @@ class EncoderTuningModule(EncoderModule):
 
     def __init__(self, num_classes: int | None = None, gradient_checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(num_classes, **kwargs)
-        self.save_hyperparameters()
         self.gradient_checkpointing = gradient_checkpointing
 
 
 class FineTuningModule(EncoderTuningModule):
-    """Full fine-tuning: everything learns, in training mode."""
+    """Full fine-tuning: everything learns, in training mode.
+
+    Args:
+        num_classes: number of classes.
+        learning_rate: the highest; what the encoder knows is lost above it.
+        **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
+    """
 
     LABEL = "Full fine-tuning"
     FREEZES = False
+
+    def __init__(self, num_classes: int | None = None, learning_rate: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
 
     def adapt(self, vit: Any) -> None:
         """Let everything learn."""
@@ -201,9 +217,18 @@ class FineTuningModule(EncoderTuningModule):
 
 
 class AttentionTuningModule(EncoderTuningModule):
-    """Attention tuning (Touvron et al., 2022): all weights of the self-attentions learn, and the head."""
+    """Attention tuning (Touvron et al., 2022): all weights of the self-attentions learn, and the head.
+
+    Args:
+        num_classes: number of classes.
+        learning_rate: the highest; what the encoder knows is lost far above it.
+        **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
+    """
 
     LABEL = "Attention tuning"
+
+    def __init__(self, num_classes: int | None = None, learning_rate: float = 5e-5, **kwargs: Any) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
 
     def adapt(self, vit: Any) -> None:
         """Let the attention of every block learn."""
