@@ -101,9 +101,11 @@ def _turned(count: int, name: str, entry: Entry, zoom: float = 1.0) -> Entry:
 
 _HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
 _QUERIES = Entry("query_tokens", "Query tokens, stored")
+_LINEAR = Entry("stored_linear", "Linear probing, stored")
+_ATTENTIVE = Entry("attentive", "Attentive probing, stored")
 ROWS = {
-    "stored_linear": Entry("stored_linear", "Linear probing, stored"),
-    "attentive": Entry("attentive", "Attentive probing, stored"),
+    "stored_linear": _LINEAR,
+    "attentive": _ATTENTIVE,
     "query_tokens": _QUERIES,
     "fpt_plus": Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False}),
     "fpt_plus_prompt_head": _HEAD,
@@ -113,6 +115,8 @@ ROWS = {
     "fpt_plus_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _HEAD, zoom=0.55),
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
     "fpt_plus_turned": _turned(8, "all orientations", _HEAD),
+    "stored_linear_zoomed": _turned(8, "all orientations, zoomed", _LINEAR, zoom=0.55),
+    "attentive_zoomed": _turned(8, "all orientations, zoomed", _ATTENTIVE, zoom=0.55),
     "query_tokens_zoomed": _turned(8, "all orientations, zoomed", _QUERIES, zoom=0.55),
     "fpt_plus_zoomed": _turned(8, "all orientations, zoomed", _HEAD, zoom=0.55),
     "fpt": Entry("fpt", "FPT", {"side_resolution": 224}, {}, "-all-layers"),
@@ -177,6 +181,7 @@ DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
 TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned", "query_tokens_zoomed", "fpt_plus_zoomed")
 """Whose seeds' predictions are taken together too."""
 PAIRS = {
+    RIVAL: ("attentive",),
     DEFAULT: (RIVAL,),
     "query_tokens_mirrored": (RIVAL,),
     "query_tokens_turned": (RIVAL,),
@@ -184,7 +189,9 @@ PAIRS = {
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
     "query_tokens_mirrored_zoomed": ("query_tokens_mirrored",),
     "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
-    "query_tokens_zoomed": ("query_tokens_turned", RIVAL),
+    "stored_linear_zoomed": ("stored_linear",),
+    "attentive_zoomed": ("attentive",),
+    "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed"),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
     "side_70": ("side_126",),
     "side_224": ("side_126",),
@@ -284,10 +291,13 @@ class Study(NamedTuple):
 
 
 _REFERABLE = ("fundus_referable",)
-_TURNED = tuple(
-    f"{method}_{how}"
-    for how in ("mirrored", "mirrored_zoomed", "turned", "zoomed")
-    for method in ("query_tokens", "fpt_plus")
+_TURNED = (
+    *(
+        f"{method}_{how}"
+        for how in ("mirrored", "mirrored_zoomed", "turned")
+        for method in ("query_tokens", "fpt_plus")
+    ),
+    *("stored_linear_zoomed", "attentive_zoomed", "query_tokens_zoomed", "fpt_plus_zoomed"),
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
