@@ -155,6 +155,7 @@ TRIED = {
     "reduction_32": _part("fused prompts of a 32nd of its width", {"reduction": 32}),
     "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
     "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
+    "longest": _part("180 epochs", {})._replace(epochs=180),
     "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
     "own_rate": _tried("own_rate", "prompts at ten times the learning rate"),
     "from_keys": _tried("from_keys", "prompts that start as k-means centres of the keys"),
@@ -166,9 +167,13 @@ TRIED = {
 TRIED_ZOOMED = {
     f"{name}_zoomed": _turned(8, "all orientations, zoomed", entry, 0.55)
     for name, entry in {"default": PARTS["default"], "prompts_64": PARTS["prompts_64"], **TRIED}.items()
+} | {
+    f"{name}_mirrored_zoomed": _turned(2, "mirror images too, zoomed", (PARTS | TRIED)[name], 0.55)
+    for name in ("default", "longer", "longest")
 }
 """The same on zoomed orientations."""
-ROWS |= PARTS | TRIED | TRIED_ZOOMED
+VARIED = PARTS | TRIED | TRIED_ZOOMED
+ROWS |= VARIED
 INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
 """Of methods with the encoder inside, which take long: one seed, and this of the trainer."""
 FOLDS = 5
@@ -291,6 +296,7 @@ class Study(NamedTuple):
 
 
 _REFERABLE = ("fundus_referable",)
+_FUNDUS = ("fundus_referable", "fundus_maculopathy", "fundus_grade")
 _TURNED = (
     *(
         f"{method}_{how}"
@@ -309,7 +315,7 @@ STUDIES = {
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
     "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
     "224_tried": Study(("fundus_referable", "chest_pneumonia"), ("default", *TRIED), 224),
-    "224_tried_zoomed": Study(_REFERABLE, tuple(TRIED_ZOOMED), 224),
+    "224_tried_zoomed": Study((*_FUNDUS, "chest_pneumonia"), tuple(TRIED_ZOOMED), 224),
 }
 """By the end of its files' names."""
 
@@ -745,7 +751,7 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     methods = {method for rows in found.values() for method in rows if method in ROWS}
     search = [f"{chosen} the best"] if any(not ROWS[method].rates for method in methods) else []
     own = {ROWS[method].label: ROWS[method].rates for method in ROWS if method in methods and ROWS[method].rates}
-    if methods <= {*PARTS, *TRIED, *TRIED_ZOOMED}:
+    if methods <= set(VARIED):
         own = {"all": next(iter(own.values()))}
     search += [
         f"learning rate {_listed(rates)} of {label}" + (", chosen by the first fold" if len(rates) > 1 else "")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from environment import DOCS, RESULTS
-from evidence import FOLDS, PARTS, ROWS, STUDIES, TASKS
+from evidence import FOLDS, ROWS, STUDIES, TASKS, VARIED
 
 COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
 COMPARED = ("448", "224_fold1")
@@ -53,11 +53,11 @@ class Point(NamedTuple):
 
 
 def points(folder: Path) -> Iterator[Point]:
-    """Of all result files ``evidence_{data}_{study}.json`` but those of the method's parts."""
+    """Of all result files ``evidence_{data}_{study}.json`` but those of one method's settings."""
     for study in STUDIES:
         for path in sorted(folder.glob(f"evidence_*_{study}.json")):
             for task, rows in json.loads(path.read_text())["tasks"].items():
-                yield from (Point(task, study, name, rows[name]) for name in rows if name in ROWS and name not in PARTS)
+                yield from (Point(task, study, name, rows[name]) for name in rows if name in set(ROWS) - set(VARIED))
 
 
 def summary(found: Sequence[Point]) -> str:
@@ -140,7 +140,8 @@ def _error_bar(axes: Axes, x: float, point: Point) -> None:
 
 
 def _color(method: str) -> Any:
-    return colormaps["tab20"](list(ROWS).index(method) % 20)
+    colors = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors]  # type: ignore[attr-defined]
+    return colors[list(ROWS).index(method)]
 
 
 def _unique(panels: Any) -> tuple[list[Any], list[str]]:

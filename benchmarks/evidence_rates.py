@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
-from evidence import MODULES, PARTS, ROWS, TASKS, TRIED, TRIED_ZOOMED
+from evidence import MODULES, ROWS, TASKS, VARIED
 from fpt_lightning.methods import ClassificationModule
 
 DECAY = 0.1
@@ -43,7 +43,7 @@ def default(method: type[ClassificationModule]) -> float:
 def rows() -> list[dict[str, Any]]:
     """Of each method and task whose rates were searched."""
     found = []
-    for method in [name for name in ROWS if name not in {*PARTS, *TRIED, *TRIED_ZOOMED}]:
+    for method in [name for name in ROWS if name not in VARIED]:
         for path in sorted((RESULTS / "evidence").glob(f"*/{method}.json")):
             task, _, resolution = path.parent.name.rpartition("-")
             values = validation(json.loads(path.read_text()), "fold1/" if ROWS[method].rates else "fold")
