@@ -123,8 +123,11 @@ def test_folders_and_a_table_of_films(workplace: Path, capsys: pytest.CaptureFix
     assert found["data"]["split_column"] == "split"
     assert found["data"]["group_column"] == "patient_id"
     assert found["model"]["encoder"] == "vit_base_patch14_dinov2.lvd142m"  # as RAD-DINO is
-    assert not {"class_weights", "test_time_orientations"} & found["model"].keys()
-    assert "orientations" not in found["data"]  # films have a side that is up
+    assert "class_weights" not in found["model"]
+    assert (
+        found["model"]["test_time_orientations"] == found["data"]["orientations"] == 2
+    )  # films have a side that is up
+    assert found["data"]["zoom"] == 0.55
     assert "given: train 16, val 16, test 16" in capsys.readouterr().out
     assert "test_auc" in fitted("table")
 

@@ -48,8 +48,10 @@ _ENCODERS = {
 """By what images are of; licences as docs/encoders.md has them."""
 
 
-_TURNED = ("fundus photographs", "pathology", "skin photographs")
-"""In which a finding is the same from every side: all orientations are stored where images are few."""
+_ORIENTATIONS = {"fundus photographs": 8, "pathology": 8, "skin photographs": 8, "chest X-rays": 2}
+"""That are stored where images are few: all where a finding is the same from every side, of films the mirror image."""
+_ZOOMED = ("fundus photographs", "chest X-rays")
+"""On which closer views were tried."""
 
 
 class Line(NamedTuple):
@@ -247,14 +249,13 @@ def _resolution(found: Inspection, model: Mapping[str, Any], memory: int | None)
 
 
 def _orientations(found: Inspection) -> list[Line]:
-    count = len(found.manifest.samples)
-    if found.topic not in _TURNED or count >= _FEW_IMAGES:
+    images, count = len(found.manifest.samples), _ORIENTATIONS.get(found.topic, 1)
+    if count == 1 or images >= _FEW_IMAGES:
         return []
-    why = (
-        f"{count:,} images are few, and {found.topic} show the same turned; the frozen pass takes as many times as long"
-    )
-    closer = Line("zoom", 0.55, "parts of an image, closer, are worth as much again; tried on such photographs alone")
-    return [Line("orientations", 8, why), *([closer] if found.topic == "fundus photographs" else [])]
+    same = f"{found.topic} show the same {'turned' if count == 8 else 'mirrored'}"
+    why = f"{images:,} images are few, and {same}; the frozen pass takes {count} times as long"
+    closer = Line("zoom", 0.55, "parts of an image, closer, are worth as much again; tried on such images")
+    return [Line("orientations", count, why), *([closer] if found.topic in _ZOOMED else [])]
 
 
 def _framing(found: Inspection) -> list[Line]:
