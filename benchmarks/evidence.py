@@ -155,7 +155,6 @@ TRIED = {
     "reduction_32": _part("fused prompts of a 32nd of its width", {"reduction": 32}),
     "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
     "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
-    "longest": _part("180 epochs", {})._replace(epochs=180),
     "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
     "own_rate": _tried("own_rate", "prompts at ten times the learning rate"),
     "from_keys": _tried("from_keys", "prompts that start as k-means centres of the keys"),
@@ -169,7 +168,7 @@ TRIED_ZOOMED = {
     for name, entry in {"default": PARTS["default"], "prompts_64": PARTS["prompts_64"], **TRIED}.items()
 } | {
     f"{name}_mirrored_zoomed": _turned(2, "mirror images too, zoomed", (PARTS | TRIED)[name], 0.55)
-    for name in ("default", "longer", "longest")
+    for name in ("default", "longer")
 }
 """The same on zoomed orientations."""
 VARIED = PARTS | TRIED | TRIED_ZOOMED
