@@ -191,7 +191,7 @@ PAIRS = {
     "query_tokens_turned": (RIVAL,),
     "fpt_plus_mirrored": (DEFAULT, "query_tokens_mirrored"),
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
-    "query_tokens_mirrored_zoomed": ("query_tokens_mirrored",),
+    "query_tokens_mirrored_zoomed": ("query_tokens_mirrored", RIVAL),
     "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
     "stored_linear_zoomed": ("stored_linear",),
     "attentive_zoomed": ("attentive",),
