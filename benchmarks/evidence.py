@@ -82,10 +82,6 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
     return Entry("query_tokens", label, model, data, store, rates=(1e-3,))
 
 
-def _tried(method: str, label: str) -> Entry:
-    return Entry(method, label, rates=(1e-3,))
-
-
 def _side(resolution: int) -> Entry:
     """FPT+ by default with side images of so many pixels, at one learning rate."""
     model = {"side_resolution": resolution, "prompt_head": True}
@@ -156,11 +152,11 @@ TRIED = {
     "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
     "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
     "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
-    "own_rate": _tried("own_rate", "prompts at ten times the learning rate"),
-    "from_keys": _tried("from_keys", "prompts that start as k-means centres of the keys"),
-    "mixup": _tried("mixup", "mixup of the fused prompts"),
-    "layers_normalised": _tried("layers_normalised", "a LayerNorm of each layer's fused prompts"),
-    "with_pooled": _tried("with_pooled", "with a linear probe's logits of the pooled feature"),
+    "own_rate": _part("prompts at ten times the learning rate", {})._replace(method="own_rate"),
+    "from_keys": _part("prompts that start as k-means centres of the keys", {})._replace(method="from_keys"),
+    "mixup": _part("mixup of the fused prompts", {})._replace(method="mixup"),
+    "layers_normalised": _part("a LayerNorm of each layer's fused prompts", {})._replace(method="layers_normalised"),
+    "with_pooled": _part("with a linear probe's logits of the pooled feature", {})._replace(method="with_pooled"),
 }
 """What the field does with prompts and small heads: query tokens with one thing changed or added."""
 TRIED_ZOOMED = {

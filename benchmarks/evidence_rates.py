@@ -9,7 +9,6 @@ decay 0.1.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from environment import RESULTS, write_result
 from evidence import MODULES, ROWS, TASKS, VARIED
-from fpt_lightning.methods import ClassificationModule
+from variants import default_of
 
 DECAY = 0.1
 """Of the search of rates."""
@@ -34,12 +33,6 @@ def validation(records: Mapping[str, Any], folds: str) -> dict[float, float]:
     return {rate: mean(values) for rate, values in sorted(found.items()) if len(values) == count}
 
 
-def default(method: type[ClassificationModule]) -> float:
-    """A method's own learning rate."""
-    found = (inspect.signature(each.__init__).parameters.get("learning_rate") for each in method.__mro__)  # type: ignore[misc]
-    return float(next(parameter.default for parameter in found if parameter is not None))
-
-
 def rows() -> list[dict[str, Any]]:
     """Of each method and task whose rates were searched."""
     found = []
@@ -49,7 +42,7 @@ def rows() -> list[dict[str, Any]]:
             values = validation(json.loads(path.read_text()), "fold1/" if ROWS[method].rates else "fold")
             if len(values) > 1:
                 described = {"method": method, "label": ROWS[method].label, "task": task, "resolution": int(resolution)}
-                own = default(MODULES[ROWS[method].method])
+                own = default_of(MODULES[ROWS[method].method], "learning_rate")
                 found.append({**described, "metric": TASKS[task].monitor, "default": own, "validation": values})
     return found
 

@@ -58,11 +58,13 @@ class Setting:
 
     def default(self, name: str) -> float:
         """The YAML's learning rate or weight decay, or else that of its method."""
-        if name in self.arguments:
-            return float(self.arguments[name])
-        method = getattr(methods, self.method)
-        found = (inspect.signature(each.__init__).parameters.get(name) for each in method.__mro__)
-        return float(next(parameter.default for parameter in found if parameter is not None))
+        return float(self.arguments.get(name, default_of(getattr(methods, self.method), name)))
+
+
+def default_of(method: type[ClassificationModule], name: str) -> float:
+    """A method's own value of an argument that it or one of its bases takes."""
+    found = (inspect.signature(each.__init__).parameters.get(name) for each in method.__mro__)  # type: ignore[misc]
+    return float(next(parameter.default for parameter in found if parameter is not None))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
 from records import Record
 from small import ROOT, SPECIFICATION, write_images
+from variants import default_of
 
 Main = Callable[..., dict[str, Any]]
 
@@ -231,6 +232,24 @@ def test_a_rate_whose_cell_is_run_again_may_lose_its_place(monkeypatch: pytest.M
     assert asked == [1e-3, 1e-2]
 
 
+def test_cells_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = evidence.Protocol(
+        Path("weights"), {"fundus": ROOT, "chest": ROOT}, Path("out"), 224, (1,), 1, 20, (1e-3,), (0.1,)
+    )
+
+    def cell(method: str) -> dict[str, Any]:
+        return protocol.cell("fundus_referable", method, 1, (1e-3, 0.1), 0).config
+
+    monkeypatch.setattr(evidence.Protocol, "manifest", lambda self, name: ROOT)
+    assert cell("mixup")["model"]["class_path"] == "candidates.MixedPrompts"
+    assert cell("query_tokens")["model"]["class_path"] == "fpt_lightning.methods.QueryTokensModule"
+    assert [cell(name)["trainer"]["max_epochs"] for name in ("smoothing", "longer", "lora")] == [20, 60, 10]
+    zoomed = cell("longer_zoomed")
+    assert (zoomed["trainer"]["max_epochs"], zoomed["data"]["zoom"]) == (60, 0.55)
+    assert zoomed["data"]["store"].endswith("fundus224-8-orientations-zoomed.zarr")
+    assert cell("longer_mirrored_zoomed")["data"]["orientations"] == 2
+
+
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
     one, other = ([of_validation(value) for value in values] for values in ((0.7, 0.8), (0.9, 0.8)))
     assert evidence.by_validation([[one], [other]]) == [[other[0], one[1]]]
@@ -340,7 +359,8 @@ def test_a_methods_own_learning_rate_is_the_best_that_was_tried_or_near_it() -> 
         method = evidence.MODULES[evidence.ROWS[row["method"]].method]
         if row["metric"] != "auc":
             continue
-        found.setdefault((method, evidence_rates.default(method)), []).append(row["validation"])
+        found.setdefault((method, default_of(method, "learning_rate")), []).append(row["validation"])
+        assert row["default"] == default_of(method, "learning_rate")
     assert len(found) > 5
     for (method, default), rows in found.items():
         lost = [max(row.values()) - row[str(default)] for row in rows]
