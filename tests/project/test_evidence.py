@@ -245,9 +245,10 @@ def test_cells_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cell("query_tokens")["model"]["class_path"] == "fpt_lightning.methods.QueryTokensModule"
     assert [cell(name)["trainer"]["max_epochs"] for name in ("smoothing", "longer", "lora")] == [20, 60, 10]
     zoomed = cell("longer_zoomed")
-    assert (zoomed["trainer"]["max_epochs"], zoomed["data"]["zoom"]) == (60, 0.55)
-    assert zoomed["data"]["store"].endswith("fundus224-8-orientations-zoomed.zarr")
-    assert cell("longer_mirrored_zoomed")["data"]["orientations"] == 2
+    data = zoomed["data"]["init_args"]
+    assert (zoomed["trainer"]["max_epochs"], data["orientations"], data["zoom"]) == (60, 8, 0.55)
+    assert data["store"].endswith("fundus224-8-orientations-zoomed.zarr")
+    assert cell("longer_mirrored_zoomed")["data"]["init_args"]["orientations"] == 2
 
 
 def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
