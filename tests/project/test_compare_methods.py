@@ -140,7 +140,7 @@ def test_methods_train_finished_cells_stay_and_a_lost_one_alone_is_run_again(
     monkeypatch.setattr(cli, "main", refuse)
     main(given)
     monkeypatch.undo()
-    (out / "cells" / "linear" / "lr0.0002-wd0.1" / "seed1" / "metrics.json").unlink()
+    (out / "cells" / "linear" / "lr0.001-wd0.1" / "seed1" / "metrics.json").unlink()
     (out / "table.md").unlink()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
     main(given[:-2])
@@ -172,7 +172,7 @@ def test_an_interrupted_cell_goes_on_and_leaves_what_is_finished(
     with pytest.raises(SystemExit):
         main(given)
     assert [row[0] for row in table_rows(out)] == ["FPT+"]
-    cell = out / "cells" / "stored_linear" / "lr0.0002-wd0.1" / "seed0"
+    cell = out / "cells" / "stored_linear" / "lr0.001-wd0.1" / "seed0"
     assert (cell / "last.ckpt").is_file()
     assert not (cell / "metrics.json").exists()
 
