@@ -107,8 +107,8 @@ class ClassificationModule(TrainedModule, ABC):
             (``fpt_lightning.methods.tasks``).
         encoder: a plain ViT of timm, by name, or ``hf-hub:owner/repository`` or ``local-dir:folder`` of timm.
         pretrained: True for the published weights, False for a fixed random initialisation, or a local file or folder.
-        learning_rate: the highest. Each method's default was the best of those tried on real images, or near it
-            (``benchmarks/results/evidence_rates.md``).
+        learning_rate: the highest. Each method has a default of its own: the best of those tried on real images, or
+            near it, where it was (``benchmarks/results/evidence_rates.md``).
         weight_decay: of AdamW, on all learnable parameters.
         betas: of AdamW.
         warmup_epochs: of linear increase from 0.

@@ -221,7 +221,7 @@ class AttentionTuningModule(EncoderTuningModule):
 
     Args:
         num_classes: number of classes.
-        learning_rate: the highest; what the encoder knows is lost far above it.
+        learning_rate: the highest; a starting point between those of full fine-tuning and of fewer parameters.
         **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
     """
 
@@ -237,9 +237,18 @@ class AttentionTuningModule(EncoderTuningModule):
 
 
 class BitFitModule(EncoderTuningModule):
-    """BitFit (Ben-Zaken et al., 2022): every bias learns, and the head."""
+    """BitFit (Ben-Zaken et al., 2022): every bias learns, and the head.
+
+    Args:
+        num_classes: number of classes.
+        learning_rate: the highest; higher than of methods with more to learn.
+        **kwargs: see ``EncoderTuningModule`` and ``ClassificationModule``.
+    """
 
     LABEL = "BitFit"
+
+    def __init__(self, num_classes: int | None = None, learning_rate: float = 3e-3, **kwargs: Any) -> None:
+        super().__init__(num_classes, learning_rate=learning_rate, **kwargs)
 
     def adapt(self, vit: Any) -> None:
         """Let the biases learn.
