@@ -18,6 +18,8 @@ KEYS, ROUNDS = 2048, 20
 class PromptsAtOwnRate(QueryTokensModule):
     """Prompts that learn ten times as fast as the rest: they start near zero."""
 
+    LABEL = "prompts at ten times the learning rate"
+
     def configure_optimizers(self) -> Any:
         """As for every method, but in two groups."""
         found = super().configure_optimizers()
@@ -34,6 +36,8 @@ class PromptsAtOwnRate(QueryTokensModule):
 
 class PromptsFromKeys(QueryTokensModule):
     """Prompts that start as centres of the training images' keys, by k-means in each head."""
+
+    LABEL = "prompts that start as k-means centres of the keys"
 
     def on_train_start(self) -> None:
         """See the class; a run that goes on has its prompts."""
@@ -62,6 +66,8 @@ def centres(points: Tensor, count: int) -> Tensor:
 class MixedPrompts(QueryTokensModule):
     """Mixup (arXiv:1710.09412) of the fused prompts of two images and of their losses, Beta(0.4, 0.4)."""
 
+    LABEL = "mixup of the fused prompts"
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """See the class."""
         share = float(torch.distributions.Beta(0.4, 0.4).sample())
@@ -74,6 +80,8 @@ class MixedPrompts(QueryTokensModule):
 class LayersNormalised(QueryTokensModule):
     """A LayerNorm of each layer's fused prompts before the head, which normalises all together."""
 
+    LABEL = "a LayerNorm of each layer's fused prompts"
+
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits (B, classes)."""
         fused = self.fusion(self.features(batch))
@@ -84,6 +92,7 @@ class LayersNormalised(QueryTokensModule):
 class WithPooledFeature(QueryTokensModule):
     """With the logits of a linear probe on the stored pooled feature added."""
 
+    LABEL = "with a linear probe's logits of the pooled feature"
     INPUTS: ClassVar[frozenset[str]] = frozenset({"features", "pooled"})
 
     def __init__(self, num_classes: int | None = None, **kwargs: Any) -> None:

@@ -152,11 +152,7 @@ TRIED = {
     "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
     "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
     "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
-    "own_rate": _part("prompts at ten times the learning rate", {})._replace(method="own_rate"),
-    "from_keys": _part("prompts that start as k-means centres of the keys", {})._replace(method="from_keys"),
-    "mixup": _part("mixup of the fused prompts", {})._replace(method="mixup"),
-    "layers_normalised": _part("a LayerNorm of each layer's fused prompts", {})._replace(method="layers_normalised"),
-    "with_pooled": _part("with a linear probe's logits of the pooled feature", {})._replace(method="with_pooled"),
+    **{name: _part(module.LABEL, {})._replace(method=name) for name, module in CANDIDATES.items()},
 }
 """What the field does with prompts and small heads: query tokens with one thing changed or added."""
 TRIED_ZOOMED = {
@@ -168,6 +164,8 @@ TRIED_ZOOMED = {
 }
 """The same on zoomed orientations."""
 VARIED = PARTS | TRIED | TRIED_ZOOMED
+COMPARED = tuple(ROWS)
+"""Names of the rows that are methods, and not settings of one."""
 ROWS |= VARIED
 INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
 """Of methods with the encoder inside, which take long: one seed, and this of the trainer."""
@@ -710,7 +708,7 @@ def _calibrations(found: Mapping[str, Any]) -> Iterator[str]:
     """What calibration changes, a row a method."""
     rows = {row["label"]: row["calibrated"] for row in found.values() if "calibrated" in row}
     metrics = list(next(iter(rows.values())))
-    heads = [f"{CALIBRATED.get(metric, metric.replace('_', ' '))} x 100" for metric in metrics]
+    heads = [f"{named(metric)} x 100" for metric in metrics]
     yield f"| calibrated | {' | '.join(heads)} |"
     yield "|---|" + "---:|" * len(metrics)
     for label, row in rows.items():
@@ -720,6 +718,11 @@ def _calibrations(found: Mapping[str, Any]) -> Iterator[str]:
             bounds = "" if metric == "calibration_error" else f" ({shown(difference, '+')})"
             cells.append(f"{100 * before:.1f} to {100 * after:.1f}{bounds}")
         yield f"| {label} | {' | '.join(cells)} |"
+
+
+def named(metric: str) -> str:
+    """A metric, for people."""
+    return CALIBRATED.get(metric, metric.replace("_", " "))
 
 
 def shown(estimate: Mapping[str, float], sign: str = "", digits: int = 1) -> str:

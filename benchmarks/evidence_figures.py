@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from environment import DOCS, RESULTS
-from evidence import FOLDS, ROWS, STUDIES, TASKS, VARIED
+from evidence import COMPARED, FOLDS, ROWS, STUDIES, TASKS
 
 COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
-COMPARED = ("448", "224_fold1")
+DRAWN = ("448", "224_fold1")
 """Studies of the first figure: the stored methods in all folds, and all methods in one."""
 
 
@@ -57,7 +57,7 @@ def points(folder: Path) -> Iterator[Point]:
     for study in STUDIES:
         for path in sorted(folder.glob(f"evidence_*_{study}.json")):
             for task, rows in json.loads(path.read_text())["tasks"].items():
-                yield from (Point(task, study, name, rows[name]) for name in rows if name in set(ROWS) - set(VARIED))
+                yield from (Point(task, study, name, rows[name]) for name in rows if name in COMPARED)
 
 
 def summary(found: Sequence[Point]) -> str:
@@ -65,7 +65,7 @@ def summary(found: Sequence[Point]) -> str:
     columns = [(task, size) for task in TASKS for size in sorted({p.resolution for p in found if p.task == task})]
     heads = [f"{TASKS[task].short}, {size}" for task, size in columns]
     lines = [f"| method | learnable, % | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(columns))]
-    for method in ROWS:
+    for method in COMPARED:
         own = {(point.task, point.resolution): point.row for point in found if point.method == method}
         if own:
             row = next(iter(own.values()))
@@ -81,7 +81,7 @@ def _with_half_width(estimate: Mapping[str, float]) -> str:
 def draw_cost(found: list[Point], path: Path) -> None:
     """A row a task of a study: AUC against memory and against time, a point a method."""
     rows = [
-        (study, name) for study in COMPARED for name in TASKS if any((p.study, p.task) == (study, name) for p in found)
+        (study, name) for study in DRAWN for name in TASKS if any((p.study, p.task) == (study, name) for p in found)
     ]
     figure = Figure(figsize=(11, 3.4 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(COSTS), squeeze=False, sharey="row", sharex="col")
@@ -107,10 +107,10 @@ def draw_resolution(found: list[Point], path: Path) -> None:
     figure = Figure(figsize=(2.5 + 3.6 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for name, axes in zip(tasks, panels, strict=True):
-        for method in ROWS:
+        for method in COMPARED:
             own = sorted((p for p in found if (p.task, p.method) == (name, method)), key=lambda p: p.resolution)
             if len(own) > 1:
-                shift = 1 + 0.01 * list(ROWS).index(method)  # so that intervals do not hide each other
+                shift = 1 + 0.01 * COMPARED.index(method)  # so that intervals do not hide each other
                 places = [p.resolution * shift for p in own]
                 axes.plot(places, [100 * p.row["fold_auc"]["value"] for p in own], color=_color(method))
                 for place, point in zip(places, own, strict=True):
@@ -141,7 +141,7 @@ def _error_bar(axes: Axes, x: float, point: Point) -> None:
 
 def _color(method: str) -> Any:
     colors = [*colormaps["tab20"].colors, *colormaps["tab20b"].colors]  # type: ignore[attr-defined]
-    return colors[list(ROWS).index(method)]
+    return colors[COMPARED.index(method)]
 
 
 def _unique(panels: Any) -> tuple[list[Any], list[str]]:

@@ -16,8 +16,8 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
-from evidence import MODULES, ROWS, TASKS, VARIED
-from variants import default_of
+from evidence import COMPARED, MODULES, ROWS, TASKS, named
+from fpt_lightning.cli.methods_paragraph import defaults
 
 DECAY = 0.1
 """Of the search of rates."""
@@ -36,13 +36,13 @@ def validation(records: Mapping[str, Any], folds: str) -> dict[float, float]:
 def rows() -> list[dict[str, Any]]:
     """Of each method and task whose rates were searched."""
     found = []
-    for method in [name for name in ROWS if name not in VARIED]:
+    for method in COMPARED:
         for path in sorted((RESULTS / "evidence").glob(f"*/{method}.json")):
             task, _, resolution = path.parent.name.rpartition("-")
             values = validation(json.loads(path.read_text()), "fold1/" if ROWS[method].rates else "fold")
             if len(values) > 1:
                 described = {"method": method, "label": ROWS[method].label, "task": task, "resolution": int(resolution)}
-                own = default_of(MODULES[ROWS[method].method], "learning_rate")
+                own = defaults(MODULES[ROWS[method].method])["learning_rate"]
                 found.append({**described, "metric": TASKS[task].monitor, "default": own, "validation": values})
     return found
 
@@ -58,8 +58,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         best = max(values, key=lambda rate: values[rate])
         told[best] = f"**{told[best]}**"
         cells = [row["label"], f"{row['default']:g}", TASKS[row["task"]].short, str(row["resolution"])]
-        metric = {"auc": "AUC"}.get(row["metric"], row["metric"].replace("_", " "))
-        lines.append(f"| {' | '.join([*cells, metric, *(told.get(rate, '') for rate in rates)])} |")
+        lines.append(f"| {' | '.join([*cells, named(row['metric']), *(told.get(rate, '') for rate in rates)])} |")
     return "\n".join(lines) + "\n"
 
 

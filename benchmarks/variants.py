@@ -13,6 +13,7 @@ import yaml
 
 from components import MLPTransfer, SideNetworkAlone
 from fpt_lightning import methods
+from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED
@@ -58,13 +59,8 @@ class Setting:
 
     def default(self, name: str) -> float:
         """The YAML's learning rate or weight decay, or else that of its method."""
-        return float(self.arguments.get(name, default_of(getattr(methods, self.method), name)))
-
-
-def default_of(method: type[ClassificationModule], name: str) -> float:
-    """A method's own value of an argument that it or one of its bases takes."""
-    found = (inspect.signature(each.__init__).parameters.get(name) for each in method.__mro__)  # type: ignore[misc]
-    return float(next(parameter.default for parameter in found if parameter is not None))
+        own = defaults(getattr(methods, self.method, FPTPlusModule))
+        return float({**own, **self.arguments}[name])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ def test_a_candidate_trains_and_is_no_query_tokens(name: str, data: PreloadedFea
 def test_prompts_learn_ten_times_as_fast_through_the_whole_schedule(
     data: PreloadedFeatureDataModule, tmp_path: Path
 ) -> None:
-    module = made(PromptsAtOwnRate, learning_rate=1e-3)
     rates: list[list[float]] = []
 
     class Watch(PromptsAtOwnRate):

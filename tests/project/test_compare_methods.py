@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import subprocess
@@ -306,6 +307,12 @@ def test_arguments_and_stores_of_the_methods(config: Path) -> None:
     assert variants["fpt"].preloads
     assert read_setting(config).default("learning_rate") == 5e-4
     assert read_setting(config).default("weight_decay") == 0.1
+
+
+@pytest.mark.parametrize(("method", "rate"), [("StoredLinearProbingModule", 1e-2), ("OfAnotherPackage", 1e-3)])
+def test_a_rate_that_is_not_given_is_the_methods_own(method: str, rate: float, config: Path) -> None:
+    setting = dataclasses.replace(read_setting(config), method=method, arguments={})
+    assert setting.default("learning_rate") == rate
 
 
 @pytest.mark.parametrize(("encoder", "layers"), [("test_vit", range(1, 7)), ("vit_tiny_patch16_224", range(2, 13, 2))])

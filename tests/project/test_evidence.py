@@ -24,6 +24,7 @@ import evidence_figures
 import evidence_rates
 import selected_tokens
 import side_network
+from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
 from fpt_lightning.evaluation.predictions import Predictions
@@ -32,7 +33,6 @@ from fpt_lightning.store.specification import FeatureShape
 from fpt_lightning.store.writing import WritableStore
 from records import Record
 from small import ROOT, SPECIFICATION, write_images
-from variants import default_of
 
 Main = Callable[..., dict[str, Any]]
 
@@ -360,8 +360,9 @@ def test_a_methods_own_learning_rate_is_the_best_that_was_tried_or_near_it() -> 
         method = evidence.MODULES[evidence.ROWS[row["method"]].method]
         if row["metric"] != "auc":
             continue
-        found.setdefault((method, default_of(method, "learning_rate")), []).append(row["validation"])
-        assert row["default"] == default_of(method, "learning_rate")
+        own = defaults(method)["learning_rate"]
+        found.setdefault((method, own), []).append(row["validation"])
+        assert row["default"] == own
     assert len(found) > 5
     for (method, default), rows in found.items():
         lost = [max(row.values()) - row[str(default)] for row in rows]

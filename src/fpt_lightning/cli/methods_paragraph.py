@@ -185,12 +185,18 @@ def _model(module: ClassificationModule) -> str:
 
 def _changed(module: ClassificationModule) -> list[str]:
     """Options that are not the default and that no other sentence names."""
-    defaults: dict[str, Any] = {}
-    for each in type(module).__mro__:
-        if issubclass(each, ClassificationModule):  # an option that a method passes on has the default of its base
-            defaults = {name: of.default for name, of in signature(each).parameters.items()} | defaults
-    given = {name: value for name, value in module.hparams.items() if name in defaults and name not in _NAMED}
-    return [f"{name} {value}" for name, value in sorted(given.items()) if _listed(value) != _listed(defaults[name])]
+    own = defaults(type(module))
+    given = {name: value for name, value in module.hparams.items() if name in own and name not in _NAMED}
+    return [f"{name} {value}" for name, value in sorted(given.items()) if _listed(value) != _listed(own[name])]
+
+
+def defaults(method: type[ClassificationModule]) -> dict[str, Any]:
+    """A method's arguments and their defaults; one that it passes on has the default of its base."""
+    found: dict[str, Any] = {}
+    for each in method.__mro__:
+        if issubclass(each, ClassificationModule):
+            found = {name: of.default for name, of in signature(each).parameters.items()} | found
+    return found
 
 
 def _listed(value: Any) -> Any:
