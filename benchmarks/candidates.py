@@ -1,4 +1,4 @@
-"""Query tokens with one idea of the field added: what ``evidence.py`` tries beside the method's own settings."""
+"""Methods with one idea of the field added: what ``evidence.py`` tries beside the methods' own settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpt_lightning.methods import QueryTokensModule
+from fpt_lightning.encoder.frozen import build_encoder
+from fpt_lightning.methods import FPTPlusModule, QueryTokensModule
 from fpt_lightning.methods.base import initialise_head
+from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.methods.side import SideViT
 
 KEYS, ROUNDS = 2048, 20
 
@@ -106,11 +109,109 @@ class WithPooledFeature(QueryTokensModule):
         return logits
 
 
-CANDIDATES: dict[str, type[QueryTokensModule]] = {
+class SideFromEncoder(FPTPlusModule):
+    """FPT+ whose side network starts as blocks of the encoder, pruned to its width, as in ladder side-tuning.
+
+    Of the residual stream, of each head and of each MLP the channels with the largest weights are kept
+    (arXiv:2206.06522).
+    """
+
+    LABEL = "a side network that starts from the encoder's blocks, pruned"
+
+    def on_train_start(self) -> None:
+        """See the class; a run that goes on has its weights."""
+        super().on_train_start()
+        if self.trainer.ckpt_path is None:
+            side = self.side_resolution
+            assert side is not None
+            start_from(self.side, build_encoder(self.encoder_config, (side, side)))
+
+
+@torch.no_grad()
+def start_from(side: SideViT, encoder: Any) -> None:
+    """Start the side network's blocks as every n-th of the encoder's, the last one included, all pruned.
+
+    Args:
+        side: of the encoder's heads and patches.
+        encoder: timm's, at the side network's resolution.
+    """
+    every = len(encoder.blocks) // len(side.blocks)
+    blocks = list(encoder.blocks)[every - 1 :: every]
+    written = [_scaled(part, scale) for block in blocks for part, scale in _writers(block)]
+    kept = strongest(torch.stack([weight.abs().sum(1) for weight in written]).sum(0), side.norm.weight.numel())
+    embed: Any = side.patch_embed.proj
+    embed.weight.copy_(encoder.patch_embed.proj.weight[kept])
+    embed.bias.copy_(encoder.patch_embed.proj.bias[kept])
+    side.class_token.copy_(encoder.cls_token[..., kept])
+    side.positions.copy_(encoder.pos_embed[..., kept])
+    _copy_norm(side.norm, encoder.norm, kept)
+    for block, source in zip(side.blocks, blocks, strict=True):
+        _prune(block, source, kept)
+
+
+def strongest(sizes: Tensor, count: int) -> Tensor:
+    """Places of the largest, ascending."""
+    return sizes.topk(count).indices.sort().values
+
+
+def _writers(block: Any) -> list[tuple[nn.Linear, nn.Module]]:
+    """The linear layers that write to the residual stream, and the scales of what they write."""
+    return [(block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)]
+
+
+def _scaled(layer: nn.Linear, scale: Any) -> Tensor:
+    """The layer's weight and the bias beside it, with the scale of its outputs (DINOv2) folded in."""
+    both = _with_bias(layer)
+    return both if isinstance(scale, nn.Identity) else both * scale.gamma[:, None]
+
+
+def _copy_norm(norm: nn.LayerNorm, source: nn.LayerNorm, kept: Tensor) -> None:
+    norm.weight.copy_(source.weight[kept])
+    norm.bias.copy_(source.bias[kept])
+
+
+def _prune(block: Any, source: Any, kept: Tensor) -> None:
+    _copy_norm(block.norm1, source.norm1, kept)
+    _copy_norm(block.norm2, source.norm2, kept)
+    (written, hidden), heads = (_scaled(*each)[kept] for each in _writers(source)), source.attn.num_heads
+    read = _with_bias(source.attn.qkv)[:, [*kept, -1]]
+    query, key, value = read.view(3, heads, -1, read.shape[1])  # each (heads, channels, kept and the bias)
+    out = written[:, :-1].reshape(len(kept), heads, -1).permute(1, 2, 0)  # (heads, channels, kept)
+    few = block.attn.head_dim
+    matched = _largest(query.abs().sum(-1) * key.abs().sum(-1), few)
+    passed = _largest(value.abs().sum(-1) * out.abs().sum(-1), few)
+    scale = (few / source.attn.head_dim) ** 0.5  # softmax of products with fewer channels
+    chosen = ((query * scale, matched), (key, matched), (value, passed))
+    _fill(block.attn.qkv, torch.cat([each.take_along_dim(places, 1) for each, places in chosen]).flatten(0, 1))
+    out = out.take_along_dim(passed, 1).flatten(0, 1).T
+    _fill(block.attn.proj, torch.cat([out, written[:, -1:]], 1))
+    first = _with_bias(source.mlp.fc1)[:, [*kept, -1]]
+    some = strongest(first.abs().sum(1) * hidden[:, :-1].abs().sum(0), block.mlp.fc1.out_features)
+    _fill(block.mlp.fc1, first[some])
+    _fill(block.mlp.fc2, torch.cat([hidden[:, some], hidden[:, -1:]], 1))
+
+
+def _with_bias(layer: nn.Linear) -> Tensor:
+    """The layer's weight, with its bias as the last column."""
+    return torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
+def _largest(sizes: Tensor, count: int) -> Tensor:
+    """Places of the channels (heads, channels) with the largest sizes, to take along them."""
+    return torch.stack([strongest(head, count) for head in sizes])[..., None]
+
+
+def _fill(layer: nn.Linear, both: Tensor) -> None:
+    layer.weight.copy_(both[:, :-1])
+    layer.bias.copy_(both[:, -1])
+
+
+CANDIDATES: dict[str, type[FeatureModule]] = {
     "own_rate": PromptsAtOwnRate,
     "from_keys": PromptsFromKeys,
     "mixup": MixedPrompts,
     "layers_normalised": LayersNormalised,
     "with_pooled": WithPooledFeature,
+    "side_from_encoder": SideFromEncoder,
 }
 """By short name."""

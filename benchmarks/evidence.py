@@ -32,14 +32,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candidates import CANDIDATES
+from candidates import CANDIDATES, SideFromEncoder
 from cells import Cell
 from environment import RESULTS, environment, write_result
 from fpt_lightning.evaluation.measures import measure
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import interval, mean_of_known, resampled_weights
 from fpt_lightning.files import Row, read_rows, write_rows
-from fpt_lightning.methods import METHODS, ClassificationModule
+from fpt_lightning.methods import METHODS, ClassificationModule, QueryTokensModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
 from fpt_lightning.store.index import StoreIndex
@@ -95,6 +95,7 @@ def _turned(count: int, name: str, entry: Entry, zoom: float = 1.0) -> Entry:
     return entry._replace(label=label, model=model, data=data, store=f"{store}-zoomed" if zoom < 1 else store)
 
 
+_PUBLISHED = Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False})
 _HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
 _QUERIES = Entry("query_tokens", "Query tokens, stored")
 _LINEAR = Entry("stored_linear", "Linear probing, stored")
@@ -103,7 +104,7 @@ ROWS = {
     "stored_linear": _LINEAR,
     "attentive": _ATTENTIVE,
     "query_tokens": _QUERIES,
-    "fpt_plus": Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False}),
+    "fpt_plus": _PUBLISHED,
     "fpt_plus_prompt_head": _HEAD,
     "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
@@ -152,9 +153,17 @@ TRIED = {
     "smoothing": _part("label smoothing 0.1", {"label_smoothing": 0.1}),
     "longer": _part("60 epochs, in place of 20", {})._replace(epochs=60),
     "warmup": _part("warm-up of two epochs", {"warmup_epochs": 2}),
-    **{name: _part(module.LABEL, {})._replace(method=name) for name, module in CANDIDATES.items()},
+    **{
+        name: _part(module.LABEL, {})._replace(method=name)
+        for name, module in CANDIDATES.items()
+        if issubclass(module, QueryTokensModule)
+    },
+    "side_published": _PUBLISHED._replace(rates=(1e-3,)),
+    "side_from_encoder": Entry(
+        "side_from_encoder", f"FPT+ with {SideFromEncoder.LABEL}", _PUBLISHED.model, rates=(1e-3,)
+    ),
 }
-"""What the field does with prompts and small heads: query tokens with one thing changed or added."""
+"""What the field does with prompts, small heads and side networks, with one thing changed or added."""
 TRIED_ZOOMED = {
     f"{name}_zoomed": _turned(8, "all orientations, zoomed", entry, 0.55)
     for name, entry in {"default": PARTS["default"], "prompts_64": PARTS["prompts_64"], **TRIED}.items()
@@ -191,6 +200,7 @@ PAIRS = {
     "attentive_zoomed": ("attentive",),
     "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed"),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
+    "side_from_encoder": ("side_published",),
     "side_70": ("side_126",),
     "side_224": ("side_126",),
 }

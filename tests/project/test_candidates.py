@@ -1,4 +1,4 @@
-"""What the evidence benchmark adds to query tokens: each idea is what it says, and trains."""
+"""What the evidence benchmark adds to the methods: each idea is what it says, and trains."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 
-from candidates import CANDIDATES, LayersNormalised, MixedPrompts, PromptsAtOwnRate, PromptsFromKeys, centres
+from candidates import (
+    CANDIDATES,
+    LayersNormalised,
+    MixedPrompts,
+    PromptsAtOwnRate,
+    PromptsFromKeys,
+    SideFromEncoder,
+    centres,
+    start_from,
+)
 from fpt_lightning import PreloadedFeatureDataModule
-from fpt_lightning.methods import QueryTokensModule
+from fpt_lightning.encoder.frozen import build_encoder
+from fpt_lightning.methods import FPTPlusModule, QueryTokensModule
+from fpt_lightning.methods.features import FeatureModule
+from fpt_lightning.methods.side import SideViT
 from small import quiet_trainer, tiny_model
 
 SETTINGS: dict[str, Any] = {"encoder": "test_vit", "pretrained": False, "reduction": 2, "prompts": 4, "dropout": 0.0}
@@ -24,16 +37,18 @@ def data(tiny_data: Callable[..., PreloadedFeatureDataModule], tmp_path: Path) -
     return made
 
 
-def made(method: type[QueryTokensModule], **changes: Any) -> Any:
+def made(method: type[FeatureModule], **changes: Any) -> Any:
     torch.manual_seed(0)
     return method(3, **{**SETTINGS, **changes})
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_a_candidate_trains_and_is_no_query_tokens(name: str, data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
+def test_a_candidate_trains_and_is_not_what_it_adds_to(
+    name: str, data: PreloadedFeatureDataModule, tmp_path: Path
+) -> None:
     after = []
-    for method in (QueryTokensModule, CANDIDATES[name]):
-        module = made(method)
+    for method in (CANDIDATES[name].__mro__[1], CANDIDATES[name]):
+        module = made(method, **({"side_resolution": 32} if issubclass(method, FPTPlusModule) else {}))
         quiet_trainer(tmp_path, max_epochs=2).fit(module, data)
         after.append(module.fusion.prompts.detach())
     assert after[1].isfinite().all()
@@ -112,3 +127,26 @@ def test_the_scale_of_a_layer_does_not_matter_once_layers_are_normalised(data: P
         ]
         changed[method] = float((module(batch) - before).abs().max().detach())
     assert changed[LayersNormalised] < 1e-3 < 1e-2 < changed[QueryTokensModule]
+
+
+def test_a_side_network_of_the_encoders_own_width_starts_as_the_encoder() -> None:
+    encoder = VisionTransformer(64, 16, embed_dim=64, depth=2, num_heads=2, init_values=0.5).eval()
+    side = SideViT(64, 2, 2, (16, 16), (64, 64), outputs=3)
+    start_from(side, encoder)
+    images = torch.randn(2, 3, 64, 64)
+    nothing = torch.zeros(2, 0, encoder.embed_dim)
+    with torch.no_grad():
+        expected = side.head(encoder.forward_features(images)[:, 0])
+        assert torch.allclose(side(images, [nothing] * 2), expected, atol=1e-3)
+
+
+def test_a_pruned_side_network_keeps_the_largest_channels(data: PreloadedFeatureDataModule, tmp_path: Path) -> None:
+    module = made(SideFromEncoder, learning_rate=0.0, side_resolution=32)
+    encoder: Any = build_encoder(module.encoder_config, (32, 32))
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, data)
+    (embedding, kept), whole = (module.side.class_token, module.side.norm.weight.numel()), encoder.cls_token.flatten()
+    places = [int((whole == value).nonzero()) for value in embedding.flatten()]
+    assert places == sorted(places)
+    assert len({*places}) == kept < len(whole)
+    written = sum(part.weight.abs().sum(1) for block in encoder.blocks for part in (block.attn.proj, block.mlp.fc2))
+    assert written[places].mean() > written.mean()

@@ -244,6 +244,9 @@ def test_cells_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cell("mixup")["model"]["class_path"] == "candidates.MixedPrompts"
     assert cell("query_tokens")["model"]["class_path"] == "fpt_lightning.methods.QueryTokensModule"
     assert [cell(name)["trainer"]["max_epochs"] for name in ("smoothing", "longer", "lora")] == [20, 60, 10]
+    side = cell("side_from_encoder")["model"]
+    assert side["class_path"] == "candidates.SideFromEncoder"
+    assert side["init_args"]["prompt_head"] is False  # or the side network stays silent, wherever it starts
     zoomed = cell("longer_zoomed")
     data = zoomed["data"]["init_args"]
     assert (zoomed["trainer"]["max_epochs"], data["orientations"], data["zoom"]) == (60, 8, 0.55)
