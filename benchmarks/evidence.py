@@ -201,6 +201,7 @@ PAIRS = {
     "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed"),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
     "side_from_encoder": ("side_published",),
+    "default_zoomed": ("default",),
     "side_70": ("side_126",),
     "side_224": ("side_126",),
 }
@@ -315,6 +316,7 @@ STUDIES = {
     "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
     "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
     "224_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
+    "448_zoomed": Study(_FUNDUS, ("default", "default_zoomed")),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
     "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
     "224_tried": Study(("fundus_referable", "chest_pneumonia"), ("default", *TRIED), 224),
@@ -528,6 +530,11 @@ def pool(parts: Sequence[Predictions]) -> Pooled:
     return Pooled(joined.take(order), folds[order])
 
 
+def pooled(name: str, rows: Mapping[str, Row], cells: Sequence[Sequence[Record]]) -> list[Pooled]:
+    """The test predictions of each seed."""
+    return [pool([tested(name, rows, each) for each in folds]) for folds in cells]
+
+
 def resampled(seeds: Sequence[Pooled], weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     """Each overall metric (R,) of resamples (R, N), mean over the seeds.
 
@@ -551,11 +558,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     if set(AUTO) <= set(finished):
         finished["auto"] = by_validation([finished[method] for method in AUTO])
     rows = protocol.labelled(name)
-
-    def pooled(cells: Sequence[Sequence[Record]]) -> list[Pooled]:
-        return [pool([tested(name, rows, each) for each in folds]) for folds in cells]
-
-    seeds = {method: pooled(cells) for method, cells in finished.items()}
+    seeds = {method: pooled(name, rows, cells) for method, cells in finished.items()}
     if not seeds:
         return {}
     for method in TOGETHER:
@@ -579,7 +582,7 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     spreads: dict[str, Any] = {}
     for method, cells in tried.items():
         if all(each.calibration is not None for folds in cells for each in folds):
-            told[method], spreads[method] = resampled_values(pooled(cells), drawn)
+            told[method], spreads[method] = resampled_values(pooled(name, rows, cells), drawn)
             found[method]["calibrated"] = _changes(
                 name, (value[method], spread[method]), (told[method], spreads[method])
             )

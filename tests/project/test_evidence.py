@@ -20,13 +20,15 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 import evidence
+import evidence_default
 import evidence_figures
 import evidence_rates
 import selected_tokens
 import side_network
+from fpt_lightning.cli import init
 from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.errors import ConfigurationError
-from fpt_lightning.evaluation.calibration import calibrated, fit_calibration
+from fpt_lightning.evaluation.calibration import Calibration, calibrated, fit_calibration
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.specification import FeatureShape
@@ -136,27 +138,61 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
         run("--methods", "stored_linear", "--epochs", "2")
 
 
-def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The scores of the default rank all images right, those of its rival by chance."""
-    rng = np.random.default_rng(0)
+RIGHT, BY_CHANCE = [np.arange(40) % 2 * 0.5 + 0.2] * 2, np.random.default_rng(0).random((2, 40))
+"""Scores of 40 images by seed, every second of which is of the class."""
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Gives methods these test scores, by seed, in one fold."""
     ids = [f"{i:02d}.png" for i in range(40)]
     rows = {id: {"image": id, "label": ("no", "yes")[i % 2], "patient": f"p{i}"} for i, id in enumerate(ids)}
-    drawn = {"fpt_plus_prompt_head": [np.arange(40) % 2 * 0.5 + 0.2] * 2, "query_tokens": rng.random((2, 40))}
 
-    def records(self: evidence.Protocol, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
-        tests = [{str(i): [1 - p, p] for i, p in enumerate(scores)} for scores in drawn.get(method, ())]
-        return [[replace(of_validation(0.5), test=test)] for test in tests] or None  # type: ignore[arg-type]
+    def give(scores: dict[str, Any], uncalibrated: tuple[str, ...] = ()) -> None:
+        def records(self: evidence.Protocol, name: str, method: str, run: bool = False) -> list[list[Record]] | None:
+            tests = [{str(i): [1 - p, p] for i, p in enumerate(each)} for each in scores.get(method, ())]
+            given = None if method in uncalibrated else asdict(Calibration())
+            return [[replace(of_validation(0.5), test=test, calibration=given)] for test in tests] or None
 
-    monkeypatch.setattr(evidence.Protocol, "cells", records)
-    monkeypatch.setattr(evidence.Protocol, "labelled", lambda self, name: rows)
-    monkeypatch.setattr(evidence, "_cost", lambda protocol, name, method, seeds: {"label": method})
+        monkeypatch.setattr(evidence.Protocol, "cells", records)
+        monkeypatch.setattr(evidence.Protocol, "labelled", lambda self, name: rows)
+        monkeypatch.setattr(evidence, "_cost", lambda protocol, name, method, seeds: {"label": method})
+
+    return give
+
+
+def test_what_init_writes_is_held_to_every_method_with_calibrated_predictions(scored: Callable[..., None]) -> None:
+    methods = ("query_tokens", "query_tokens_turned", "attentive", "linear")
+    scored({"query_tokens_zoomed": RIGHT, "query_tokens": BY_CHANCE, "query_tokens_turned": RIGHT}, methods[1:2])
+    found = evidence_default.held(PROTOCOL, "fundus_referable", "query_tokens_zoomed", methods, resamples=50)
+    assert list(found) == ["query_tokens_zoomed", "query_tokens"]
+    assert found["query_tokens_zoomed"]["auc"]["value"] == 1
+    assert found["query_tokens_zoomed"]["lead"] == {}
+    chance = np.mean([roc_auc_score(np.arange(40) % 2, each) for each in BY_CHANCE])
+    lead = found["query_tokens"]["lead"]["auc"]
+    assert lead["value"] == pytest.approx(1 - chance)
+    assert 0 < lead["low"] < lead["value"] < lead["high"]
+    lines = evidence_default.table({"fundus_referable": found}).splitlines()
+    assert lines[2].startswith("| referable retinopathy | **Query tokens, all orientations, zoomed** | 2 | 100.0 ")
+    assert f"| +{100 * lead['value']:.1f} [" in lines[3]
+    assert evidence_default.held(PROTOCOL, "chest_all", "query_tokens_mirrored_zoomed", methods, resamples=50) == {}
+
+
+@pytest.mark.parametrize(("data", "topic"), [("fundus", "fundus photographs"), ("chest", "chest X-rays")])
+def test_what_is_called_the_default_is_what_init_writes(data: str, topic: str) -> None:
+    entry = evidence.ROWS[evidence_default.DEFAULTS[data]]
+    assert entry.data == {"orientations": init._ORIENTATIONS[topic], "zoom": 0.55}
+    assert entry.model == {"test_time_orientations": init._ORIENTATIONS[topic]}
+    assert topic in init._ZOOMED
+
+
+def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(scored: Callable[..., None]) -> None:
+    """The scores of the default rank all images right, those of its rival by chance."""
+    scored({"fpt_plus_prompt_head": RIGHT, "query_tokens": BY_CHANCE})
     found = evidence.results(replace(PROTOCOL, seeds=2), "fundus_referable", list(evidence.ROWS), resamples=50)
     values = {method: row["auc"]["value"] for method, row in found.items()}
     assert values["fpt_plus_prompt_head"] == values["fpt_plus_prompt_head_together"] == 1
-    mean = drawn["query_tokens"].mean(0)  # type: ignore[union-attr]
-    assert values["query_tokens_together"] == pytest.approx(roc_auc_score(np.arange(40) % 2, mean))
+    assert values["query_tokens_together"] == pytest.approx(roc_auc_score(np.arange(40) % 2, BY_CHANCE.mean(0)))
     assert found["query_tokens_together"]["label"] == "Query tokens, stored, 2 seeds together"
     minus = found["fpt_plus_prompt_head"]["minus"]["query_tokens"]["auc"]
     assert minus["value"] == pytest.approx(1 - values["query_tokens"])
