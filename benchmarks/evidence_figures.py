@@ -1,9 +1,11 @@
-"""AUC against cost and against resolution, drawn from the result files of ``evidence.py``, and the README's table.
+"""Figures of the result files of ``evidence.py`` and ``evidence_default.py``, and the README's table.
 
     python benchmarks/evidence_figures.py
 
-Writes ``docs/evidence_cost.png``, ``docs/evidence_resolution.png`` and ``benchmarks/results/evidence.md``. The AUC is
-the mean of the folds' own, with its 95% interval.
+Writes AUC against cost and against resolution and the default's lead over every other stored method
+(``docs/evidence_cost.png``, ``evidence_resolution.png``, ``evidence_default.png``), and ``benchmarks/results/
+evidence.md``. The AUC is the mean of the folds' own, but of the lead that of the pooled predictions, calibrated, all
+with 95% intervals.
 """
 
 from __future__ import annotations
@@ -125,6 +127,26 @@ def draw_resolution(found: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Date": None})
 
 
+def draw_leads(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A panel a task: by how much what ``init`` writes is above each other stored method."""
+    methods = [
+        method for method in reversed(COMPARED) if any(rows.get(method, {}).get("lead") for rows in found.values())
+    ]
+    figure = Figure(figsize=(3.5 + 2.2 * len(found), 1.2 + 0.3 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for (task, rows), axes in zip(found.items(), panels, strict=True):
+        for method in rows.keys() & {*methods}:
+            value, low, high = (100 * rows[method]["lead"]["auc"][key] for key in ("value", "low", "high"))
+            bar = [[value - low], [high - value]]
+            axes.errorbar([value], [methods.index(method)], xerr=bar, marker="o", color=_color(method))
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.grid(alpha=0.3, axis="x")
+        axes.set_title(TASKS[task].short, fontsize=10)
+    panels[0].set_yticks(range(len(methods)), [ROWS[method].label for method in methods])
+    figure.supxlabel("lead of what init writes, points of AUC", fontsize=10)
+    figure.savefig(path, dpi=130, metadata={"Date": None})
+
+
 def _error_bar(axes: Axes, x: float, point: Point) -> None:
     estimate = point.row["fold_auc"]
     value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
@@ -164,6 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (RESULTS / "evidence.md").write_text(summary(in_all_folds))
     if len({point.resolution for point in in_all_folds}) > 1:
         draw_resolution(in_all_folds, DOCS / "evidence_resolution.png")
+    leads = RESULTS / "evidence_default.json"
+    if leads.is_file():
+        draw_leads(json.loads(leads.read_text())["tasks"], DOCS / "evidence_default.png")
 
 
 if __name__ == "__main__":

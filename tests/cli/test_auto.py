@@ -18,14 +18,15 @@ from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
 pytestmark = pytest.mark.usefixtures("few_figures")
-METHODS = ("stored_linear", "fpt_plus")
+RATES = {"stored_linear": ("0.001", "0.1"), "fpt_plus": ("0.0001", "0.01")}
+METHODS = tuple(RATES)
 
 
 @pytest.fixture
 def command(config: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two methods at two rates, one epoch each."""
     monkeypatch.setattr(auto, "CANDIDATES", METHODS)
-    monkeypatch.setattr(auto, "LEARNING_RATES", (1e-3, 1e-1))
+    monkeypatch.setattr(auto, "FACTORS", (0.1, 10))
     return ["fit", "--config", str(config), "--model", "auto", "--model.prompts", "2", "--trainer.max_epochs", "1"]
 
 
@@ -45,7 +46,7 @@ def test_every_method_is_trained_and_validation_chooses(
     root = tmp_path / "run"
     run(*command)
     said = capsys.readouterr().out
-    runs = {(method, rate): root / method / rate for method in METHODS for rate in ("0.001", "0.1")}
+    runs = {(method, rate): root / method / rate for method in METHODS for rate in RATES[method]}
     for (method, rate), folder in runs.items():
         own = settings(folder)
         assert own["class_path"].endswith(f".{auto.METHODS[method].__name__}")
@@ -84,7 +85,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     root = tmp_path / "run"
     run(*command)
     choice = (root / "choice.json").read_text()
-    untouched, stopped, begun = root / "fpt_plus/0.1", root / "fpt_plus/0.001", root / "stored_linear/0.1"
+    untouched, stopped, begun = root / "fpt_plus/0.01", root / "fpt_plus/0.0001", root / "stored_linear/0.1"
     times = {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.is_file()}
     (stopped / "metrics.json").unlink()  # trained, not tested
     for path in begun.glob("*"):
@@ -112,6 +113,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     assert "holds runs of another configuration" in message
     assert "there: data: of another" in message
     assert sorted(path.name for path in root.iterdir()) == [".lock", "auto.yaml"]
+
+
+def test_each_method_is_tried_around_its_own_learning_rate() -> None:
+    tried = {method: auto.learning_rates(method) for method in auto.CANDIDATES}
+    assert tried["stored_linear"] == tried["attentive"] == [3e-3, 1e-2, 3e-2]
+    assert tried["query_tokens"] == tried["fpt_plus"] == [3e-4, 1e-3, 3e-3]
 
 
 def test_a_metric_without_a_value_cannot_choose(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(planner, "LARGEST_BATCH", 16)  # what is looked for
     monkeypatch.setattr(planner, "LARGEST_RESOLUTION", 128)
     monkeypatch.setattr("fpt_lightning.cli.auto.CANDIDATES", ("stored_linear", "fpt_plus"))  # four take a minute
-    monkeypatch.setattr("fpt_lightning.cli.auto.LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr("fpt_lightning.cli.auto.FACTORS", (1,))
     monkeypatch.setattr("fpt_lightning.cli.trainer.METHODS", {name: METHODS[name] for name in ("linear", "fpt_plus")})
     known = set(sys.modules)
     with mock.patch.dict(CODECS):  # a page adds one

@@ -365,6 +365,9 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, method in {"448": "fpt_plus", "224": "fpt_plus", "448_fold1": "lora"}.items():
         content = {"tasks": {"fundus_grade": {method: row, "auto": {}}}}
         (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
+    lead = {"auc": {"value": 0.01, "low": -0.02, "high": 0.03}}
+    leads = {"query_tokens_zoomed": {"lead": {}}, "fpt_plus": {"lead": lead}}
+    (tmp_path / "evidence_default.json").write_text(json.dumps({"tasks": {"fundus_grade": leads}}))
     found = list(evidence_figures.points(tmp_path))
     methods = [(point.task, point.resolution, point.method) for point in found]
     assert sorted(methods) == [
@@ -373,7 +376,7 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(evidence_figures, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence_figures, "DOCS", tmp_path)
     evidence_figures.main([])
-    for name in ("cost", "resolution"):
+    for name in ("cost", "resolution", "default"):
         assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
     assert (tmp_path / "evidence.md").read_text().splitlines() == [
         "| method | learnable, % | grade, 224 | grade, 448 |",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.cli.run_folder import logged
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.datamodules.base import is_first_process
@@ -27,8 +27,8 @@ from fpt_lightning.methods.tasks import task_class
 CANDIDATES = ("stored_linear", "attentive", "query_tokens", "fpt_plus")
 """Methods that are tried, by name, the cheapest first: of equal ones the first is chosen."""
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-"""Tried with each."""
+FACTORS = (1 / 3, 1, 3)
+"""Of a method's own default learning rate, tried with each: the best of more are among these, or within a point."""
 
 
 def fit_all(args: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def fit_all(args: Sequence[str]) -> None:
         raise ConfigurationError("--model auto goes on by itself where it was stopped: leave --ckpt_path out.")
     root = Path(trainer["default_root_dir"])
     metric, mode = task_class(configuration.settings["model"]["init_args"]["task"]).MONITOR
-    runs = [Candidate(root / name / f"{rate:g}", name, rate) for name, rate in product(CANDIDATES, LEARNING_RATES)]
+    runs = [Candidate(root / name / f"{rate:g}", name, rate) for name in CANDIDATES for rate in learning_rates(name)]
     with claimed(root / "auto.yaml", configuration.text, runs):
         for i, run in enumerate(runs, 1):
             if not run.finished:
@@ -71,6 +71,12 @@ def fit_all(args: Sequence[str]) -> None:
             write_json(root / "choice.json", choice.to_dict())
             write_text(root / "choice.txt", choice.table() + "\n")
             print(f"\n{choice.table()}\n\nThis is in {root / 'choice.txt'}, and choice.json beside it.")
+
+
+def learning_rates(method: str) -> list[float]:
+    """Those that are tried with a method, ascending, to one digit."""
+    own = defaults(METHODS[method])["learning_rate"]
+    return [float(f"{own * factor:.0e}") for factor in FACTORS]
 
 
 @dataclass(frozen=True)
