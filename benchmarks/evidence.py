@@ -83,9 +83,9 @@ def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) ->
 
 
 def _side(resolution: int) -> Entry:
-    """FPT+ by default with side images of so many pixels, at one learning rate."""
-    model = {"side_resolution": resolution, "prompt_head": True}
-    return Entry("fpt_plus", f"FPT+ with a prompt head, side images of {resolution} pixels", model, rates=(1e-3,))
+    """FPT+ as published, whose side network must learn, with side images of so many pixels, at one learning rate."""
+    model = {"side_resolution": resolution, "prompt_head": False}
+    return Entry("fpt_plus", f"FPT+, side images of {resolution} pixels", model, rates=(1e-3,))
 
 
 def _turned(count: int, name: str, entry: Entry, zoom: float = 1.0) -> Entry:
@@ -95,7 +95,6 @@ def _turned(count: int, name: str, entry: Entry, zoom: float = 1.0) -> Entry:
     return entry._replace(label=label, model=model, data=data, store=f"{store}-zoomed" if zoom < 1 else store)
 
 
-_PUBLISHED = Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False})
 _HEAD = Entry("fpt_plus", "FPT+ with a prompt head", {**SIDE, "prompt_head": True})
 _QUERIES = Entry("query_tokens", "Query tokens, stored")
 _LINEAR = Entry("stored_linear", "Linear probing, stored")
@@ -104,7 +103,7 @@ ROWS = {
     "stored_linear": _LINEAR,
     "attentive": _ATTENTIVE,
     "query_tokens": _QUERIES,
-    "fpt_plus": _PUBLISHED,
+    "fpt_plus": Entry("fpt_plus", "FPT+", {**SIDE, "prompt_head": False}),
     "fpt_plus_prompt_head": _HEAD,
     "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
@@ -158,9 +157,9 @@ TRIED = {
         for name, module in CANDIDATES.items()
         if issubclass(module, QueryTokensModule)
     },
-    "side_published": _PUBLISHED._replace(rates=(1e-3,)),
-    "side_from_encoder": Entry(
-        "side_from_encoder", f"FPT+ with {SideFromEncoder.LABEL}", _PUBLISHED.model, rates=(1e-3,)
+    "side_126": PARTS["side_126"],
+    "side_from_encoder": PARTS["side_126"]._replace(
+        method="side_from_encoder", label=f"FPT+ with {SideFromEncoder.LABEL}"
     ),
 }
 """What the field does with prompts, small heads and side networks, with one thing changed or added."""
@@ -200,7 +199,7 @@ PAIRS = {
     "attentive_zoomed": ("attentive",),
     "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed"),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
-    "side_from_encoder": ("side_published",),
+    "side_from_encoder": ("side_126",),
     "default_zoomed": ("default",),
     "side_70": ("side_126",),
     "side_224": ("side_126",),
