@@ -197,7 +197,7 @@ PAIRS = {
     "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
     "stored_linear_zoomed": ("stored_linear",),
     "attentive_zoomed": ("attentive",),
-    "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed"),
+    "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed", "bitfit", "adapter", "lora", "full"),
     "fpt_plus_zoomed": ("fpt_plus_turned", "query_tokens_zoomed"),
     "side_from_encoder": ("side_126",),
     "default_zoomed": ("default",),
