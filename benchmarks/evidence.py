@@ -161,6 +161,9 @@ TRIED = {
     "side_from_encoder": PARTS["side_126"]._replace(
         method="side_from_encoder", label=f"FPT+ with {SideFromEncoder.LABEL}"
     ),
+    "side_from_encoder_prompt_head": _HEAD._replace(
+        method="side_from_encoder", label=f"FPT+ with a prompt head and {SideFromEncoder.LABEL}", rates=(1e-3,)
+    ),
 }
 """What the field does with prompts, small heads and side networks, with one thing changed or added."""
 TRIED_ZOOMED = {
