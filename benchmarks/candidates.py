@@ -178,8 +178,8 @@ def _prune(block: Any, source: Any, kept: Tensor) -> None:
     query, key, value = read.view(3, heads, -1, read.shape[1])  # each (heads, channels, kept and the bias)
     out = written[:, :-1].reshape(len(kept), heads, -1).permute(1, 2, 0)  # (heads, channels, kept)
     few = block.attn.head_dim
-    matched = _largest(query.abs().sum(-1) * key.abs().sum(-1), few)
-    passed = _largest(value.abs().sum(-1) * out.abs().sum(-1), few)
+    matched = _strongest_of_heads(query.abs().sum(-1) * key.abs().sum(-1), few)
+    passed = _strongest_of_heads(value.abs().sum(-1) * out.abs().sum(-1), few)
     scale = (few / source.attn.head_dim) ** 0.5  # softmax of products with fewer channels
     chosen = ((query * scale, matched), (key, matched), (value, passed))
     _fill(block.attn.qkv, torch.cat([each.take_along_dim(places, 1) for each, places in chosen]).flatten(0, 1))
@@ -196,7 +196,7 @@ def _with_bias(layer: nn.Linear) -> Tensor:
     return torch.cat([layer.weight, layer.bias[:, None]], 1)
 
 
-def _largest(sizes: Tensor, count: int) -> Tensor:
+def _strongest_of_heads(sizes: Tensor, count: int) -> Tensor:
     """Places of the channels (heads, channels) with the largest sizes, to take along them."""
     return torch.stack([strongest(head, count) for head in sizes])[..., None]
 
