@@ -21,6 +21,7 @@ from fpt_lightning.deployment.checkpoints import load_trained
 from fpt_lightning.encoder import frozen
 from fpt_lightning.evaluation.cases import by_case
 from fpt_lightning.evaluation.conformal import fit_nonconformity
+from fpt_lightning.evaluation.gallery import largest_errors
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.scores import evaluate
 from fpt_lightning.methods.ensemble import EnsembleModule
@@ -75,6 +76,7 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert evaluation["overall"]["auc"] == {name: auc[name] for name in ("value", "low", "high")}
     assert evaluation["overall"] == evaluate(pooled).to_dict()["overall"]  # as ``evaluate`` on the file gives them
     report = (root / "report.html").read_text()
+    assert "<h2>Most confident errors</h2>" not in report
     assert "3 folds: mean, standard deviation (sd), lowest, highest." in report
     told = methods_said(report)
     for fact in (
@@ -99,6 +101,15 @@ def test_folds_are_pooled_in_one_report(folder: Path) -> None:
     assert "# FPT+, mean of 3 on images" in of_all
     assert "An ensemble of the models of a cross-validation" in of_all
     assert not [text for text in (of_fold, of_all) if ".png" in text or str(folder) in text]
+
+
+def test_the_most_confident_errors_of_all_folds_are_shown_where_asked_for(folder: Path, tmp_path: Path) -> None:
+    untrained = ["--trainer.max_epochs", 1, "--model.learning_rate", 1e-9, "--trainer.default_root_dir", tmp_path]
+    run(*command(folder, *untrained, "--report_pictures", 2))
+    errors = largest_errors(pooled := Predictions.read(tmp_path / PREDICTED), 2)
+    shown = (tmp_path / "report.html").read_text().split("<h2>Most confident errors</h2>")[1].split("</section>")[0]
+    assert len(errors) == shown.count("data:image/jpeg") == 2
+    assert all(f"<b>{pooled.ids[row]}</b>" in shown for row in errors)
 
 
 def test_one_store_is_made_once(folder: Path) -> None:

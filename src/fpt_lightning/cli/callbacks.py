@@ -27,6 +27,7 @@ from PIL import Image
 from fpt_lightning.cli.entry import terminate
 from fpt_lightning.cli.methods_paragraph import kept_apart, methods_paragraph, split_source, split_summaries
 from fpt_lightning.cli.run_folder import logged_at
+from fpt_lightning.data.images import ImageReader
 from fpt_lightning.data.manifest import Manifest
 from fpt_lightning.data.transforms import shrunk
 from fpt_lightning.datamodules.images import ImageDataModule
@@ -421,11 +422,10 @@ class ResultsWriter(L.Callback):
 
     def _pictures(self, trainer: L.Trainer, predictions: Predictions) -> dict[str, bytes]:
         """Of the images that the report shows, as JPEG files."""
-        data, labelled = getattr(trainer, "datamodule", None), predictions.labelled()
+        data = getattr(trainer, "datamodule", None)
         if not self.pictures or not isinstance(data, ImageDataModule):
             return {}
-        shown = [labelled.ids[i] for i in largest_errors(labelled, self.pictures)]
-        return {id: _jpeg(data.reader(data.labelled.root / id)) for id in shown}
+        return error_pictures(predictions, self.pictures, data.labelled.root, data.reader)
 
     def _write_predictions(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         predictions = self._predictions(trainer, module)
@@ -469,6 +469,12 @@ def _manifest(trainer: L.Trainer) -> Manifest | None:
     """Of the labelled images, where the trainer has a data module of this package."""
     manifest: Manifest | None = getattr(getattr(trainer, "datamodule", None), "manifest", None)
     return manifest
+
+
+def error_pictures(predictions: Predictions, count: int, root: Path, reader: ImageReader) -> dict[str, bytes]:
+    """The images below ``root`` that are predicted most wrongly (``largest_errors``), as JPEG files by id."""
+    labelled = predictions.labelled()
+    return {id: _jpeg(reader(root / id)) for id in (labelled.ids[i] for i in largest_errors(labelled, count))}
 
 
 def _jpeg(image: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:

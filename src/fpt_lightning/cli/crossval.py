@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import fpt_lightning
+from fpt_lightning.cli.callbacks import error_pictures
 from fpt_lightning.cli.methods_paragraph import folds_paragraph
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.cli.trainer import Trainer
@@ -198,14 +199,18 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation, epochs:
     write_json(plan.root / "evaluation.json", content)
     write_json(plan.root / "crossval.json", found.to_dict())
     name = {method.__name__: method.LABEL for method in METHODS.values()}.get(plan.method, plan.method)
+    module, specification = load_trained(runs[0].checkpoint)
+    data = plan.settings["data"]["init_args"]
+    root, reader = Path(data["root"]).expanduser(), replace(specification.reader, max_pixels=data.get("max_pixels"))
     write_report(
         plan.root / "report.html",
         found.predictions,
         found.evaluation,
-        methods=folds_paragraph(load_trained(runs[0].checkpoint)[0], plan.settings, found, epochs),
+        methods=folds_paragraph(module, plan.settings, found, epochs),
         folds=(found.caption(), found.rows()),
         cases=None if cases is None else (cases.predictions, cases.evaluation),
-        title=f"{name} on {Path(plan.settings['data']['init_args']['root']).name}, {len(plan.folds)} folds",
+        pictures=error_pictures(found.predictions, plan.settings["report_pictures"], root, reader),
+        title=f"{name} on {root.name}, {len(plan.folds)} folds",
         configuration=plan.text,
         about={
             "folds": str(len(plan.folds)),
@@ -226,10 +231,9 @@ def _conclude(plan: _Plan, runs: Sequence[Fold], found: CrossValidation, epochs:
     )
     summary = SplitSummary(found.evaluation.images, found.evaluation.positives, found.evaluation.groups)
     source = f"{len(plan.folds)} folds, with each seed of {_listed(plan.seeds)}."
-    data = Path(plan.settings["data"]["init_args"]["root"]).name
     outcome = Outcome(
         found.evaluation,
-        data,
+        root.name,
         splits={"tested": summary},
         source=source,
         cases=None if cases is None else cases.evaluation,
