@@ -217,6 +217,8 @@ CALIBRATED = {
     "calibration_error": "calibration error",
 }
 """What is said of calibrated predictions, pooled, and how it is called."""
+LEARNING_RATES, DECAYS, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2), (0.1,), 20
+"""That are searched, and of each cell."""
 HIGHER = (3e-2, 1e-1)
 """Learning rates that are tried one after the other while the highest so far is the best."""
 
@@ -811,9 +813,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="only these of a study")
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), help="only these of a study")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--weight-decays", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
+    parser.add_argument("--weight-decays", type=float, nargs="+", default=list(DECAYS))
     parser.add_argument("--write", action="store_true", help="write the result files, and run nothing")
     args = parser.parse_args(arguments)
     for name in args.studies:

@@ -15,7 +15,10 @@ from typing import Any
 from environment import RESULTS, write_result
 from evidence import (
     COMPARED,
+    DECAYS,
+    EPOCHS,
     FOLDS,
+    LEARNING_RATES,
     ROWS,
     TASKS,
     Protocol,
@@ -28,7 +31,7 @@ from evidence import (
 )
 from fpt_lightning.evaluation.resampling import resampled_weights
 
-RESOLUTION = 224
+RESOLUTION, SEEDS = 224, 3
 DEFAULTS = {"fundus": "query_tokens_zoomed", "chest": "query_tokens_mirrored_zoomed"}
 """What ``init`` writes for a folder of few such images, by data set."""
 METRICS = ("auc", "fold_auc")
@@ -79,8 +82,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
     args = parser_of_places(__doc__).parse_args(arguments)
-    rates = (3e-4, 1e-3, 3e-3, 1e-2)
-    protocol = Protocol(*places(args), RESOLUTION, tuple(range(1, FOLDS + 1)), 3, 20, rates, (0.1,))
+    folds = tuple(range(1, FOLDS + 1))
+    protocol = Protocol(*places(args), RESOLUTION, folds, SEEDS, EPOCHS, LEARNING_RATES, DECAYS)
     stored = [method for method in COMPARED if ROWS[method].stored]
     rows = {name: held(protocol, name, DEFAULTS[task.data], stored) for name, task in TASKS.items()}
     found = {name: each for name, each in rows.items() if each}

@@ -18,6 +18,7 @@ import torch
 from cells import Cell
 from environment import RESULTS, write_result
 from evidence import (
+    EPOCHS,
     FOLDS,
     ROWS,
     TASKS,
@@ -34,7 +35,7 @@ from fpt_lightning import cli
 from fpt_lightning.evaluation.predictions import Predictions
 from fpt_lightning.evaluation.resampling import resampled_weights
 
-RESOLUTION, PAIR, SEED, EPOCHS = 224, (1e-3, 0.1), 0, 20
+RESOLUTION, PAIR, SEED = 224, (1e-3, 0.1), 0
 TRAINED = (
     ("fundus_referable", "fpt_plus_prompt_head"),
     ("fundus_referable", "fpt_plus_zoomed"),
