@@ -197,7 +197,7 @@ PAIRS = {
     "fpt_plus_mirrored": (DEFAULT, "query_tokens_mirrored"),
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
     "query_tokens_mirrored_zoomed": ("query_tokens_mirrored", RIVAL),
-    "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored",),
+    "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored", "query_tokens_mirrored_zoomed"),
     "stored_linear_zoomed": ("stored_linear",),
     "attentive_zoomed": ("attentive",),
     "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed", "bitfit", "adapter", "lora", "full"),
