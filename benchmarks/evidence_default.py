@@ -54,10 +54,11 @@ def held(protocol: Protocol, task: str, default: str, methods: Sequence[str], re
 
     def row(method: str) -> dict[str, Any]:
         estimates = {metric: estimated(value, spread, method, metric, method) for metric in METRICS}
-        leads = {metric: estimated(value, spread, default, metric, method).get("difference") for metric in METRICS}
+        apart = METRICS if method != default else ()
+        lead = {metric: estimated(value, spread, default, metric, method)["difference"] for metric in apart}
         memory = max(each.memory_mib for folds in cells[method] for each in folds)
         described = {"label": ROWS[method].label, "seeds": len(seeds[method]), "memory_mib": memory}
-        return {**described, **estimates, "lead": {metric: lead for metric, lead in leads.items() if lead}}
+        return {**described, **estimates, "lead": lead}
 
     others = sorted(cells.keys() - {default}, key=lambda method: -value[method]["auc"][0])
     return {method: row(method) for method in (default, *others)}
