@@ -25,6 +25,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -75,6 +76,11 @@ class Entry(NamedTuple):
     def stored(self) -> bool:
         """Whether the method learns from a store."""
         return issubclass(MODULES[self.method], FeatureModule)
+
+    @property
+    def own_rate(self) -> float:
+        """The method's learning rate by default."""
+        return float(MODULES[self.method].defaults()["learning_rate"])
 
 
 def _part(label: str, model: Mapping[str, Any], store: str = "", **data: Any) -> Entry:
@@ -343,6 +349,7 @@ class Protocol:
         epochs: of each cell.
         rates: learning rates, ascending.
         decays: weight decays; the others are tried at the rate that is best with the first.
+        searched: whether rates and decays are; else each method has its own rate by default, and the first decay.
     """
 
     weights: Path
@@ -354,6 +361,7 @@ class Protocol:
     epochs: int
     rates: tuple[float, ...]
     decays: tuple[float, ...]
+    searched: bool = True
 
     def cell(self, name: str, method: str, fold: int, pair: tuple[float, float], seed: int) -> Cell:
         task, entry = TASKS[name], ROWS[method]
@@ -446,6 +454,8 @@ class Protocol:
 
         Where the method has rates of its own, of the first fold.
         """
+        if not self.searched:
+            return ROWS[method].own_rate, self.decays[0]
         fold = self.folds[0] if ROWS[method].rates else fold
         found: dict[tuple[float, float], float] = {}
 
@@ -485,7 +495,11 @@ class Protocol:
                 return None
             for seed, found in enumerate(seeds):
                 found.append(self.record(name, method, fold, pair, seed, run, scores=True))
-            self.records(name, method).forget_tests(f"fold{fold}/", f"fold{fold}/lr{pair[0]:g}-wd{pair[1]:g}/")
+            needed = {pair, (ROWS[method].own_rate, self.decays[0])}
+            if self.searched:
+                self.records(name, method).forget_tests(
+                    f"fold{fold}/", tuple(f"fold{fold}/lr{rate:g}-wd{decay:g}/" for rate, decay in needed)
+                )
         finished = [[each for each in found if each is not None] for found in seeds]
         return [found for found in finished if len(found) == len(self.folds)] or None
 
@@ -791,6 +805,13 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     return "\n\n".join([text, *tables]) + "\n"
 
 
+def run(protocol: Protocol, tasks: Iterable[str], methods: Iterable[str]) -> None:
+    """Every cell that is not finished, the first seed of all before the second of any."""
+    for seeds in range(1, protocol.seeds + 1):
+        for task, method in product(tasks, methods):
+            replace(protocol, seeds=seeds).cells(task, method, run=True)
+
+
 def parser_of_places(description: str | None) -> argparse.ArgumentParser:
     """Of a benchmark with cells of this one, which needs what ``places`` takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -807,16 +828,22 @@ def places(args: argparse.Namespace) -> tuple[Path, dict[str, Path], Path]:
     return args.weights.absolute(), roots, args.out.absolute()
 
 
+def parser_of_cells(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark that runs cells, or a part of them, and writes tables of those that are finished."""
+    parser = parser_of_places(description)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="only these")
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), help="only these")
+    parser.add_argument("--write", action="store_true", help="write the result files, and run nothing")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    parser = parser_of_places(__doc__)
+    parser = parser_of_cells(__doc__)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="only these of a study")
-    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS), help="only these of a study")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
     parser.add_argument("--weight-decays", type=float, nargs="+", default=list(DECAYS))
-    parser.add_argument("--write", action="store_true", help="write the result files, and run nothing")
     args = parser.parse_args(arguments)
     for name in args.studies:
         study = STUDIES[name]
@@ -833,11 +860,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         methods = [method for method in study.methods if method in args.methods]
         if args.write:
             write(protocol, name, {task: results(protocol, task, methods) for task in tasks})
-            continue
-        for seeds in range(1, study.seeds + 1):  # the first seed of all before the second of any
-            for task in tasks:
-                for method in methods:
-                    replace(protocol, seeds=seeds).cells(task, method, run=True)
+        else:
+            run(protocol, tasks, methods)
 
 
 def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -853,12 +877,17 @@ def write(protocol: Protocol, study: str, found: Mapping[str, Mapping[str, Any]]
             (RESULTS / f"{name}.md").write_text(report(protocol, own, data))
             print(f"results are in {path}, and .md beside it")
     for task, rows in found.items():
-        for method in rows:
-            records = protocol.records(task, method).path
-            if records.is_file():
-                kept = RESULTS / "evidence" / records.parent.name / records.name
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(records, kept)
+        keep_records(protocol, task, rows)
+
+
+def keep_records(protocol: Protocol, task: str, methods: Iterable[str]) -> None:
+    """Copy those that there are to the results."""
+    for method in methods:
+        records = protocol.records(task, method).path
+        if records.is_file():
+            kept = RESULTS / "evidence" / records.parent.name / records.name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(records, kept)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""What ``init`` writes, held to every other method on stored features: the same images, folds and search.
+"""What ``init`` writes, held to every other method on stored features, on the same folds.
 
-    python benchmarks/evidence_default.py --weights FILE.safetensors --fundus DIR --chest DIR --out runs/evidence
+    python benchmarks/evidence_default.py --weights FILE --fundus DIR --chest DIR --out runs/evidence
+    python benchmarks/evidence_default.py --weights FILE --fundus DIR --chest DIR --out runs/evidence --write
 
-Reads the records of what ``evidence.py`` ran and trains nothing. Predictions are calibrated, as by default, which gives
-the folds a common scale before they are pooled; differences are paired and intervals of 2,000 resamples of patients.
-Writes ``results/evidence_default.json`` and ``.md``.
+Twice: with each method's own learning rate by default, as ``init`` writes it and as a user has it who searches nothing,
+and with the rates that ``evidence.py`` chose for each fold. The first command runs what is missing of the former, as
+cells of ``evidence.py`` (of which ``--tasks`` and ``--methods`` take a part). Predictions are calibrated, as by
+default, which gives the folds a common scale before they are pooled; differences are paired, and intervals of 2,000
+resamples of patients. ``--write`` writes ``results/evidence_default.json`` and ``.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from environment import RESULTS, write_result
@@ -23,10 +27,12 @@ from evidence import (
     TASKS,
     Protocol,
     estimated,
-    parser_of_places,
+    keep_records,
+    parser_of_cells,
     places,
     pooled,
     resampled_values,
+    run,
     shown,
 )
 from fpt_lightning.evaluation.resampling import resampled_weights
@@ -35,6 +41,8 @@ RESOLUTION, SEEDS = 224, 3
 DEFAULTS = {"fundus": "query_tokens_zoomed", "chest": "query_tokens_mirrored_zoomed"}
 """What ``init`` writes for a folder of few such images, by data set."""
 METRICS = ("auc", "fold_auc")
+RATES = {"own_rate": "own rates", "searched": "searched rates"}
+"""With which learning rates, and how that is called."""
 
 
 def held(protocol: Protocol, task: str, default: str, methods: Sequence[str], resamples: int = 2000) -> dict[str, Any]:
@@ -64,31 +72,53 @@ def held(protocol: Protocol, task: str, default: str, methods: Sequence[str], re
     return {method: row(method) for method in (default, *others)}
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown; the default of each task in bold type, its lead beside the others."""
-    heads = ["task", "method", "seeds", "AUC x 100, pooled [95%]", "the default's lead [95%]"]
-    heads += ["mean of the folds' AUC [95%]", "the default's lead [95%]", "MiB"]
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Markdown, a row a method of a task; the default of each task in bold type, its lead beside the others.
+
+    Args:
+        found: of each of ``RATES`` the rows of each task.
+    """
+    heads = ["task", "method"]
+    for called in RATES.values():
+        heads += [f"AUC x 100, {called} [95%]", "the default's lead [95%]", "seeds"]
+    heads.append("MiB")
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for task, rows in found.items():
-        for place, row in enumerate(rows.values()):
+    for task in TASKS:
+        of_rates = [found[rates].get(task, {}) for rates in RATES]
+        methods = list(dict.fromkeys(method for rows in of_rates for method in rows))
+        for place, method in enumerate(methods):
+            own = [rows.get(method) for rows in of_rates]
+            row = next(each for each in own if each is not None)
             label = row["label"] if place else f"**{row['label']}**"
-            cells = ["" if place else TASKS[task].short, label, str(row["seeds"])]
-            for metric in METRICS:
-                cells += [shown(row[metric]), shown(row["lead"][metric], "+") if metric in row["lead"] else ""]
+            cells = ["" if place else TASKS[task].short, label]
+            for each in own:
+                cells += ["", "", ""] if each is None else _cells(each)
             cells.append(f"{row['memory_mib']:.1f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [shown(row["auc"]), shown(row["lead"]["auc"], "+") if row["lead"] else "", str(row["seeds"])]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parser_of_places(__doc__).parse_args(arguments)
+    args = parser_of_cells(__doc__).parse_args(arguments)
     folds = tuple(range(1, FOLDS + 1))
-    protocol = Protocol(*places(args), RESOLUTION, folds, SEEDS, EPOCHS, LEARNING_RATES, DECAYS)
-    stored = [method for method in COMPARED if ROWS[method].stored]
-    rows = {name: held(protocol, name, DEFAULTS[task.data], stored) for name, task in TASKS.items()}
-    found = {name: each for name, each in rows.items() if each}
-    path = write_result("evidence_default", {"resolution": RESOLUTION, "tasks": found})
+    searched = Protocol(*places(args), RESOLUTION, folds, SEEDS, EPOCHS, LEARNING_RATES, DECAYS)
+    own_rate = replace(searched, searched=False)
+    methods = [method for method in COMPARED if ROWS[method].stored]
+    if not args.write:
+        run(own_rate, args.tasks, [method for method in methods if method in args.methods])
+        return
+    found: dict[str, dict[str, Any]] = {rates: {} for rates in RATES}
+    for task, of in TASKS.items():
+        for rates, protocol in zip(RATES, (own_rate, searched), strict=True):
+            if rows := held(protocol, task, DEFAULTS[of.data], methods):
+                found[rates][task] = rows
+        keep_records(searched, task, methods)
+    path = write_result("evidence_default", {"resolution": RESOLUTION, **found})
     (RESULTS / "evidence_default.md").write_text(table(found))
     print(f"results are in {path}, and .md beside it")
 

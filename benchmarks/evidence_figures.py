@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from matplotlib.ticker import FuncFormatter
 
 from environment import DOCS, RESULTS
 from evidence import COMPARED, FOLDS, ROWS, STUDIES, TASKS
+from evidence_default import RATES
 
 COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
 DRAWN = ("448", "224_fold1")
@@ -127,23 +129,38 @@ def draw_resolution(found: list[Point], path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Date": None})
 
 
-def draw_leads(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A panel a task: by how much what ``init`` writes is above each other stored method."""
-    methods = [
-        method for method in reversed(COMPARED) if any(rows.get(method, {}).get("lead") for rows in found.values())
-    ]
-    figure = Figure(figsize=(3.5 + 2.2 * len(found), 1.2 + 0.3 * len(methods)), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
-    for (task, rows), axes in zip(found.items(), panels, strict=True):
-        for method in rows.keys() & {*methods}:
-            value, low, high = (100 * rows[method]["lead"]["auc"][key] for key in ("value", "low", "high"))
-            bar = [[value - low], [high - value]]
-            axes.errorbar([value], [methods.index(method)], xerr=bar, marker="o", color=_color(method))
+def draw_leads(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """A panel a task: by how much what ``init`` writes is above each other stored method, by learning rates."""
+    tasks = [task for task in TASKS if any(found[rates].get(task) for rates in RATES)]
+    leads = {
+        (rates, task, method): row["lead"]["auc"]
+        for rates, task in product(RATES, tasks)
+        for method, row in found[rates].get(task, {}).items()
+        if row["lead"]
+    }
+    methods = [method for method in reversed(COMPARED) if any(method == other for *_, other in leads)]
+    figure = Figure(figsize=(3.5 + 2.2 * len(tasks), 1.6 + 0.33 * len(methods)), layout="constrained")
+    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], strict=True))
+    for (rates, task, method), lead in leads.items():
+        value, low, high = (100 * lead[key] for key in ("value", "low", "high"))
+        own = rates == next(iter(RATES))
+        panels[task].errorbar(
+            [value],
+            [methods.index(method) + (0.14 if own else -0.14)],
+            xerr=[[value - low], [high - value]],
+            marker="o" if own else "s",
+            markersize=5,
+            markerfacecolor=None if own else "white",
+            color=_color(method),
+        )
+    for task, axes in panels.items():
         axes.axvline(0, color="black", linewidth=0.8)
         axes.grid(alpha=0.3, axis="x")
         axes.set_title(TASKS[task].short, fontsize=10)
-    panels[0].set_yticks(range(len(methods)), [ROWS[method].label for method in methods])
-    figure.supxlabel("lead of what init writes, points of AUC", fontsize=10)
+    panels[tasks[0]].set_yticks(range(len(methods)), [ROWS[method].label for method in methods])
+    figure.supxlabel(
+        "lead of what init writes, points of AUC (filled: own learning rates; hollow: searched ones)", fontsize=10
+    )
     figure.savefig(path, dpi=130, metadata={"Date": None})
 
 
@@ -188,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_resolution(in_all_folds, DOCS / "evidence_resolution.png")
     leads = RESULTS / "evidence_default.json"
     if leads.is_file():
-        draw_leads(json.loads(leads.read_text())["tasks"], DOCS / "evidence_default.png")
+        draw_leads(json.loads(leads.read_text()), DOCS / "evidence_default.png")
 
 
 if __name__ == "__main__":

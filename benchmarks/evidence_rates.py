@@ -16,8 +16,7 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
-from evidence import COMPARED, MODULES, ROWS, TASKS, named
-from fpt_lightning.cli.methods_paragraph import defaults
+from evidence import COMPARED, ROWS, TASKS, named
 
 DECAY = 0.1
 """Of the search of rates."""
@@ -42,8 +41,8 @@ def rows() -> list[dict[str, Any]]:
             values = validation(json.loads(path.read_text()), "fold1/" if ROWS[method].rates else "fold")
             if len(values) > 1:
                 described = {"method": method, "label": ROWS[method].label, "task": task, "resolution": int(resolution)}
-                own = defaults(MODULES[ROWS[method].method])["learning_rate"]
-                found.append({**described, "metric": TASKS[task].monitor, "default": own, "validation": values})
+                described |= {"metric": TASKS[task].monitor, "default": ROWS[method].own_rate}
+                found.append({**described, "validation": values})
     return found
 
 

@@ -124,8 +124,8 @@ class Records:
         self._write()
         return found
 
-    def forget_tests(self, prefix: str, but: str) -> None:
-        """Drop the scores of the cells below ``prefix`` that no table needs: all but those below ``but``."""
+    def forget_tests(self, prefix: str, but: tuple[str, ...]) -> None:
+        """Drop the scores of the cells below ``prefix`` that no table needs: all but those below one of ``but``."""
         unused = [key for key in self._found if key.startswith(prefix) and not key.startswith(but)]
         if any(self._found[key].test for key in unused):
             self._found |= {key: replace(self._found[key], test={}) for key in unused}

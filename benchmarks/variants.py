@@ -13,7 +13,6 @@ import yaml
 
 from components import MLPTransfer, SideNetworkAlone
 from fpt_lightning import methods
-from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.datamodules.base import ManifestDataModule
 from fpt_lightning.datamodules.images import ImageDataModule
 from fpt_lightning.datamodules.samples import STORED
@@ -59,7 +58,7 @@ class Setting:
 
     def default(self, name: str) -> float:
         """The YAML's learning rate or weight decay, or else that of its method."""
-        own = defaults(getattr(methods, self.method, FPTPlusModule))
+        own = getattr(methods, self.method, FPTPlusModule).defaults()
         return float({**own, **self.arguments}[name])
 
 

@@ -26,7 +26,6 @@ import evidence_rates
 import selected_tokens
 import side_network
 from fpt_lightning.cli import init
-from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.errors import ConfigurationError
 from fpt_lightning.evaluation.calibration import Calibration, calibrated, fit_calibration
 from fpt_lightning.evaluation.predictions import Predictions
@@ -172,9 +171,10 @@ def test_what_init_writes_is_held_to_every_method_with_calibrated_predictions(sc
     lead = found["query_tokens"]["lead"]["auc"]
     assert lead["value"] == pytest.approx(1 - chance)
     assert 0 < lead["low"] < lead["value"] < lead["high"]
-    lines = evidence_default.table({"fundus_referable": found}).splitlines()
-    assert lines[2].startswith("| referable retinopathy | **Query tokens, all orientations, zoomed** | 2 | 100.0 ")
+    lines = evidence_default.table({"own_rate": {"fundus_referable": found}, "searched": {}}).splitlines()
+    assert lines[2].startswith("| referable retinopathy | **Query tokens, all orientations, zoomed** | 100.0 ")
     assert f"| +{100 * lead['value']:.1f} [" in lines[3]
+    assert lines[3].endswith("| 2 |  |  |  | 1.0 |")  # seeds; nothing of searched rates; MiB
     assert evidence_default.held(PROTOCOL, "chest_all", "query_tokens_mirrored_zoomed", methods, resamples=50) == {}
 
 
@@ -251,6 +251,22 @@ def test_the_search_goes_on_upwards_while_the_highest_rate_is_the_best(
         evidence.Protocol, "record", lambda self, name, method, fold, pair, *_: of_validation(values[pair])
     )
     assert PROTOCOL.chosen("fundus_referable", "fpt_plus", 1, run=False) == chosen  # nothing else is asked for
+
+
+def test_without_a_search_each_method_has_its_own_rate_whose_scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(evidence.Protocol, "record", lambda *_, **__: of_validation(0.5))
+    monkeypatch.setattr(
+        evidence.Protocol, "records", lambda *_: SimpleNamespace(forget_tests=lambda *of: kept.append(of))
+    )
+    protocol = replace(PROTOCOL, searched=False)
+    assert protocol.chosen("fundus_referable", "stored_linear", 1, run=False) == (1e-2, 0.1)
+    assert protocol.chosen("fundus_referable", "query_tokens", 1, run=False) == (1e-3, 0.1)
+    assert protocol.cells("fundus_referable", "stored_linear") is not None
+    assert kept == []  # of the search it is not known what it needs
+    PROTOCOL.cells("fundus_referable", "stored_linear")
+    [(_, but)] = kept
+    assert {*but} == {"fold1/lr0.001-wd0.1/", "fold1/lr0.01-wd0.1/"}  # the chosen rate, and the method's own
 
 
 def test_a_rate_whose_cell_is_run_again_may_lose_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,8 +382,8 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         content = {"tasks": {"fundus_grade": {method: row, "auto": {}}}}
         (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
     lead = {"auc": {"value": 0.01, "low": -0.02, "high": 0.03}}
-    leads = {"query_tokens_zoomed": {"lead": {}}, "fpt_plus": {"lead": lead}}
-    (tmp_path / "evidence_default.json").write_text(json.dumps({"tasks": {"fundus_grade": leads}}))
+    leads = {"fundus_grade": {"query_tokens_zoomed": {"lead": {}}, "fpt_plus": {"lead": lead}}}
+    (tmp_path / "evidence_default.json").write_text(json.dumps({"own_rate": leads, "searched": {}}))
     found = list(evidence_figures.points(tmp_path))
     methods = [(point.task, point.resolution, point.method) for point in found]
     assert sorted(methods) == [
@@ -402,7 +418,7 @@ def test_a_methods_own_learning_rate_is_the_best_that_was_tried_or_near_it() -> 
         method = evidence.MODULES[evidence.ROWS[row["method"]].method]
         if row["metric"] != "auc":
             continue
-        own = defaults(method)["learning_rate"]
+        own = method.defaults()["learning_rate"]
         found.setdefault((method, own), []).append(row["validation"])
         assert row["default"] == own
     assert len(found) > 5

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fpt_lightning.cli.methods_paragraph import defaults
 from fpt_lightning.cli.run_folder import logged
 from fpt_lightning.cli.series import Configuration, Run, claimed
 from fpt_lightning.datamodules.base import is_first_process
@@ -75,7 +74,7 @@ def fit_all(args: Sequence[str]) -> None:
 
 def learning_rates(method: str) -> list[float]:
     """Those that are tried with a method, ascending, to one digit."""
-    own = defaults(METHODS[method])["learning_rate"]
+    own = METHODS[method].defaults()["learning_rate"]
     return [float(f"{own * factor:.0e}") for factor in FACTORS]
 
 

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -185,18 +184,9 @@ def _model(module: ClassificationModule) -> str:
 
 def _changed(module: ClassificationModule) -> list[str]:
     """Options that are not the default and that no other sentence names."""
-    own = defaults(type(module))
+    own = module.defaults()
     given = {name: value for name, value in module.hparams.items() if name in own and name not in _NAMED}
     return [f"{name} {value}" for name, value in sorted(given.items()) if _listed(value) != _listed(own[name])]
-
-
-def defaults(method: type[ClassificationModule]) -> dict[str, Any]:
-    """A method's arguments and their defaults; one that it passes on has the default of its base."""
-    found: dict[str, Any] = {}
-    for each in method.__mro__:
-        if issubclass(each, ClassificationModule):
-            found = {name: of.default for name, of in signature(each).parameters.items()} | found
-    return found
 
 
 def _listed(value: Any) -> Any:

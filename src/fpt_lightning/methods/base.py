@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 import lightning as L
@@ -165,6 +166,15 @@ class ClassificationModule(TrainedModule, ABC):
         self._validated: list[tuple[str, Any, Any]] = []
         self.val_metrics, self.test_metrics = self.task.metrics("val_"), self.task.metrics("test_")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()  # over images, of however many processes
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The method's arguments and their defaults; one that it passes on has the default of its base."""
+        found: dict[str, Any] = {}
+        for each in cls.__mro__:
+            if issubclass(each, ClassificationModule):
+                found = {name: of.default for name, of in signature(each).parameters.items()} | found
+        return found
 
     @property
     def encoder_shape(self) -> EncoderShape:
