@@ -113,6 +113,8 @@ ROWS = {
     "fpt_plus_prompt_head": _HEAD,
     "query_tokens_mirrored": _turned(2, "mirror images too", _QUERIES),
     "fpt_plus_mirrored": _turned(2, "mirror images too", _HEAD),
+    "stored_linear_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _LINEAR, zoom=0.55),
+    "attentive_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _ATTENTIVE, zoom=0.55),
     "query_tokens_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _QUERIES, zoom=0.55),
     "fpt_plus_mirrored_zoomed": _turned(2, "mirror images too, zoomed", _HEAD, zoom=0.55),
     "query_tokens_turned": _turned(8, "all orientations", _QUERIES),
@@ -202,8 +204,10 @@ PAIRS = {
     "query_tokens_turned": (RIVAL,),
     "fpt_plus_mirrored": (DEFAULT, "query_tokens_mirrored"),
     "fpt_plus_turned": (DEFAULT, "query_tokens_turned"),
-    "query_tokens_mirrored_zoomed": ("query_tokens_mirrored", RIVAL),
+    "query_tokens_mirrored_zoomed": ("query_tokens_mirrored", RIVAL, "attentive_mirrored_zoomed"),
     "fpt_plus_mirrored_zoomed": ("fpt_plus_mirrored", "query_tokens_mirrored_zoomed"),
+    "stored_linear_mirrored_zoomed": ("stored_linear",),
+    "attentive_mirrored_zoomed": ("attentive",),
     "stored_linear_zoomed": ("stored_linear",),
     "attentive_zoomed": ("attentive",),
     "query_tokens_zoomed": ("query_tokens_turned", RIVAL, "attentive_zoomed", "bitfit", "adapter", "lora", "full"),
@@ -312,12 +316,12 @@ class Study(NamedTuple):
 _REFERABLE = ("fundus_referable",)
 _FUNDUS = ("fundus_referable", "fundus_maculopathy", "fundus_grade")
 _TURNED = (
+    *(f"{method}_{how}" for how in ("mirrored", "turned") for method in ("query_tokens", "fpt_plus")),
     *(
         f"{method}_{how}"
-        for how in ("mirrored", "mirrored_zoomed", "turned")
-        for method in ("query_tokens", "fpt_plus")
+        for how in ("mirrored_zoomed", "zoomed")
+        for method in ("stored_linear", "attentive", "query_tokens", "fpt_plus")
     ),
-    *("stored_linear_zoomed", "attentive_zoomed", "query_tokens_zoomed", "fpt_plus_zoomed"),
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {

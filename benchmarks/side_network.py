@@ -40,6 +40,7 @@ TRAINED = (
     ("fundus_referable", "fpt_plus_prompt_head"),
     ("fundus_referable", "fpt_plus_zoomed"),
     ("chest_pneumonia", "fpt_plus_prompt_head"),
+    ("chest_pneumonia", "fpt_plus_mirrored_zoomed"),
 )
 """Tasks and rows of ``evidence.py``."""
 WITHOUT = {"whole": None, "without the side network": "side.head", "without the prompt head": "prompt_head"}
