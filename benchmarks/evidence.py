@@ -218,6 +218,8 @@ PAIRS = {
     "side_224": ("side_126",),
 }
 """Of which the difference is given too."""
+EVERY_RATE = tuple(f"{method}{how}_zoomed" for method in (RIVAL, "fpt_plus") for how in ("", "_mirrored"))
+"""Whose test scores are kept of every rate, as ``evidence_side.py`` compares them at each."""
 CALIBRATED = {
     "auc": "AUC",
     "accuracy": "accuracy",
@@ -500,7 +502,7 @@ class Protocol:
             for seed, found in enumerate(seeds):
                 found.append(self.record(name, method, fold, pair, seed, run, scores=True))
             needed = {pair, (ROWS[method].own_rate, self.decays[0])}
-            if self.searched:
+            if self.searched and method not in EVERY_RATE:
                 self.records(name, method).forget_tests(
                     f"fold{fold}/", tuple(f"fold{fold}/lr{rate:g}-wd{decay:g}/" for rate, decay in needed)
                 )

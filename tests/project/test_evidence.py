@@ -23,6 +23,7 @@ import evidence
 import evidence_default
 import evidence_figures
 import evidence_rates
+import evidence_side
 import selected_tokens
 import side_network
 from fpt_lightning.cli import init
@@ -178,12 +179,43 @@ def test_what_init_writes_is_held_to_every_method_with_calibrated_predictions(sc
     assert evidence_default.held(PROTOCOL, "chest_all", "query_tokens_mirrored_zoomed", methods, resamples=50) == {}
 
 
+def test_what_the_side_network_adds_is_of_equal_rates_and_their_mean(
+    scored: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first rate the side network makes a ranking by chance right, at the second a right one by chance."""
+    scored({})
+    ranks = {("fpt_plus_zoomed", 1e-3): RIGHT[0], ("query_tokens_zoomed", 1e-3): BY_CHANCE[0]}
+    ranks |= {("fpt_plus_zoomed", 1e-2): BY_CHANCE[1], ("query_tokens_zoomed", 1e-2): RIGHT[1]}
+
+    def found(self: object, name: str, method: str, fold: int, pair: Any, *_: Any, **__: Any) -> Record | None:
+        if (method, pair[0]) not in ranks:
+            return None
+        test = {str(i): [1 - p, p] for i, p in enumerate(ranks[method, pair[0]])}
+        return replace(of_validation(0.5), test=test, calibration=asdict(Calibration()))
+
+    monkeypatch.setattr(evidence.Protocol, "record", found)
+    protocol = replace(PROTOCOL, rates=(1e-3, 3e-3, 1e-2))
+    row = evidence_side.added(protocol, "fundus_referable", "query_tokens_zoomed", resamples=50)
+    first, second = (1 - roc_auc_score(np.arange(40) % 2, each) for each in BY_CHANCE)
+    assert list(row["rates"]) == ["0.001", "0.01"]  # both are finished
+    assert row["rates"]["0.001"]["auc"]["value"] == pytest.approx(first)
+    assert row["rates"]["0.01"]["auc"]["value"] == pytest.approx(-second)
+    assert row["mean"]["auc"]["value"] == pytest.approx((first - second) / 2)
+    assert row["rates"]["0.001"]["auc"]["low"] > 0 > row["rates"]["0.01"]["auc"]["high"]
+    cells = evidence_side.table({"fundus_referable": row}).splitlines()[2].split(" | ")
+    assert cells[2].startswith(f"+{100 * first:.1f} [")
+    assert (cells[1], cells[3]) == ("", "")  # 3e-4 and 3e-3
+    del ranks["fpt_plus_zoomed", 1e-3], ranks["query_tokens_zoomed", 1e-2]
+    assert evidence_side.added(protocol, "fundus_referable", "query_tokens_zoomed", resamples=50) == {}
+
+
 @pytest.mark.parametrize(("data", "topic"), [("fundus", "fundus photographs"), ("chest", "chest X-rays")])
 def test_what_is_called_the_default_is_what_init_writes(data: str, topic: str) -> None:
     entry = evidence.ROWS[evidence_default.DEFAULTS[data]]
     assert entry.data == {"orientations": init._ORIENTATIONS[topic], "zoom": 0.55}
     assert entry.model == {"test_time_orientations": init._ORIENTATIONS[topic]}
     assert topic in init._ZOOMED
+    assert evidence_side.with_side(evidence_default.DEFAULTS[data]) in evidence.EVERY_RATE
 
 
 def test_the_default_is_held_to_its_rival_and_seeds_are_taken_together(scored: Callable[..., None]) -> None:
