@@ -9,7 +9,7 @@ the next one validates; learning rate and weight decay are chosen for each fold 
 and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate; of
 methods with the encoder inside, which take long, the first fold chooses the rate for all. The folds' test predictions
 are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of resamples of patients. The
-last row takes for each fold and seed the method with the best validation, as ``fit --model auto`` does.
+rows ``auto`` take for each fold and seed the method with the best validation, as ``fit --model auto`` does.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` or ``--methods`` may run at once. ``{out}/records`` has what the finished cells came to
@@ -191,13 +191,21 @@ INSIDE = {"max_epochs": 10, "precision": "bf16-mixed"}
 FOLDS = 5
 REFERENCES = ("fpt_plus", "fpt_plus_prompt_head")
 """To which the others are held: the first that is there, or the first row."""
-AUTO = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
-"""Among which ``fit --model auto`` chooses."""
+_METHODS = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
+AUTO = {
+    "auto": _METHODS,
+    "auto_mirrored_zoomed": tuple(f"{method}_mirrored_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
+    "auto_zoomed": tuple(f"{method}_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
+}
+"""Among which ``fit --model auto`` chooses, by row of its own."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
 """What the library trains by default, and what is nearest to it."""
 TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned", "query_tokens_zoomed", "fpt_plus_zoomed")
 """Whose seeds' predictions are taken together too."""
 PAIRS = {
+    "auto": (RIVAL,),
+    "auto_mirrored_zoomed": ("query_tokens_mirrored_zoomed",),
+    "auto_zoomed": ("query_tokens_zoomed",),
     RIVAL: ("attentive",),
     DEFAULT: (RIVAL,),
     "query_tokens_mirrored": (RIVAL,),
@@ -327,11 +335,11 @@ _TURNED = (
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
-    "448": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED)),
-    "224": Study(tuple(TASKS), ("fpt_plus", *AUTO, *_TURNED, *_INSIDE), 224),
-    "896": Study(_REFERABLE, ("fpt_plus", *AUTO), 896, seeds=1),
-    "448_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, "fpt", *_INSIDE), 448, (1,), 1),
-    "224_fold1": Study(_REFERABLE, ("fpt_plus", *AUTO, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
+    "448": Study(tuple(TASKS), ("fpt_plus", *_METHODS, *_TURNED)),
+    "224": Study(tuple(TASKS), ("fpt_plus", *_METHODS, *_TURNED, *_INSIDE), 224),
+    "896": Study(_REFERABLE, ("fpt_plus", *_METHODS), 896, seeds=1),
+    "448_fold1": Study(_REFERABLE, ("fpt_plus", *_METHODS, "fpt", *_INSIDE), 448, (1,), 1),
+    "224_fold1": Study(_REFERABLE, ("fpt_plus", *_METHODS, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
     "448_zoomed": Study(_FUNDUS, ("default", "default_zoomed")),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
     "224_parts": Study(_REFERABLE, tuple(PARTS), 224),
@@ -579,8 +587,9 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     """What the finished methods of a task come to, by method."""
     tried = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
     finished = {method: [[each.uncalibrated() for each in folds] for folds in cells] for method, cells in tried.items()}
-    if set(AUTO) <= set(finished):
-        finished["auto"] = by_validation([finished[method] for method in AUTO])
+    for auto, among in AUTO.items():
+        if set(among) <= set(tried):
+            finished[auto] = by_validation([finished[method] for method in among])
     rows = protocol.labelled(name)
     seeds = {method: pooled(name, rows, cells) for method, cells in finished.items()}
     if not seeds:
@@ -687,8 +696,10 @@ def _described(
         return {"label": f"{ROWS[trained].label}, {len(finished[trained])} seeds together"}
     seeds = finished[method]
     rates = [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in seeds[0]]
-    cost = _cost(protocol, name, method, seeds) if method in ROWS else {"label": "`--model auto`"}
-    return {**cost, "chosen": rates}
+    if method in AUTO:
+        images = ROWS[AUTO[method][0]].label.split(", ", 1)[1]
+        return {"label": f"`--model auto`, {images}", "chosen": rates}
+    return {**_cost(protocol, name, method, seeds), "chosen": rates}
 
 
 def _cost(protocol: Protocol, name: str, method: str, seeds: Sequence[Sequence[Record]]) -> dict[str, Any]:

@@ -48,11 +48,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         csv.writer(file).writerows([["image", "grade", "maculopathy", "patient"], *listed])
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     rows = {
-        "stored_linear": evidence.Entry("stored_linear", "linear", rates=(1e-2,)),
+        "stored_linear": evidence.Entry("stored_linear", "linear, stored", rates=(1e-2,)),
         "fpt_plus": evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32}),
     }
     small = {
-        "AUTO": tuple(rows),
+        "AUTO": {"auto": tuple(rows)},
         "HIGHER": (3e-2,),
         "STUDIES": {"64": evidence.Study(("fundus_grade",), tuple(rows), 64, (1, 2, 3), 1)},
         "ENCODER": "test_vit",
@@ -83,6 +83,7 @@ def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.Captur
     run("--methods", "stored_linear", "fpt_plus")
     found = run("--methods", "stored_linear", "fpt_plus", "--write")
     assert list(found) == ["stored_linear", "fpt_plus", "auto"]
+    assert found["auto"]["label"] == "`--model auto`, stored"
     chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
     assert len(chosen) == 3
     for fold, rate in enumerate(chosen, 1):
