@@ -18,7 +18,7 @@ from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
 pytestmark = pytest.mark.usefixtures("few_figures")
-RATES = {"stored_linear": ("0.001", "0.1"), "fpt_plus": ("0.0001", "0.01")}
+RATES = {"query_tokens": ("0.0001", "0.01"), "fpt_plus": ("0.0001", "0.01")}
 METHODS = tuple(RATES)
 
 
@@ -57,7 +57,7 @@ def test_every_method_is_trained_and_validation_chooses(
 
     choice = json.loads((root / "choice.json").read_text())
     judged = {row["label"]: row for row in choice["methods"]}
-    assert list(judged) == ["Linear probing, stored", "FPT+"]
+    assert list(judged) == ["Query tokens, stored", "FPT+"]
     values = {}
     for row in judged.values():
         folder = Path(row["checkpoint"]).parent
@@ -65,12 +65,13 @@ def test_every_method_is_trained_and_validation_chooses(
         assert row["validation"]["value"] == pytest.approx(values[row["label"]])
         others = [float(line["val_auc"]) for line in _history(folder.parent) if line["val_auc"]]
         assert row["validation"]["value"] == pytest.approx(max(others))  # the better of the two rates
-    best = max(values, key=lambda name: values[name])
-    assert choice["chosen"] == judged[best]
-    assert judged[best]["difference"] is None
-    (other,) = set(values) - {best}
-    assert judged[other]["difference"]["value"] == pytest.approx(values[other] - values[best])
-    assert f"Use {best}" in said
+    assert choice["best"] == judged[max(values, key=lambda name: values[name])]
+    chosen = choice["chosen"]["label"]
+    assert choice["chosen"] == judged[chosen]
+    assert judged[chosen]["difference"] is None
+    (other,) = set(values) - {chosen}
+    assert judged[other]["difference"]["value"] == pytest.approx(values[other] - values[chosen])
+    assert f"Use {chosen}" in said
     assert (root / "choice.txt").read_text().strip() in said
     run(*said.split("fpt-lightning ")[1].split("--data.root")[0].split())  # the command that is named
 
@@ -85,7 +86,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     root = tmp_path / "run"
     run(*command)
     choice = (root / "choice.json").read_text()
-    untouched, stopped, begun = root / "fpt_plus/0.01", root / "fpt_plus/0.0001", root / "stored_linear/0.1"
+    untouched, stopped, begun = root / "fpt_plus/0.01", root / "fpt_plus/0.0001", root / "query_tokens/0.01"
     times = {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.is_file()}
     (stopped / "metrics.json").unlink()  # trained, not tested
     for path in begun.glob("*"):
@@ -136,29 +137,48 @@ def test_only_the_model_can_be_auto() -> None:
     assert not entry._asks_auto(["fit", "--model", "FPTPlusModule", "--trainer.accelerator", "auto"])
 
 
-@pytest.mark.parametrize(("mode", "chosen"), [("min", "FPT+"), ("max", "Linear probing, stored")])
-def test_more_or_less_may_be_better(mode: str, chosen: str, tmp_path: Path) -> None:
+LINEAR, QUERIES, FPT = "Linear probing, stored", "Query tokens, stored", "FPT+"
+
+
+@pytest.mark.parametrize(
+    ("mode", "errors", "chosen", "best", "told"),
+    [
+        ("min", ((5, 5), (5, 5), (1, 1)), FPT, FPT, "It is told apart from all others."),
+        ("max", ((5, 5), (5, 5), (1, 1)), QUERIES, LINEAR, f"do not tell it apart from {LINEAR} (1 x its time)."),
+        ("min", ((9, 9), (5, 5), (1, 8.8)), QUERIES, FPT, f"do not tell it apart from {FPT} (1 x its time)."),
+        ("min", ((9, 9), (5, 5), (1, 9.2)), QUERIES, QUERIES, f"do not tell it apart from {FPT} (1 x its time)."),
+    ],
+)
+def test_another_than_query_tokens_is_chosen_where_it_is_told_apart(
+    mode: str, errors: tuple[tuple[float, float], ...], chosen: str, best: str, told: str, tmp_path: Path
+) -> None:
+    """Numbers that are wrong by so much, every second one by the other."""
     truth = np.arange(40.0)
     runs = []
-    for method, error in {"stored_linear": 5.0, "attentive": 5.0, "fpt_plus": 1.0}.items():
+    for method, (even, odd) in zip(("stored_linear", "query_tokens", "fpt_plus"), errors, strict=True):
         folder = tmp_path / method
         (folder / "validate" / "best").mkdir(parents=True)
         ids = tuple(f"{i:02d}" for i in range(40))
-        noise = error * np.where(np.arange(40) % 2, 1, -1)
-        Predictions("regression", ids, truth, truth + noise, ()).write(folder / "validate/best/predictions.csv")
+        wrong = np.where(np.arange(40) % 2, odd, -even)
+        Predictions("regression", ids, truth, truth + wrong, ()).write(folder / "validate/best/predictions.csv")
         (folder / "metrics.csv").write_text(
-            f"epoch,val_mae,epoch_seconds,train_peak_live_mib\n0,{error},2,\n1,{error + 1},4,9\n"
+            f"epoch,val_mae,epoch_seconds,train_peak_live_mib\n0,{even},2,\n1,{even + 1},4,9\n"
         )
         runs.append(auto.Candidate(folder, method, 1e-3))
     choice = auto.choose(runs, "mae", mode)
-    assert choice.chosen.label == chosen
-    assert [run.score("mae", "min") for run in runs] == [-5, -5, -1]
+    assert (choice.chosen.label, choice.best.label) == (chosen, best)
+    assert [run.score("mae", "min") for run in runs] == [-even for even, _ in errors]
     assert (choice.chosen.epoch_seconds, choice.chosen.memory_mib) == (3, 9)
-    differences = {each.label: each.difference for each in choice.methods}
-    assert differences.pop(chosen) is None
-    table = choice.table()
-    if mode == "min":
-        assert [d.value for d in differences.values() if d] == pytest.approx([4, 4])
-        assert "told apart from all others" in table
-    else:  # two that are equal: the first is chosen, the second is named
-        assert "do not tell it apart from Attentive probing, stored (1 x its time)" in table
+    means = dict(zip((LINEAR, QUERIES, FPT), (sum(each) / 2 for each in errors), strict=True))
+    for each in choice.methods:
+        if each.label == chosen:
+            assert each.difference is None
+        else:
+            assert each.difference is not None
+            assert each.difference.value == pytest.approx(means[each.label] - means[chosen])
+    advice = choice.advice()
+    if chosen == best:
+        assert advice.startswith(f"Use {chosen}: the best validation mean absolute error, {means[chosen]:.3f} [")
+    else:
+        assert f"the best validation mean absolute error is that of {best}, {means[best]:.3f} [" in advice
+    assert told in advice

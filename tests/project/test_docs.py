@@ -179,7 +179,7 @@ def workspace(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(planner, "LARGEST_BATCH", 16)  # what is looked for
     monkeypatch.setattr(planner, "LARGEST_RESOLUTION", 128)
-    monkeypatch.setattr("fpt_lightning.cli.auto.CANDIDATES", ("stored_linear", "fpt_plus"))  # four take a minute
+    monkeypatch.setattr("fpt_lightning.cli.auto.CANDIDATES", ("query_tokens", "fpt_plus"))  # four take a minute
     monkeypatch.setattr("fpt_lightning.cli.auto.FACTORS", (1,))
     monkeypatch.setattr("fpt_lightning.cli.trainer.METHODS", {name: METHODS[name] for name in ("linear", "fpt_plus")})
     known = set(sys.modules)

@@ -37,6 +37,11 @@ class Difference:
     high: float
     p: float
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval, where there is one, leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
     def __str__(self) -> str:
         bounds = f" [{number(self.low, '+')}, {number(self.high, '+')}]" if self.low == self.low else ""
         return f"{number(self.value, '+')}{bounds}"
