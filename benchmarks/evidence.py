@@ -9,7 +9,7 @@ the next one validates; learning rate and weight decay are chosen for each fold 
 and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate; of
 methods with the encoder inside, which take long, the first fold chooses the rate for all. The folds' test predictions
 are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of resamples of patients. The
-rows ``auto`` take for each fold and seed the method with the best validation, as ``fit --model auto`` does.
+rows ``best_of_four`` take for each fold and seed the method with the best validation.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` or ``--methods`` may run at once. ``{out}/records`` has what the finished cells came to
@@ -192,20 +192,20 @@ FOLDS = 5
 REFERENCES = ("fpt_plus", "fpt_plus_prompt_head")
 """To which the others are held: the first that is there, or the first row."""
 _METHODS = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
-AUTO = {
-    "auto": _METHODS,
-    "auto_mirrored_zoomed": tuple(f"{method}_mirrored_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
-    "auto_zoomed": tuple(f"{method}_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
+BEST_OF_FOUR = {
+    "best_of_four": _METHODS,
+    "best_of_four_mirrored_zoomed": tuple(f"{method}_mirrored_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
+    "best_of_four_zoomed": tuple(f"{method}_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
 }
-"""Among which ``fit --model auto`` chooses, by row of its own."""
+"""Of which a row takes the one with the best validation, by row."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
 """What the library trains by default, and what is nearest to it."""
 TOGETHER = (RIVAL, DEFAULT, "query_tokens_turned", "fpt_plus_turned", "query_tokens_zoomed", "fpt_plus_zoomed")
 """Whose seeds' predictions are taken together too."""
 PAIRS = {
-    "auto": (RIVAL,),
-    "auto_mirrored_zoomed": ("query_tokens_mirrored_zoomed",),
-    "auto_zoomed": ("query_tokens_zoomed",),
+    "best_of_four": (RIVAL,),
+    "best_of_four_mirrored_zoomed": ("query_tokens_mirrored_zoomed",),
+    "best_of_four_zoomed": ("query_tokens_zoomed",),
     RIVAL: ("attentive",),
     DEFAULT: (RIVAL,),
     "query_tokens_mirrored": (RIVAL,),
@@ -587,9 +587,9 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
     """What the finished methods of a task come to, by method."""
     tried = {method: cells for method in methods if (cells := protocol.cells(name, method)) is not None}
     finished = {method: [[each.uncalibrated() for each in folds] for folds in cells] for method, cells in tried.items()}
-    for auto, among in AUTO.items():
+    for row, among in BEST_OF_FOUR.items():
         if set(among) <= set(tried):
-            finished[auto] = by_validation([finished[method] for method in among])
+            finished[row] = by_validation([finished[method] for method in among])
     rows = protocol.labelled(name)
     seeds = {method: pooled(name, rows, cells) for method, cells in finished.items()}
     if not seeds:
@@ -696,9 +696,9 @@ def _described(
         return {"label": f"{ROWS[trained].label}, {len(finished[trained])} seeds together"}
     seeds = finished[method]
     rates = [{"learning_rate": each.learning_rate, "weight_decay": each.weight_decay} for each in seeds[0]]
-    if method in AUTO:
-        images = ROWS[AUTO[method][0]].label.split(", ", 1)[1]
-        return {"label": f"`--model auto`, {images}", "chosen": rates}
+    if method in BEST_OF_FOUR:
+        images = ROWS[BEST_OF_FOUR[method][0]].label.split(", ", 1)[1]
+        return {"label": f"The best of four by validation, {images}", "chosen": rates}
     return {**_cost(protocol, name, method, seeds), "chosen": rates}
 
 

@@ -52,7 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
         "fpt_plus": evidence.Entry("fpt_plus", "FPT+", {"side_resolution": 32}),
     }
     small = {
-        "AUTO": {"auto": tuple(rows)},
+        "BEST_OF_FOUR": {"best_of_four": tuple(rows)},
         "HIGHER": (3e-2,),
         "STUDIES": {"64": evidence.Study(("fundus_grade",), tuple(rows), 64, (1, 2, 3), 1)},
         "ENCODER": "test_vit",
@@ -82,8 +82,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
 def test_tables_of_pooled_folds(run: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--methods", "stored_linear", "fpt_plus")
     found = run("--methods", "stored_linear", "fpt_plus", "--write")
-    assert list(found) == ["stored_linear", "fpt_plus", "auto"]
-    assert found["auto"]["label"] == "`--model auto`, stored"
+    assert list(found) == ["stored_linear", "fpt_plus", "best_of_four"]
+    assert found["best_of_four"]["label"] == "The best of four by validation, stored"
     chosen = [pair["learning_rate"] for pair in found["fpt_plus"]["chosen"]]
     assert len(chosen) == 3
     for fold, rate in enumerate(chosen, 1):
@@ -339,7 +339,7 @@ def test_cells_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cell("longer_mirrored_zoomed")["data"]["init_args"]["orientations"] == 2
 
 
-def test_auto_takes_of_each_fold_the_method_with_the_best_validation() -> None:
+def test_of_each_fold_the_method_with_the_best_validation_is_taken() -> None:
     one, other = ([of_validation(value) for value in values] for values in ((0.7, 0.8), (0.9, 0.8)))
     assert evidence.by_validation([[one], [other]]) == [[other[0], one[1]]]
     assert evidence.by_validation([[one, other], [other]]) == [[other[0], one[1]]]  # of the seeds that all have
@@ -412,7 +412,7 @@ def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     auc = {"value": 0.8, "low": 0.7, "high": 0.94}
     row = {"label": "a", "learnable_ratio": 0.0123, "memory_mib": 3.0, "epoch_seconds": 2.0, "fold_auc": auc}
     for name, method in {"448": "fpt_plus", "224": "fpt_plus", "448_fold1": "lora"}.items():
-        content = {"tasks": {"fundus_grade": {method: row, "auto": {}}}}
+        content = {"tasks": {"fundus_grade": {method: row, "best_of_four": {}}}}
         (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
     lead = {"auc": {"value": 0.01, "low": -0.02, "high": 0.03}}
     leads = {"fundus_grade": {"query_tokens_zoomed": {"lead": {}}, "fpt_plus": {"lead": lead}}}
