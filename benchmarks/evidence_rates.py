@@ -16,20 +16,20 @@ from statistics import mean
 from typing import Any
 
 from environment import RESULTS, write_result
-from evidence import COMPARED, ROWS, TASKS, named
+from evidence import COMPARED, FOLDS, ROWS, TASKS, named
 
 DECAY = 0.1
 """Of the search of rates."""
 
 
-def validation(records: Mapping[str, Any], folds: str) -> dict[float, float]:
-    """The mean over the folds that begin like that of the best epoch's validation, by learning rate."""
+def validation(records: Mapping[str, Any], folds: Sequence[int]) -> dict[float, float]:
+    """The mean over the folds of the best epoch's validation, by learning rate that all of them were trained with."""
     found: dict[float, list[float]] = defaultdict(list)
+    wanted = tuple(f"fold{fold}/" for fold in folds)
     for key, each in records.items():
-        if key.startswith(folds) and key.endswith("/seed0") and each["weight_decay"] == DECAY:
+        if key.startswith(wanted) and key.endswith("/seed0") and each["weight_decay"] == DECAY:
             found[each["learning_rate"]].append(each["validation"])
-    count = max(map(len, found.values()))
-    return {rate: mean(values) for rate, values in sorted(found.items()) if len(values) == count}
+    return {rate: mean(values) for rate, values in sorted(found.items()) if len(values) == len(folds)}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -38,7 +38,8 @@ def rows() -> list[dict[str, Any]]:
     for method in COMPARED:
         for path in sorted((RESULTS / "evidence").glob(f"*/{method}.json")):
             task, _, resolution = path.parent.name.rpartition("-")
-            values = validation(json.loads(path.read_text()), "fold1/" if ROWS[method].rates else "fold")
+            folds = range(1, 2 if ROWS[method].rates else FOLDS + 1)
+            values = validation(json.loads(path.read_text()), folds)
             if len(values) > 1:
                 described = {"method": method, "label": ROWS[method].label, "task": task, "resolution": int(resolution)}
                 described |= {"metric": TASKS[task].monitor, "default": ROWS[method].own_rate}

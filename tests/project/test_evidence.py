@@ -471,8 +471,9 @@ def test_the_rates_of_all_folds_count() -> None:
         "fold1/a/seed1": cell(1e-3, 0.1),
         "fold1/c/seed0": cell(1e-3, 0.2, decay=0.5),
     }
-    assert evidence_rates.validation(records, "fold") == {1e-3: pytest.approx(0.7)}
-    assert evidence_rates.validation(records, "fold1/") == {1e-3: 0.6, 1e-2: 0.9}
+    assert evidence_rates.validation(records, (1, 2)) == {1e-3: pytest.approx(0.7)}
+    assert evidence_rates.validation(records, (1,)) == {1e-3: 0.6, 1e-2: 0.9}
+    assert evidence_rates.validation(records, (1, 2, 3)) == {}  # one is not finished
 
 
 def test_a_metric_is_the_mean_over_the_seeds() -> None:
