@@ -509,11 +509,10 @@ class Protocol:
                 return None
             for seed, found in enumerate(seeds):
                 found.append(self.record(name, method, fold, pair, seed, run, scores=True))
-            needed = {pair, (ROWS[method].own_rate, self.decays[0])}
             if self.searched and method not in EVERY_RATE:
-                self.records(name, method).forget_tests(
-                    f"fold{fold}/", tuple(f"fold{fold}/lr{rate:g}-wd{decay:g}/" for rate, decay in needed)
-                )
+                needed = {pair, (ROWS[method].own_rate, self.decays[0])}
+                kept = tuple(f"fold{fold}/lr{rate:g}-wd{decay:g}/" for rate, decay in needed)
+                self.records(name, method).forget_tests(f"fold{fold}/", kept)
         finished = [[each for each in found if each is not None] for found in seeds]
         return [found for found in finished if len(found) == len(self.folds)] or None
 
