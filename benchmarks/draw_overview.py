@@ -5,6 +5,9 @@ Writes ``docs/overview.svg``. Run from the repository's root: ``python benchmark
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -73,7 +76,11 @@ def draw(axes: Axes) -> None:
     axes.axis("off")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     matplotlib.rcParams["svg.hashsalt"] = "fpt-lightning"  # the same file every time
     figure = Figure(figsize=(13, 5.5), layout="constrained", facecolor="white")
     draw(figure.subplots())

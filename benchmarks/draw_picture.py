@@ -5,6 +5,8 @@ Writes ``docs/quickstart.png``. Run from the repository's root: ``python benchma
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,11 @@ def kept_tokens(
     return counts.view(rows, -1).numpy()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     config = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     data = config["data"]["init_args"]
     module = FPTPlusModule(**config["model"]["init_args"])

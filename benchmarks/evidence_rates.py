@@ -9,6 +9,7 @@ decay 0.1.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,8 +63,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
     found = rows()
     path = write_result("evidence_rates", {"rows": found})
     (RESULTS / "evidence_rates.md").write_text(table(found))

@@ -236,6 +236,20 @@ def script(words: list[str]) -> object:
     return 0
 
 
+BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_that_is_asked_for_help_runs_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stopped.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
 def parse(words: list[str]) -> None:
     """The ``fpt-lightning`` within a command that is not run."""
     joined = " ".join(map(shlex.quote, words)).replace("-m fpt_lightning", "fpt-lightning")
