@@ -5,7 +5,6 @@ Writes ``docs/overview.svg``. Run from the repository's root: ``python benchmark
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import matplotlib
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from environment import DOCS
+from environment import DOCS, take_no_arguments
 
 PATH = DOCS / "overview.svg"
 FROZEN, LEARNS, DATA = "#d6e4f0", "#fbe3c0", "#eeeeee"
@@ -78,9 +77,7 @@ def draw(axes: Axes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
+    take_no_arguments(__doc__, arguments)
     matplotlib.rcParams["svg.hashsalt"] = "fpt-lightning"  # the same file every time
     figure = Figure(figsize=(13, 5.5), layout="constrained", facecolor="white")
     draw(figure.subplots())

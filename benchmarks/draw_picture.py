@@ -5,7 +5,6 @@ Writes ``docs/quickstart.png``. Run from the repository's root: ``python benchma
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from environment import DOCS
+from environment import DOCS, take_no_arguments
 from fpt_lightning import FPTPlusModule
 from fpt_lightning.data.transforms import normalise, stored_copy, unit_pixels
 from fpt_lightning.datamodules.synthetic import CLASSES, fundus_image
@@ -38,9 +37,7 @@ def kept_tokens(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
+    take_no_arguments(__doc__, arguments)
     config = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
     data = config["data"]["init_args"]
     module = FPTPlusModule(**config["model"]["init_args"])

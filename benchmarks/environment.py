@@ -1,11 +1,13 @@
-"""What every result file says of where it was measured."""
+"""What every result file says of where it was measured, and what benchmarks without arguments do with them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,12 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**environment(), **result}, indent=2) + "\n")
     return path
+
+
+def take_no_arguments(description: str | None, arguments: Sequence[str] | None) -> None:
+    """Of a benchmark that has none: ``--help`` says what it does, and others are refused, before anything runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
 
 
 def _processor() -> str:

@@ -194,8 +194,10 @@ REFERENCES = ("fpt_plus", "fpt_plus_prompt_head")
 _METHODS = ("stored_linear", "attentive", "query_tokens", "fpt_plus_prompt_head")
 BEST_OF_FOUR = {
     "best_of_four": _METHODS,
-    "best_of_four_mirrored_zoomed": tuple(f"{method}_mirrored_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
-    "best_of_four_zoomed": tuple(f"{method}_zoomed" for method in (*_METHODS[:3], "fpt_plus")),
+    **{
+        f"best_of_four_{how}": tuple(f"{method}_{how}" for method in (*_METHODS[:3], "fpt_plus"))
+        for how in ("mirrored_zoomed", "zoomed")
+    },
 }
 """Of which a row takes the one with the best validation, by row."""
 DEFAULT, RIVAL = "fpt_plus_prompt_head", "query_tokens"
@@ -327,11 +329,8 @@ _REFERABLE = ("fundus_referable",)
 _FUNDUS = ("fundus_referable", "fundus_maculopathy", "fundus_grade")
 _TURNED = (
     *(f"{method}_{how}" for how in ("mirrored", "turned") for method in ("query_tokens", "fpt_plus")),
-    *(
-        f"{method}_{how}"
-        for how in ("mirrored_zoomed", "zoomed")
-        for method in ("stored_linear", "attentive", "query_tokens", "fpt_plus")
-    ),
+    *BEST_OF_FOUR["best_of_four_mirrored_zoomed"],
+    *BEST_OF_FOUR["best_of_four_zoomed"],
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
@@ -620,8 +619,8 @@ def results(protocol: Protocol, name: str, methods: Sequence[str], resamples: in
             )
     for method in found.keys() & PAIRS.keys():
         found[method]["minus"] = {
-            other: {metric: _difference(value, spread, method, metric, other) for metric in TASKS[name].metrics}
-            | ({"calibrated": _difference(told, spreads, method, "auc", other)} if {method, other} <= set(told) else {})
+            other: {metric: paired(value, spread, method, metric, other) for metric in TASKS[name].metrics}
+            | ({"calibrated": paired(told, spreads, method, "auc", other)} if {method, other} <= set(told) else {})
             for other in PAIRS[method]
             if other in found
         }
@@ -676,12 +675,11 @@ def estimated(
     found = {"value": float(value[method][metric][0]), "low": bounds["low"], "high": bounds["high"]}
     if method == reference:
         return found
-    return {**found, "difference": _difference(value, spread, method, metric, reference)}
+    return {**found, "difference": paired(value, spread, method, metric, reference)}
 
 
-def _difference(
-    value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, other: str
-) -> dict[str, Any]:
+def paired(value: Mapping[str, Any], spread: Mapping[str, Any], method: str, metric: str, other: str) -> dict[str, Any]:
+    """A method's metric minus another's, with its interval."""
     difference = float(value[method][metric][0] - value[other][metric][0])
     return {"value": difference, **interval(spread[method][metric] - spread[other][metric])}
 

@@ -28,6 +28,7 @@ from evidence import (
     Protocol,
     estimated,
     keep_records,
+    paired,
     parser_of_cells,
     places,
     pooled,
@@ -63,7 +64,7 @@ def held(protocol: Protocol, task: str, default: str, methods: Sequence[str], re
     def row(method: str) -> dict[str, Any]:
         estimates = {metric: estimated(value, spread, method, metric, method) for metric in METRICS}
         apart = METRICS if method != default else ()
-        lead = {metric: estimated(value, spread, default, metric, method)["difference"] for metric in apart}
+        lead = {metric: paired(value, spread, default, metric, method) for metric in apart}
         memory = max(each.memory_mib for folds in cells[method] for each in folds)
         described = {"label": ROWS[method].label, "seeds": len(seeds[method]), "memory_mib": memory}
         return {**described, **estimates, "lead": lead}

@@ -10,7 +10,6 @@ with 95% intervals.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -22,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from environment import DOCS, RESULTS
+from environment import DOCS, RESULTS, take_no_arguments
 from evidence import COMPARED, FOLDS, ROWS, STUDIES, TASKS
 from evidence_default import RATES
 
@@ -194,9 +193,7 @@ def _unique(panels: Any) -> tuple[list[Any], list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
+    take_no_arguments(__doc__, arguments)
     found = list(points(RESULTS))
     draw_cost(found, DOCS / "evidence_cost.png")
     in_all_folds = [point for point in found if point.all_folds]

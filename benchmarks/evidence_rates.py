@@ -9,14 +9,13 @@ decay 0.1.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from environment import RESULTS, write_result
+from environment import RESULTS, take_no_arguments, write_result
 from evidence import COMPARED, FOLDS, ROWS, TASKS, named
 
 DECAY = 0.1
@@ -65,9 +64,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
+    take_no_arguments(__doc__, arguments)
     found = rows()
     path = write_result("evidence_rates", {"rows": found})
     (RESULTS / "evidence_rates.md").write_text(table(found))

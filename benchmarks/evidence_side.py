@@ -14,9 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from environment import RESULTS, write_result
 from evidence import (
     DECAYS,
@@ -27,6 +24,7 @@ from evidence import (
     Pooled,
     Protocol,
     keep_records,
+    paired,
     parser_of_places,
     places,
     pooled,
@@ -34,15 +32,19 @@ from evidence import (
     shown,
 )
 from evidence_default import DEFAULTS, METRICS, RESOLUTION
-from fpt_lightning.evaluation.resampling import interval, resampled_weights
+from fpt_lightning.evaluation.resampling import resampled_weights
 
 
-def at_rate(protocol: Protocol, task: str, method: str, rate: float) -> list[Pooled] | None:
-    """The test predictions of seed 0, of all folds; None where one is not finished, or not calibrated."""
-    pair = (rate, protocol.decays[0])
-    found = [protocol.record(task, method, fold, pair, 0, run=False, scores=True) for fold in protocol.folds]
-    finished = [each for each in found if each is not None and each.calibration is not None]
-    return pooled(task, protocol.labelled(task), [finished]) if len(finished) == len(found) else None
+def at_rates(protocol: Protocol, task: str, method: str) -> dict[float, Pooled]:
+    """The test predictions of seed 0 by learning rate, of those with which all folds are finished, and calibrated."""
+    found = {}
+    for rate in protocol.rates:
+        pair = (rate, protocol.decays[0])
+        folds = [protocol.record(task, method, fold, pair, 0, run=False, scores=True) for fold in protocol.folds]
+        finished = [each for each in folds if each is not None and each.calibration is not None]
+        if len(finished) == len(folds):
+            [found[rate]] = pooled(task, protocol.labelled(task), [finished])
+    return found
 
 
 def added(protocol: Protocol, task: str, plain: str, resamples: int = 2000) -> dict[str, Any]:
@@ -53,32 +55,19 @@ def added(protocol: Protocol, task: str, plain: str, resamples: int = 2000) -> d
         task: by name.
         plain: the row of query tokens, beside which there is one of FPT+.
     """
-    values: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    spreads: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
-    rates = []
-    for rate in protocol.rates:
-        seeds, plain_seeds = (at_rate(protocol, task, method, rate) for method in (with_side(plain), plain))
-        if seeds is None or plain_seeds is None:
-            continue
-        rates.append(rate)
-        drawn = list(resampled_weights(seeds[0].predictions, resamples, 0))
-        (side, of_side), (without, of_without) = (resampled_values(each, drawn) for each in (seeds, plain_seeds))
-        for metric in METRICS:
-            values[metric].append(float(side[metric][0] - without[metric][0]))
-            spreads[metric].append(of_side[metric] - of_without[metric])
-    if not rates:
+    found = {method: at_rates(protocol, task, method) for method in (plain, with_side(plain))}
+    finished = [rate for rate in protocol.rates if all(rate in own for own in found.values())]
+    if not finished:
         return {}
+    drawn = list(resampled_weights(found[plain][finished[0]].predictions, resamples, 0))
 
-    def estimate(of: slice) -> dict[str, Any]:
-        return {
-            metric: {"value": float(np.mean(values[metric][of])), **interval(np.mean(spreads[metric][of], 0))}
-            for metric in METRICS
-        }
+    def mean_of(rates: Sequence[float]) -> dict[str, Any]:
+        value, spread = {}, {}
+        for method, own in found.items():
+            value[method], spread[method] = resampled_values([own[rate] for rate in rates], drawn)
+        return {metric: paired(value, spread, with_side(plain), metric, plain) for metric in METRICS}
 
-    return {
-        "rates": {f"{rate:g}": estimate(slice(place, place + 1)) for place, rate in enumerate(rates)},
-        "mean": estimate(slice(None)),
-    }
+    return {"rates": {f"{rate:g}": mean_of([rate]) for rate in finished}, "mean": mean_of(finished)}
 
 
 def with_side(plain: str) -> str:

@@ -120,7 +120,7 @@ def read_setting(path: Path, epochs: int | None = None, encoder: str | None = No
     trainer = {k: v for k, v in (sections.get("trainer") or {}).items() if k != "logger"}
     trainer["max_epochs"] = epochs or trainer.get("max_epochs", 20)
     name, arguments = model["class_path"].rpartition(".")[2], dict(model.get("init_args") or {})
-    given = arguments.setdefault("encoder", inspect.signature(ClassificationModule).parameters["encoder"].default)
+    given = arguments.setdefault("encoder", ClassificationModule.defaults()["encoder"])
     if encoder not in (None, given):
         arguments["encoder"] = encoder
         if "store" in data["init_args"]:

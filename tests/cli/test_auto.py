@@ -18,13 +18,17 @@ from fpt_lightning.errors import DataError
 from fpt_lightning.evaluation.predictions import Predictions
 
 pytestmark = pytest.mark.usefixtures("few_figures")
-RATES = {"query_tokens": ("0.0001", "0.01"), "fpt_plus": ("0.0001", "0.01")}
+RATES = {
+    "stored_linear": ("0.001", "0.1"),
+    "query_tokens": ("0.0001", "0.01"),
+    "fpt_plus": ("0.0001", "0.01"),
+}
 METHODS = tuple(RATES)
 
 
 @pytest.fixture
 def command(config: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two methods at two rates, one epoch each."""
+    """Three methods at two rates, one epoch each."""
     monkeypatch.setattr(auto, "CANDIDATES", METHODS)
     monkeypatch.setattr(auto, "FACTORS", (0.1, 10))
     return ["fit", "--config", str(config), "--model", "auto", "--model.prompts", "2", "--trainer.max_epochs", "1"]
@@ -57,7 +61,7 @@ def test_every_method_is_trained_and_validation_chooses(
 
     choice = json.loads((root / "choice.json").read_text())
     judged = {row["label"]: row for row in choice["methods"]}
-    assert list(judged) == ["Query tokens, stored", "FPT+"]
+    assert list(judged) == ["Linear probing, stored", "Query tokens, stored", "FPT+"]
     values = {}
     for row in judged.values():
         folder = Path(row["checkpoint"]).parent
@@ -69,8 +73,8 @@ def test_every_method_is_trained_and_validation_chooses(
     chosen = choice["chosen"]["label"]
     assert choice["chosen"] == judged[chosen]
     assert judged[chosen]["difference"] is None
-    (other,) = set(values) - {chosen}
-    assert judged[other]["difference"]["value"] == pytest.approx(values[other] - values[chosen])
+    for other in set(values) - {chosen}:
+        assert judged[other]["difference"]["value"] == pytest.approx(values[other] - values[chosen])
     assert f"Use {chosen}" in said
     assert (root / "choice.txt").read_text().strip() in said
     run(*said.split("fpt-lightning ")[1].split("--data.root")[0].split())  # the command that is named
@@ -86,7 +90,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     root = tmp_path / "run"
     run(*command)
     choice = (root / "choice.json").read_text()
-    untouched, stopped, begun = root / "fpt_plus/0.01", root / "fpt_plus/0.0001", root / "query_tokens/0.01"
+    untouched, stopped, begun = root / "fpt_plus/0.01", root / "fpt_plus/0.0001", root / "stored_linear/0.1"
     times = {path: path.stat().st_mtime_ns for path in untouched.rglob("*") if path.is_file()}
     (stopped / "metrics.json").unlink()  # trained, not tested
     for path in begun.glob("*"):
@@ -177,6 +181,7 @@ def test_another_than_query_tokens_is_chosen_where_it_is_told_apart(
             assert each.difference is not None
             assert each.difference.value == pytest.approx(means[each.label] - means[chosen])
     advice = choice.advice()
+    assert advice in choice.table()
     if chosen == best:
         assert advice.startswith(f"Use {chosen}: the best validation mean absolute error, {means[chosen]:.3f} [")
     else:

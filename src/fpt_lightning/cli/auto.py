@@ -178,12 +178,14 @@ class Choice:
         """Which to use, why, and the command that does."""
         chosen, metric = self.chosen, self.metric
         equal = [each for each in self.methods if each.difference is not None and not each.difference.told_apart]
-        lines = [f"Use {chosen.label}: the best validation {metric}, {chosen.validation}."]
-        if chosen is not self.best:
-            lines = [
-                f"Use {chosen.label}: no method was better on real images so far, nor is one here by more than chance; "
-                f"the best validation {metric} is that of {self.best.label}, {self.best.validation}."
-            ]
+        if chosen is self.best:
+            why = f"the best validation {metric}, {chosen.validation}"
+        else:
+            why = (
+                "no method was better on real images so far, nor is one here by more than chance; "
+                f"the best validation {metric} is that of {self.best.label}, {self.best.validation}"
+            )
+        lines = [f"Use {chosen.label}: {why}."]
         if equal:
             times = [f"{each.label} ({each.epoch_seconds / chosen.epoch_seconds:.2g} x its time)" for each in equal]
             lines.append(f"These images do not tell it apart from {', '.join(times)}.")
@@ -212,16 +214,23 @@ def choose(runs: Sequence[Candidate], metric: str, mode: str) -> Choice:
     evaluations = [evaluate(each) for each in predictions]
     values = [evaluation.overall[metric].value for evaluation in evaluations]
     best = values.index(max(values) if mode == "max" else min(values))
-    preferred = [run.method for run in runs].index(PREFERRED)
-    lead = compare(predictions[preferred], predictions[best]).differences[metric]
-    chosen = best if lead.told_apart else preferred
+
+    def differences(reference: int) -> list[Difference | None]:
+        first = predictions[reference]
+        return [None if each is first else compare(first, each).differences[metric] for each in predictions]
+
+    chosen = [run.method for run in runs].index(PREFERRED)
+    apart = differences(chosen)
+    lead = apart[best]
+    if lead is not None and lead.told_apart:
+        chosen, apart = best, differences(best)
     judged = [
         Judged(
             run.label,
             run.learning_rate,
             str(run.checkpoint),
             evaluations[i].overall[metric],
-            None if i == chosen else compare(predictions[chosen], predictions[i]).differences[metric],
+            apart[i],
             median(run.logged("epoch_seconds")),
             max([*run.logged("train_peak_live_mib"), *run.logged("train_peak_reserved_mib")]),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ MOST = 1000
 """Members that an ensemble may have: a stranger's checkpoint may ask for any number."""
 
 _OF_ENCODER = frozenset({"features", "pooled"})
-_SHARED = {*signature(FeatureModule).parameters, *signature(ClassificationModule).parameters} - {"kwargs"}
+_SHARED = {*FeatureModule.defaults()} - {"kwargs"}
 """Arguments of every method on a frozen encoder's features."""
 
 

@@ -5,7 +5,6 @@ Everything is predicted on fake tensors (``fpt_lightning.planning.memory``): no 
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -278,9 +277,9 @@ def shared_arguments(
         own: the one, or its name.
         arguments: of the one; all of them are its own.
     """
-    names = set(inspect.signature(ClassificationModule).parameters)
+    names = set(ClassificationModule.defaults())
     if issubclass(method, FeatureModule):
-        names |= set(inspect.signature(FeatureModule).parameters) - ({"layers"} if method.ALL_LAYERS else set())
+        names |= set(FeatureModule.defaults()) - ({"layers"} if method.ALL_LAYERS else set())
     same = method.__name__ == (own if isinstance(own, str) else own.__name__)
     return {name: value for name, value in arguments.items() if same or name in names}
 
