@@ -316,6 +316,7 @@ class Study(NamedTuple):
         resolution: of the encoder's images in pixels.
         folds: that are run, of 1 to ``FOLDS``.
         seeds: of each fold, counted from 0; methods with the encoder inside have one.
+        searched: whether rates and decays are; else each method has its own.
     """
 
     tasks: tuple[str, ...]
@@ -323,21 +324,25 @@ class Study(NamedTuple):
     resolution: int = 448
     folds: tuple[int, ...] = tuple(range(1, FOLDS + 1))
     seeds: int = 3
+    searched: bool = True
 
 
 _REFERABLE = ("fundus_referable",)
 _FUNDUS = ("fundus_referable", "fundus_maculopathy", "fundus_grade")
+_ZOOMED = BEST_OF_FOUR["best_of_four_zoomed"]
 _TURNED = (
     *(f"{method}_{how}" for how in ("mirrored", "turned") for method in ("query_tokens", "fpt_plus")),
     *BEST_OF_FOUR["best_of_four_mirrored_zoomed"],
-    *BEST_OF_FOUR["best_of_four_zoomed"],
+    *_ZOOMED,
 )
 _INSIDE = ("linear", "bitfit", "adapter", "lora", "full")
 STUDIES = {
     "448": Study(tuple(TASKS), ("fpt_plus", *_METHODS, *_TURNED)),
     "224": Study(tuple(TASKS), ("fpt_plus", *_METHODS, *_TURNED, *_INSIDE), 224),
     "896": Study(_REFERABLE, ("fpt_plus", *_METHODS), 896, seeds=1),
-    "448_fold1": Study(_REFERABLE, ("fpt_plus", *_METHODS, "fpt", *_INSIDE), 448, (1,), 1),
+    "448_fold1": Study(
+        _REFERABLE, ("fpt_plus", *_METHODS, *_ZOOMED, "fpt", *_INSIDE), 448, (1,), seeds=1, searched=False
+    ),
     "224_fold1": Study(_REFERABLE, ("fpt_plus", *_METHODS, *_TURNED, "fpt", *_INSIDE), 224, (1,), 1),
     "448_zoomed": Study(_FUNDUS, ("default", "default_zoomed")),
     "448_parts": Study(_REFERABLE, tuple(PARTS)),
@@ -784,39 +789,44 @@ def report(protocol: Protocol, found: Mapping[str, Mapping[str, Any]], data: str
     """All tables of a data set."""
     machine = environment()["machine"]
     place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} thread"
-    rates, higher, decays = (_listed(numbers) for numbers in (protocol.rates, HIGHER, protocol.decays))
     seeds = "1 seed" if protocol.seeds == 1 else f"up to {protocol.seeds} seeds"
     only = "" if len(protocol.folds) == FOLDS else f" (here alone: {_listed(protocol.folds)})"
     rows = read_rows(protocol.manifest(next(name for name in found)), "manifest")
-    chosen = (
-        f"for each fold the learning rate with the best validation of {rates}, and of {higher} while the highest is"
-    )
     methods = {method for rows in found.values() for method in rows if method in ROWS}
-    search = [f"{chosen} the best"] if any(not ROWS[method].rates for method in methods) else []
-    own = {ROWS[method].label: ROWS[method].rates for method in ROWS if method in methods and ROWS[method].rates}
-    if methods <= set(VARIED):
-        own = {"all": next(iter(own.values()))}
-    search += [
-        f"learning rate {_listed(rates)} of {label}" + (", chosen by the first fold" if len(rates) > 1 else "")
-        for label, rates in own.items()
-    ]
-    inside = [ROWS[method].label for method in ROWS if method in methods and not ROWS[method].stored]
-    if inside:
-        settings = f"{INSIDE['max_epochs']} epochs, 1 seed and precision {INSIDE['precision']}"
-        search.append(f"{settings} of {', '.join(inside)}")
     text = (
         f"DINOv2 ViT-S/14 at {protocol.resolution} pixels; {len(rows):,} images of "
         f"{len({row['patient'] for row in rows}):,} patients in the first table; {FOLDS} patient-wise folds, of which "
         f"each tests once and the next validates{only}; {seeds}; {protocol.epochs} epochs, of which "
-        f"the best by validation counts; {'; '.join(search)}; weight decay {decays}. AUC and kappa are of the "
-        "pooled predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all "
-        "are means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. The scores "
-        "are those of the models as trained; below a table is what calibration changes, which is fitted to each "
-        "fold's validation images, and is the default (`model.calibrate`). MiB of live "
-        f"tensors in training. {place}; other work ran beside it, so seconds are upper bounds."
+        f"the best by validation counts; {'; '.join(_settings(protocol, methods))}. AUC and kappa are of the pooled "
+        "predictions, which have models of several scales, and beside them the mean of the folds' own AUC; all are "
+        "means over the seeds, with intervals of 2,000 resamples of patients, paired for differences. The scores are "
+        "those of the models as trained; below a table is what calibration changes, which is fitted to each fold's "
+        "validation images, and is the default (`model.calibrate`). MiB of live tensors in training. "
+        f"{place}; other work ran beside it, so seconds are upper bounds."
     )
     tables = [table(name, rows) for name, rows in found.items() if rows and TASKS[name].data == data]
     return "\n\n".join([text, *tables]) + "\n"
+
+
+def _settings(protocol: Protocol, methods: set[str]) -> Iterator[str]:
+    """Of the methods: learning rates and what chose between them, weight decay, and what those with an encoder have."""
+    yield from _searches(protocol, methods) if protocol.searched else ["each method's own learning rate by default"]
+    inside = [ROWS[method].label for method in ROWS if method in methods and not ROWS[method].stored]
+    if inside:
+        yield f"{INSIDE['max_epochs']} epochs, 1 seed and precision {INSIDE['precision']} of {', '.join(inside)}"
+    yield f"weight decay {_listed(protocol.decays)}"
+
+
+def _searches(protocol: Protocol, methods: set[str]) -> Iterator[str]:
+    rates, higher = _listed(protocol.rates), _listed(HIGHER)
+    if any(not ROWS[method].rates for method in methods):
+        chosen = f"for each fold the learning rate with the best validation of {rates}"
+        yield f"{chosen}, and of {higher} while the highest is the best"
+    own = {ROWS[method].label: ROWS[method].rates for method in ROWS if method in methods and ROWS[method].rates}
+    if methods <= set(VARIED):
+        own = {"all": next(iter(own.values()))}
+    for label, few in own.items():
+        yield f"learning rate {_listed(few)} of {label}" + (", chosen by the first fold" if len(few) > 1 else "")
 
 
 def run(protocol: Protocol, tasks: Iterable[str], methods: Iterable[str]) -> None:
@@ -869,6 +879,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.epochs,
             tuple(args.learning_rates),
             tuple(args.weight_decays),
+            study.searched,
         )
         tasks = [task for task in study.tasks if task in args.tasks]
         methods = [method for method in study.methods if method in args.methods]
