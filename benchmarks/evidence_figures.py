@@ -11,7 +11,7 @@ with 95% intervals.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from evidence import COMPARED, FOLDS, ROWS, STUDIES, TASKS
 from evidence_default import RATES
 
 COSTS = {"memory_mib": "peak training memory, MiB", "epoch_seconds": "an epoch, seconds"}
-DRAWN = ("448", "224_fold1")
+DRAWN = ("448", "448_fold1", "224_fold1")
 """Studies of the first figure: the stored methods in all folds, and all methods in one."""
 
 
@@ -63,18 +63,40 @@ def points(folder: Path) -> Iterator[Point]:
                 yield from (Point(task, study, name, rows[name]) for name in rows if name in COMPARED)
 
 
+def in_all_folds(found: Iterable[Point]) -> list[Point]:
+    """Of each method on a task at a resolution the first, whose rates were searched where any were."""
+    first: dict[tuple[str, int, str], Point] = {}
+    for point in found:
+        if point.all_folds:
+            first.setdefault((point.task, point.resolution, point.method), point)
+    return list(first.values())
+
+
 def summary(found: Sequence[Point]) -> str:
-    """Markdown, a row a method, a column a task at a resolution; empty where nothing was measured."""
+    """Markdown, a row a method, a column a task at a resolution; empty where nothing was measured.
+
+    Other views are those that ``init`` writes, of photographs or of X-rays; without zoom they have no row.
+    """
     columns = [(task, size) for task in TASKS for size in sorted({p.resolution for p in found if p.task == task})]
     heads = [f"{TASKS[task].short}, {size}" for task, size in columns]
     lines = [f"| method | learnable, % | {' | '.join(heads)} |", "|---|" + "---:|" * (1 + len(columns))]
-    for method in COMPARED:
-        own = {(point.task, point.resolution): point.row for point in found if point.method == method}
-        if own:
-            row = next(iter(own.values()))
+    shown: dict[str, dict[tuple[str, int], Mapping[str, Any]]] = {_called(method): {} for method in COMPARED}
+    for point in found:
+        shown[_called(point.method)][point.task, point.resolution] = point.row
+    for label, own in shown.items():
+        if label and own:
+            ratio = next(iter(own.values()))["learnable_ratio"]
             cells = [_with_half_width(own[column]["fold_auc"]) if column in own else "" for column in columns]
-            lines.append(f"| {row['label']} | {100 * row['learnable_ratio']:.2g} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {100 * ratio:.2g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _called(method: str) -> str:
+    """In the summary; empty where it has no row there."""
+    label, data = ROWS[method].label, ROWS[method].data
+    if "zoom" in data:
+        return f"{label.split(', ')[0]}, other views"
+    return "" if "orientations" in data else label
 
 
 def _with_half_width(estimate: Mapping[str, float]) -> str:
@@ -196,10 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     take_no_arguments(__doc__, arguments)
     found = list(points(RESULTS))
     draw_cost(found, DOCS / "evidence_cost.png")
-    in_all_folds = [point for point in found if point.all_folds]
-    (RESULTS / "evidence.md").write_text(summary(in_all_folds))
-    if len({point.resolution for point in in_all_folds}) > 1:
-        draw_resolution(in_all_folds, DOCS / "evidence_resolution.png")
+    complete = in_all_folds(found)
+    (RESULTS / "evidence.md").write_text(summary(complete))
+    if len({point.resolution for point in complete}) > 1:
+        draw_resolution(complete, DOCS / "evidence_resolution.png")
     leads = RESULTS / "evidence_default.json"
     if leads.is_file():
         draw_leads(json.loads(leads.read_text()), DOCS / "evidence_default.png")

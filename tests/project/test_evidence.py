@@ -411,27 +411,38 @@ def test_models_are_tested_without_their_parts(tmp_path: Path, monkeypatch: pyte
 def test_figures_of_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auc = {"value": 0.8, "low": 0.7, "high": 0.94}
     row = {"label": "a", "learnable_ratio": 0.0123, "memory_mib": 3.0, "epoch_seconds": 2.0, "fold_auc": auc}
-    for name, method in {"448": "fpt_plus", "224": "fpt_plus", "448_fold1": "lora"}.items():
-        content = {"tasks": {"fundus_grade": {method: row, "best_of_four": {}}}}
-        (tmp_path / f"evidence_fundus_{name}.json").write_text(json.dumps(content))
+    again = {**row, "fold_auc": {**auc, "value": 0.1}}  # at its own rate, beside the searched one
+
+    def write(data: str, study: str, methods: dict[str, Any]) -> None:
+        content = {"tasks": {{"fundus": "fundus_grade", "chest": "chest_all"}[data]: {**methods, "best_of_four": {}}}}
+        (tmp_path / f"evidence_{data}_{study}.json").write_text(json.dumps(content))
+
+    write("fundus", "224", {"fpt_plus": row, "query_tokens_turned": row})
+    write("fundus", "448", {"fpt_plus": row})
+    write("fundus", "448_fold1", {"lora": row})
+    write("fundus", "448_zoomed", {"fpt_plus": again, "query_tokens_zoomed": row})
+    write("chest", "224", {"query_tokens_mirrored_zoomed": row})
     lead = {"auc": {"value": 0.01, "low": -0.02, "high": 0.03}}
     leads = {"fundus_grade": {"query_tokens_zoomed": {"lead": {}}, "fpt_plus": {"lead": lead}}}
     (tmp_path / "evidence_default.json").write_text(json.dumps({"own_rate": leads, "searched": {}}))
     found = list(evidence_figures.points(tmp_path))
-    methods = [(point.task, point.resolution, point.method) for point in found]
-    assert sorted(methods) == [
-        ("fundus_grade", size, name) for size, name in ((224, "fpt_plus"), (448, "fpt_plus"), (448, "lora"))
-    ]
+    assert {(point.task, point.study, point.method) for point in found} >= {
+        ("fundus_grade", "448_fold1", "lora"),
+        ("fundus_grade", "448_zoomed", "query_tokens_zoomed"),
+        ("chest_all", "224", "query_tokens_mirrored_zoomed"),
+    }
+    assert len(found) == 7  # none of which is the best of four
     monkeypatch.setattr(evidence_figures, "RESULTS", tmp_path)
     monkeypatch.setattr(evidence_figures, "DOCS", tmp_path)
     evidence_figures.main([])
     for name in ("cost", "resolution", "default"):
         assert Image.open(tmp_path / f"evidence_{name}.png").size[0] > 500
     assert (tmp_path / "evidence.md").read_text().splitlines() == [
-        "| method | learnable, % | grade, 224 | grade, 448 |",
-        "|---|---:|---:|---:|",
-        "| a | 1.2 | 80.0 ± 12.0 | 80.0 ± 12.0 |",  # without what one fold alone came to
-    ]
+        "| method | learnable, % | grade, 224 | grade, 448 | three classes, 224 |",
+        "|---|---:|---:|---:|---:|",
+        "| FPT+ | 1.2 | 80.0 ± 12.0 | 80.0 ± 12.0 |  |",
+        "| Query tokens, other views | 1.2 |  | 80.0 ± 12.0 | 80.0 ± 12.0 |",
+    ]  # without what one fold alone came to, and orientations that are not zoomed
 
 
 def test_the_table_of_the_readme_is_that_of_the_result_files() -> None:
