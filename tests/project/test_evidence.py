@@ -260,6 +260,14 @@ def test_tables_are_of_scores_as_trained_and_say_what_calibration_changes(monkey
     assert found["brier"]["value"] < found["brier"]["before"]
 
 
+@pytest.mark.parametrize(("seconds", "shown"), [(302.4, "300"), (98.2, "98"), (0.0921, "0.092")])
+def test_seconds_have_two_digits_and_no_exponent(seconds: float, shown: str) -> None:
+    estimate = {"value": 0.8, "low": 0.7, "high": 0.9}
+    row = {"label": "a", "auc": estimate, "fold_auc": estimate, "auc_of_seeds": [0.8]}
+    row |= {"memory_mib": 1.0, "epoch_seconds": seconds, "stored_bytes": 0}
+    assert evidence.table("fundus_referable", {"lora": row}).endswith(f"| 1.0 | {shown} | 0.00 |")
+
+
 def of_validation(value: float) -> Record:
     return Record("", 1e-3, 0.1, value, 1.0, 1.0, 0, {})
 
