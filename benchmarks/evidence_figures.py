@@ -132,14 +132,14 @@ def draw_resolution(found: list[Point], path: Path) -> None:
     figure = Figure(figsize=(2.5 + 3.6 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for name, axes in zip(tasks, panels, strict=True):
-        for method in COMPARED:
-            own = sorted((p for p in found if (p.task, p.method) == (name, method)), key=lambda p: p.resolution)
-            if len(own) > 1:
-                shift = 1 + 0.01 * COMPARED.index(method)  # so that intervals do not hide each other
-                places = [p.resolution * shift for p in own]
-                axes.plot(places, [100 * p.row["fold_auc"]["value"] for p in own], color=_color(method))
-                for place, point in zip(places, own, strict=True):
-                    _error_bar(axes, place, point)
+        of_methods = [[p for p in found if (p.task, p.method) == (name, method)] for method in COMPARED]
+        lines = [sorted(own, key=lambda p: p.resolution) for own in of_methods if len(own) > 1]
+        for rank, own in enumerate(lines):
+            shift = 1 + 0.015 * (rank - len(lines) // 2)  # so that intervals do not hide each other
+            places = [p.resolution * shift for p in own]
+            axes.plot(places, [100 * p.row["fold_auc"]["value"] for p in own], color=_color(own[0].method))
+            for place, point in zip(places, own, strict=True):
+                _error_bar(axes, place, point)
         axes.set(xscale="log", xlabel="resolution of the encoder's images, pixels")
         axes.set_xticks(sizes[name], [str(size) for size in sizes[name]])
         axes.minorticks_off()
