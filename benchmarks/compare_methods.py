@@ -29,6 +29,7 @@ from fpt_lightning.errors import ConfigurationError, FPTError
 from fpt_lightning.evaluation.metrics import performance_efficiency
 from fpt_lightning.evaluation.resampling import interval, resample, resampled_auc
 from fpt_lightning.methods import METHODS
+from fpt_lightning.progress import significant
 from variants import ABLATIONS, Setting, Variant, ablation_variants, method_variants, published, read_setting
 
 
@@ -276,7 +277,7 @@ class Comparison:
             compared,
             f"{row['ppe']:.2f}",
             "-" if row["pme"] is None else f"{row['pme']:.2f}",
-            f"{row['epoch_seconds']:.3g}",
+            significant(row["epoch_seconds"], 3),
         ]
         return f"| {' | '.join(cells)} |"
 

@@ -7,9 +7,10 @@
 of diabetic retinopathy), or ``image``, ``label`` and ``patient_id`` (chest X-rays). Each of five folds tests once and
 the next one validates; learning rate and weight decay are chosen for each fold by its validation images with seed 0,
 and so is the epoch. The rates go on upwards while the highest is the best, and decays are tried at the best rate; of
-methods with the encoder inside, which take long, the first fold chooses the rate for all. The folds' test predictions
-are pooled, metrics are averaged over the seeds, and intervals and differences to FPT+ are of resamples of patients. The
-rows ``best_of_four`` take for each fold and seed the method with the best validation.
+methods with the encoder inside, which take long, the first fold chooses the rate for all; studies that are not searched
+have each method's own rate. The folds' test predictions are pooled, metrics are averaged over the seeds, and intervals
+and differences to FPT+ are of resamples of patients. The rows ``best_of_four`` take for each fold and seed the method
+with the best validation.
 
 Every cell is one ``fpt-lightning fit`` (``cells.py``): the same command goes on where it was stopped, and several of
 them with other ``--tasks`` or ``--methods`` may run at once. ``{out}/records`` has what the finished cells came to
@@ -43,6 +44,7 @@ from fpt_lightning.files import Row, read_rows, write_rows
 from fpt_lightning.methods import METHODS, ClassificationModule, QueryTokensModule
 from fpt_lightning.methods.features import FeatureModule
 from fpt_lightning.methods.tuning import build_on_meta
+from fpt_lightning.progress import significant
 from fpt_lightning.store.index import StoreIndex
 from records import Record, Records, record
 
@@ -736,8 +738,8 @@ def table(name: str, found: Mapping[str, Any]) -> str:
             cells += [shown(estimate), shown(estimate["difference"], "+") if "difference" in estimate else ""]
         cells.append(", ".join(f"{100 * value:.1f}" for value in row["auc_of_seeds"]))
         if "memory_mib" in row:
-            seconds = float(f"{row['epoch_seconds']:.2g}")  # 290, and not 2.9e+02
-            cells += [f"{row['memory_mib']:.1f}", f"{seconds:g}", f"{row['stored_bytes'] / 1e6:.2f}"]
+            seconds = significant(row["epoch_seconds"], 2)
+            cells += [f"{row['memory_mib']:.1f}", seconds, f"{row['stored_bytes'] / 1e6:.2f}"]
         else:
             cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")

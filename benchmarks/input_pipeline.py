@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from environment import RESULTS, environment, write_result
 from fpt_lightning import PreloadedFeatureDataModule
 from fpt_lightning.encoder.config import EncoderConfig
+from fpt_lightning.progress import significant
 from fpt_lightning.store.index import FileRecord
 from fpt_lightning.store.layout import SHARD
 from fpt_lightning.store.preload import feature_shape
@@ -181,7 +182,7 @@ def report(result: Mapping[str, Any]) -> str:
         ("seconds to open", "opening_seconds", "opening_exponent"),
         ("images/s", "images_per_second", "rate_exponent"),
     ):
-        lines.append(f"| {label} | " + " | ".join(f"{v:.3g}" for v in found[key]) + f" | {found[fit]:.2f} |")
+        lines.append(f"| {label} | " + " | ".join(significant(v, 3) for v in found[key]) + f" | {found[fit]:.2f} |")
     lines += ["", "Every sample has the same content. The largest store is 20 GB, more than half of the memory.", ""]
     return "\n".join(lines)
 

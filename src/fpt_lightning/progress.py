@@ -73,7 +73,7 @@ class Progress:
         return f"{self.unit}s"
 
     def _rate(self, count: int, seconds: float) -> str:
-        return f", {count / seconds:.3g} a second" if count and seconds >= 1 else ""
+        return f", {significant(count / seconds, 3)} a second" if count and seconds >= 1 else ""
 
     def _print(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -91,6 +91,11 @@ def track(items: Iterable[T], label: str, total: int, unit: str = "image") -> It
             progress.update()
     finally:
         progress.close()
+
+
+def significant(value: float, digits: int) -> str:
+    """So many significant digits without an exponent, which ``:.3g`` has from 1,000 on: 98.2, 0.092, 1,200."""
+    return f"{float(f'{value:.{digits}g}'):,g}"
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,14 @@ import sys
 import pytest
 
 from fpt_lightning import progress
-from fpt_lightning.progress import Progress, duration, track
+from fpt_lightning.progress import Progress, duration, significant, track
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0921, "0.0921"), (98.24, "98.2"), (302.4, "302"), (1234, "1,230"), (0, "0")]
+)
+def test_a_number_with_few_digits_has_no_exponent(value: float, shown: str) -> None:
+    assert significant(value, 3) == shown
 
 
 class Clock:

@@ -22,6 +22,7 @@ from fpt_lightning.evaluation.scores import evaluate
 from fpt_lightning.files import align, without_nan, write_json, write_text
 from fpt_lightning.methods import METHODS
 from fpt_lightning.methods.tasks import task_class
+from fpt_lightning.progress import significant
 
 CANDIDATES = ("stored_linear", "attentive", "query_tokens", "fpt_plus")
 """Methods that are tried, by name, the cheapest first."""
@@ -170,7 +171,7 @@ class Choice:
         for each in self.methods:
             d = each.difference
             apart = "chosen" if d is None else str(d)
-            cost = [f"{each.epoch_seconds:.3g}", f"{each.memory_mib:.1f}"]
+            cost = [significant(each.epoch_seconds, 3), f"{each.memory_mib:.1f}"]
             rows.append([each.label, f"{each.learning_rate:g}", str(each.validation), apart, *cost])
         return f"Validation: {self.basis}\n\n{align(rows)}\n\n{self.advice()}"
 
@@ -187,7 +188,10 @@ class Choice:
             )
         lines = [f"Use {chosen.label}: {why}."]
         if equal:
-            times = [f"{each.label} ({each.epoch_seconds / chosen.epoch_seconds:.2g} x its time)" for each in equal]
+            times = [
+                f"{each.label} ({significant(each.epoch_seconds / chosen.epoch_seconds, 2)} x its time)"
+                for each in equal
+            ]
             lines.append(f"These images do not tell it apart from {', '.join(times)}.")
         else:
             lines.append("It is told apart from all others.")
